@@ -1,0 +1,59 @@
+"""ResNet-20 on CIFAR-10 from trained weights (github akamaster/pytorch_resnet_cifar10).
+
+    python main.py --config=configs/cifar10_resnet20.py --workdir=DIR \\
+        --config.pretrained=resnet20-12fca82f.th --config.data.data_dir=TFDS_DIR
+
+The argument after a colon picks the schedule, `--config=configs/cifar10_resnet20.py:schedule=cpu`:
+
+  gpu (default)  2 epochs of bit selection, 18 + 72 of weight training, the paper's shape. Not run.
+  cpu            a small part of an epoch each, for 2 CPU cores; see README.md, "Results".
+
+and the network's shortcuts, `shortcut=identity` (default, those weights) or `shortcut=conv`.
+Several are separated by commas.
+"""
+
+from ml_collections import ConfigDict
+
+from metamix_jax.config import default, parse_argument
+
+STEPS_PER_EPOCH = 50_000 / 128
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """Returns the configuration; `argument` is what follows the colon."""
+    choice = parse_argument(argument, schedule=("gpu", "cpu"), shortcut=("identity", "conv"))
+    config = default()
+    config.model = ConfigDict(
+        {"name": "cifar_resnet", "depth": 20, "width": 16, "shortcut": choice["shortcut"]}
+    )
+    config.data.name = "cifar10"
+    config.data.image_size = 32
+    config.data.mean = (0.485, 0.456, 0.406)  # what those weights were trained with
+    config.data.std = (0.229, 0.224, 0.225)
+    config.data.augment = "crop_flip"
+    config.batch_size = 128
+
+    config.quant.act_bits = (8, 4, 2)
+    config.budget.value = 1.0  # of the uniform 4/4 network, 0.6701 GBOPs
+    config.eval.bn_reestimate_batches = 20
+    config.checkpoint_every_steps = 100
+
+    if choice["schedule"] == "gpu":
+        config.bit_meta.epochs = 1
+        config.bit_search.epochs = 1
+        config.bit_search.learning_rate = 2e-3  # 391 steps; see below
+        config.weight_training.act_epochs = 18
+        config.weight_training.epochs = 72
+        return config
+
+    config.bit_meta.epochs = 200 / STEPS_PER_EPOCH
+    config.bit_meta.learning_rate = 2e-4
+    config.bit_search.epochs = 250 / STEPS_PER_EPOCH
+    # The logits have a twentieth of ImageNet's steps, so their rate is higher; and with the paper's
+    # budget term, whose sign flips around the target, they would hardly hear the task loss.
+    config.bit_search.learning_rate = 2e-2
+    config.bit_search.budget_form = "expected"
+    config.bit_search.budget_weight = 3.0
+    config.weight_training.act_epochs = 100 / STEPS_PER_EPOCH
+    config.weight_training.epochs = 700 / STEPS_PER_EPOCH
+    return config

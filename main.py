@@ -1,0 +1,95 @@
+"""Command line of metamix_jax: flags, logging, one call.
+
+python main.py --config=configs/digits.py --workdir=DIR [--mode=train|search|cost|evaluate]
+"""
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from metamix_jax.config import default
+from metamix_jax.errors import UserError, suggestion
+
+MODE_NAMES = ("train", "search", "cost", "evaluate")
+
+DEFAULT_CONFIG = "configs/digits.py"
+
+config_flags.DEFINE_config_file("config", None, f"Configuration file (default: {DEFAULT_CONFIG}).")
+flags.DEFINE_string("workdir", None, "Directory for everything the run writes.")
+flags.DEFINE_enum("mode", "train", MODE_NAMES, "What to do; see README.md.")
+
+
+def main(_: list[str]) -> int:
+    """Runs the mode; prints its RESULT line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for library in ("absl", "jax"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        if not flags.FLAGS.workdir:
+            raise UserError("--workdir: expected a directory, such as --workdir=runs/digits")
+        # Imported after the flags are parsed, so that their mistakes show at once.
+        from metamix_jax.modes import MODES
+
+        result = MODES[flags.FLAGS.mode](flags.FLAGS.config, Path(flags.FLAGS.workdir))
+    except UserError as error:
+        return _fail(error)
+    print("RESULT " + json.dumps(result), flush=True)
+    return 0
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line; a mistake in it, or an unknown key, ends as one line."""
+    # Not the flag's own default: that would be loaded before mistakes can be caught.
+    if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+    try:
+        rest = app.parse_flags_with_usage(argv) if "--help" in argv else flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r}: expected flags only, such as --mode=train")
+        flags.FLAGS.config.get("seed")  # a file that could not be loaded fails on its first use
+        return rest
+    except (flags.Error, UserError) as error:
+        sys.exit(_fail(error))
+    except OSError as error:
+        missing = re.search(r"No such file or directory: '(.*)'", str(error))
+        sys.exit(_fail(UserError(f"--config={missing[1]}: no such file") if missing else error))
+    except AttributeError as error:
+        message = _unknown_key(str(error), argv)
+        if message is None:
+            raise  # a bug in a configuration file keeps its traceback
+        sys.exit(_fail(UserError(message)))
+
+
+def _unknown_key(text: str, argv: list[str]) -> str | None:
+    """Returns a readable form of what ml_collections says of a key that is not there."""
+    locked = re.match(r'"?Key "(\w+)" does not exist and cannot be added', text.lstrip("'"))
+    override = re.match(r"[\"'\\]*(\w+)", text)
+    if locked:
+        where, key = "the configuration file sets config", locked[1]
+    else:
+        key = override[1] if override else ""
+        pattern = re.compile(rf"--?config\.((?:\w+\.)*){key}\b")
+        found = next((match for argument in argv if (match := pattern.match(argument))), None)
+        if not key or found is None:
+            return None
+        where = f"--config.{found[1]}".rstrip(".")
+    known = default()
+    for part in where.split(".")[1:]:
+        known = known.get(part, known)
+    close = re.search(r'Did you mean "?(\w+)"?', text)
+    hint = f"did you mean {close[1]!r}?" if close else suggestion(key, known)
+    return f"{where}.{key}: no such configuration key; {hint}"
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

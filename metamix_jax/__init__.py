@@ -1,0 +1,1 @@
+"""MetaMix in JAX: mixed-precision activation quantization inside a budget of bit operations."""

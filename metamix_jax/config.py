@@ -1,0 +1,211 @@
+"""Every configuration field with its default and meaning, and the checks made before any work.
+
+A file in `configs/` starts from `default()` and overrides. The ConfigDict is locked: a key that is
+not here cannot be set, so no key is ever silently unread (tests/test_config.py holds that each key
+here is read somewhere).
+"""
+
+import math
+
+from ml_collections import ConfigDict
+
+from metamix_jax.errors import UserError, suggestion
+
+CHOICES = {
+    "loss": ("cross_entropy", "distillation", "both"),
+    "data.augment": ("none", "crop_flip", "crop"),
+    "budget.unit": ("fraction", "gbops", "average_act_bits"),
+    "search.searcher": ("metamix", "uniform", "none"),
+    "quant.init_pass": ("full_precision", "lowest_bits"),
+    "quant.init_rule": ("shifted", "unshifted"),
+    "quant.positive_step": ("floor", "abs", "softplus"),
+    "optimizer.name": ("adam", "sgd"),
+    "bit_meta.loss": ("mean", "last"),
+    "bit_search.budget_form": ("argmax", "expected"),
+}
+
+
+def default() -> ConfigDict:
+    """Returns all fields with the defaults of METHOD.md 1.5; `model` and `data` are left to fill."""
+    config = ConfigDict()
+    config.seed = 0  # network init, data order, augmentation, logit init
+    config.batch_size = 256  # global, over all devices and processes
+    config.loss = "cross_entropy"  # "distillation": soft targets only; "both": their sum
+    config.checkpoint = ""  # evaluate: checkpoint directory or workdir; "" = the workdir's newest
+    config.pretrained = ""  # .npz, .safetensors, .pth: start weights; "" = train them first
+    config.log_every_steps = 20
+    config.checkpoint_every_steps = 200
+
+    # Keyword arguments of metamix_jax.models.make: `name` and what that network takes.
+    config.model = ConfigDict({"name": ""}, allow_dotted_keys=False)
+    config.data = ConfigDict(
+        {
+            "name": "",  # "digits", or any image-classification TFDS data set
+            "data_dir": "",  # where TFDS data sets lie; "" = TFDS's default
+            "train_split": "train",
+            "eval_split": "test",
+            "image_size": 32,  # height = width; other sizes are resized on reading
+            "channels": 3,
+            "num_classes": 10,
+            "mean": (0.0,),  # per channel (or one for all), of pixels in [0, 1]
+            "std": (1.0,),
+            "augment": "none",  # "crop_flip": pad by 1/8, random crop, mirror; "crop": no mirror
+            "in_memory_gib": 4.0,  # decoded sets up to this size are read once and kept
+        }
+    )
+    config.eval = ConfigDict(
+        {
+            "batch_size": 500,
+            "every_steps": 0,  # besides the end of each phase; 0 = only there
+            "bn_reestimate_batches": 0,  # training batches to re-estimate BN statistics; 0 = off
+        }
+    )
+    # Distillation teacher, run at full precision in evaluation mode.
+    config.teacher = ConfigDict({"path": "", "model": ConfigDict({"name": ""})})
+    config.quant = ConfigDict(
+        {
+            "act_bits": (8, 4, 3),  # candidate activation bit-widths
+            "weight_bits": 4,
+            "first_last_bits": 8,  # activations and weights of the first and last layer
+            "init_pass": "full_precision",  # "lowest_bits": each layer sees quantized inputs
+            "init_rule": "shifted",  # "unshifted": mean |x| before the hswish shift, sqrt(2^b - 1)
+            "positive_step": "floor",  # how steps are kept positive
+        }
+    )
+    config.budget = ConfigDict(
+        {
+            "value": 1.0,
+            # "fraction" of the uniform 4/4 network's BOPs; "gbops"; "average_act_bits" weighted by
+            # the number of input activations of each searched layer.
+            "unit": "fraction",
+        }
+    )
+    config.search = ConfigDict(
+        {
+            "searcher": "metamix",  # "uniform": no search; "none": full-precision training only
+            "uniform_bits": 4,  # of searcher "uniform"
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "name": "adam",
+            "b1": 0.9,  # Adam's first decay; SGD's Nesterov momentum
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 5e-6,  # coupled (added to the gradient), convolution kernels only
+            "clip_norm": 10.0,  # global gradient norm, weights and steps; not the logits
+        }
+    )
+    # Phases. Lengths in epochs of the training split; 0 leaves the phase out.
+    config.full_precision = ConfigDict({"epochs": 0.0, "learning_rate": 1e-3})  # cosine to 0
+    config.bit_meta = ConfigDict(
+        {
+            "epochs": 1.0,
+            "learning_rate": 1e-4,  # constant, also during the alternation
+            "loss": "mean",  # "last": gradient of the widest branch only (a published code's)
+        }
+    )
+    config.bit_search = ConfigDict(
+        {
+            "epochs": 1.0,  # each step is followed on the same batch by one of bit-meta
+            "learning_rate": 1e-4,  # of the logits, constant
+            "b1": 0.5,
+            "b2": 0.999,
+            "weight_decay": 1e-3,  # coupled, on the logits
+            # lambda times the BOPs of uniform 4/4: the loss adds
+            # budget_weight * |cost - budget| / cost(uniform 4/4).
+            "budget_weight": 13.9,
+            "budget_form": "argmax",  # Eq. 4 and 5; "expected": softmax-weighted cost
+            "commit_batch_stats": False,  # True: this pass also moves the running statistics
+        }
+    )
+    config.weight_training = ConfigDict(
+        {
+            "act_epochs": 18.0,  # stage 1: activations quantized, full-precision weights
+            "epochs": 120.0,  # stage 2: both quantized
+            "learning_rate": 5e-4,  # each stage: cosine to 0
+        }
+    )
+    return config.lock()
+
+
+def parse_argument(argument: str, **choices: tuple[str, ...]) -> dict[str, str]:
+    """Returns the choices made in a configuration's argument, `key=value,...`.
+
+    Args:
+      argument: what follows the colon in --config=FILE:ARGUMENT.
+      **choices: key -> allowed values, the default first.
+
+    Raises:
+      UserError: unknown key or value.
+    """
+    chosen = {key: values[0] for key, values in choices.items()}
+    for part in filter(None, argument.split(",")):
+        key, _, value = part.partition("=")
+        if key not in choices:
+            raise UserError(f"--config argument {part!r}: {suggestion(key, choices)}")
+        if value not in choices[key]:
+            raise UserError(f"--config argument {part!r}: expected {key}= {suggestion(value, choices[key])}")
+        chosen[key] = value
+    return chosen
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for values that cannot work; needs no data and no devices."""
+    for path, allowed in CHOICES.items():
+        value = _get(config, path)
+        _require(value in allowed, path, value, f"one of {', '.join(allowed)}")
+    positive = ["batch_size", "log_every_steps", "checkpoint_every_steps", "data.image_size",
+                "data.channels", "data.num_classes", "eval.batch_size", "budget.value"]  # fmt: skip
+    for path in positive:
+        _require(_get(config, path) > 0, path, _get(config, path), "more than 0")
+    not_negative = ["eval.every_steps", "eval.bn_reestimate_batches", "full_precision.epochs",
+                    "bit_meta.epochs", "bit_search.epochs", "weight_training.act_epochs",
+                    "weight_training.epochs", "bit_search.budget_weight"]  # fmt: skip
+    for path in not_negative:
+        value = _get(config, path)
+        _require(math.isfinite(value) and value >= 0, path, value, "0 or more")
+    bits = tuple(config.quant.act_bits)
+    _require(
+        bits and len(set(bits)) == len(bits) and all(b in range(2, 9) for b in bits),
+        "quant.act_bits", bits, "different bit-widths from 2 to 8, such as (8, 4, 2)",
+    )  # fmt: skip
+    for path in ("quant.weight_bits", "quant.first_last_bits"):
+        _require(2 <= _get(config, path) <= 8, path, _get(config, path), "2 to 8")
+    if config.search.searcher == "uniform":
+        value = config.search.uniform_bits
+        _require(value in bits, "search.uniform_bits", value, f"one of quant.act_bits {bits}")
+    if config.search.searcher == "metamix":
+        value = config.bit_search.epochs
+        _require(value > 0, "bit_search.epochs", value, "more than 0 for searcher metamix")
+    if config.search.searcher == "none":
+        value = config.full_precision.epochs
+        _require(value > 0, "full_precision.epochs", value, "more than 0 for searcher none")
+    elif not config.pretrained:
+        _require(
+            config.full_precision.epochs > 0, "full_precision.epochs", config.full_precision.epochs,
+            "more than 0, or config.pretrained naming trained weights to start from",
+        )  # fmt: skip
+    for path in ("mean", "std"):
+        value = tuple(config.data[path])
+        _require(
+            len(value) in (1, config.data.channels), f"data.{path}", value,
+            f"1 or {config.data.channels} values, one per channel",
+        )  # fmt: skip
+    _require(min(config.data.std) > 0, "data.std", tuple(config.data.std), "values above 0")
+    needs_teacher = config.loss != "cross_entropy"
+    _require(
+        bool(config.teacher.path) == needs_teacher, "teacher.path", config.teacher.path,
+        f"{'a weight file or a workdir' if needs_teacher else 'nothing'} with loss={config.loss!r}",
+    )  # fmt: skip
+
+
+def _get(config: ConfigDict, path: str):
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+def _require(condition: bool, path: str, value, expected: str) -> None:
+    if not condition:
+        raise UserError(f"config.{path}={value!r}: expected {expected}")

@@ -1,0 +1,223 @@
+"""What a run is made of, built and checked before anything is compiled or written."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from metamix_jax import config as config_lib
+from metamix_jax import cost, data, models, phases, pretrained, sharding
+from metamix_jax.cost import Budget, LayerCosts
+from metamix_jax.errors import UserError
+from metamix_jax.layers import QuantSettings
+from metamix_jax.metrics import write_json
+from metamix_jax.phases import Span
+from metamix_jax.searchers import SEARCHERS, knapsack
+from metamix_jax.train_step import TrainState, enter_phase
+
+# Fields that may change when a run goes on: they do not change what is computed.
+HARMLESS = ("checkpoint", "checkpoint_every_steps", "log_every_steps", "eval.batch_size",
+            "eval.every_steps", "data.data_dir", "data.in_memory_gib")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network and what it costs."""
+
+    model: nn.Module
+    label: str
+    image_shape: tuple[int, int, int]
+    costs: LayerCosts
+    budget: Budget | None  # None with searcher "none"
+
+    @property
+    def budget_gbops(self) -> float | None:
+        """The budget in GBOPs; for one in average bits, the most GBOPs it admits."""
+        if self.budget is None or self.budget.unit == "GBOPs":
+            return self.budget and self.budget.limit
+        gbops = {
+            path: [layer.macs * bits * layer.weight_bits / cost.GIGA for bits in layer.act_bits]
+            for path, layer in self.costs.items()
+            if layer.searched
+        }
+        choice = knapsack.maximise(gbops, self.budget.branch_costs, self.budget.limit)
+        bits = {path: self.costs[path].act_bits[index] for path, index in choice.items()}
+        return cost.bops(self.costs, cost.uniform_bits(self.costs, 0) | bits) / cost.GIGA
+
+
+def make_network(config: ConfigDict) -> Network:
+    """Builds the network and its budget without data or computation.
+
+    Raises:
+      UserError: invalid configuration or a budget that cannot be met.
+    """
+    config_lib.validate(config)
+    options = config.quant
+    settings = QuantSettings(
+        act_bits=tuple(options.act_bits),
+        weight_bits=options.weight_bits,
+        first_last_bits=options.first_last_bits,
+        init_rule=options.init_rule,
+        positive_step=options.positive_step,
+    )
+    model = models.make(config.model, config.data.num_classes, settings)
+    size = config.data.image_size
+    image_shape = (size, size, config.data.channels)
+    costs = cost.layer_costs(model, image_shape)
+    budget = None
+    if config.search.searcher != "none":
+        budget = cost.make_budget(costs, config.budget)
+        if config.search.searcher == "uniform":
+            _check_uniform(config, costs, budget)
+    return Network(model, models.label(config.model), image_shape, costs, budget)
+
+
+def _check_uniform(config: ConfigDict, costs: LayerCosts, budget: Budget) -> None:
+    bits = config.search.uniform_bits
+    spent = budget.cost(cost.uniform_bits(costs, bits), costs)
+    if spent > budget.limit * (1 + 1e-9):
+        raise UserError(
+            f"config.search.uniform_bits={bits}: {spent:.6g} {budget.unit}, above the budget of "
+            f"{budget.limit:.6g}; raise config.budget.value or take fewer bits"
+        )
+
+
+def make_schedule(config: ConfigDict, train_examples: int) -> tuple[Span, ...]:
+    """Returns all phases of the run in order."""
+    searcher = SEARCHERS.get(config.search.searcher)
+    searcher_phases = searcher.PHASES if searcher else ()
+    return phases.make_schedule(config, searcher_phases, train_examples / config.batch_size)
+
+
+def abstract_variables(network: Network) -> dict[str, Any]:
+    """Returns the shapes of params, batch_stats and quant."""
+    return jax.eval_shape(lambda: _init_variables(network, seed=0))
+
+
+def init_state(
+    config: ConfigDict, network: Network, weights: Mapping[str, Any] | None = None
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+      config: seed.
+      network: what to initialise.
+      weights: params and batch_stats to start from; None: random ones.
+    """
+    variables = jax.jit(lambda: _init_variables(network, config.seed))()
+    if weights is not None:
+        variables |= {name: weights[name] for name in ("params", "batch_stats")}
+    return TrainState(
+        # An array, not a Python int, or the first step would be compiled twice.
+        step=jnp.int32(0),
+        opt_states={},
+        rng=jax.random.fold_in(jax.random.key(config.seed), 2),
+        **variables,
+    )
+
+
+def abstract_state(config: ConfigDict, network: Network, span: Span) -> TrainState:
+    """Returns the shapes of the state during a phase."""
+    return jax.eval_shape(lambda: enter_phase(init_state(config, network), span, config))
+
+
+def _init_variables(network: Network, seed: int) -> dict[str, Any]:
+    key = jax.random.key(seed)
+    keys = {"params": jax.random.fold_in(key, 0), "quant": jax.random.fold_in(key, 1)}
+    variables = network.model.init(keys, jnp.zeros((1, *network.image_shape)))
+    return {name: variables[name] for name in ("params", "batch_stats", "quant")}
+
+
+def load_teacher(
+    config: ConfigDict, image_shape: tuple[int, int, int]
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """Returns the distillation teacher and its variables, (None, {}) without one.
+
+    config.teacher.path is a weight file, or a workdir whose newest checkpoint is taken; the
+    teacher runs at full precision either way.
+    """
+    if not config.teacher.path:
+        return None, {}
+    model = models.make(config.teacher.model, config.data.num_classes, QuantSettings())
+    teacher = Network(model, "", image_shape, {}, None)
+    shapes = abstract_variables(teacher)
+    target = {name: shapes[name] for name in ("params", "batch_stats")}
+    path = Path(config.teacher.path)
+    if path.is_dir():
+        # Imported here because checkpoints are slow to import and not needed for weight files.
+        from metamix_jax.checkpoints import DIRECTORY, Checkpoints
+
+        with Checkpoints(path / DIRECTORY, create=False) as checkpoints:
+            step = checkpoints.require_latest_step()
+            return model, checkpoints.restore_items(step, target, sharding.make_mesh())
+    return model, pretrained.load_pretrained(path, target)[0]
+
+
+def claim_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Creates the workdir and writes config.json, or checks that the run there is this one.
+
+    Raises:
+      UserError: not writable, or holding a run with another configuration.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "config.json"
+        wanted = json.loads(config.to_json())
+        if not path.exists():
+            write_json(path, wanted)
+            return
+        found = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{workdir}: not usable as --workdir ({error})") from error
+    old, new = _flat(found), _flat(wanted)
+    changed = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in HARMLESS
+    ]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run with another configuration ({'; '.join(changed)}); use the "
+            "same configuration or another --workdir"
+        )
+    if old != new:
+        write_json(path, wanted)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def load_dataset(config: ConfigDict, mesh: Mesh) -> data.Dataset:
+    """Returns the data set after checking that batches divide over the devices."""
+    sharding.check_batch_size(config.batch_size, mesh)
+    return data.load(config.data)
+
+
+def train_batches(
+    config: ConfigDict, dataset: data.Dataset, mesh: Mesh, start: int, stop: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Yields the global batches of steps start, ..., stop - 1 on the devices."""
+    batches = data.train_batches(
+        dataset.train,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        start=start,
+        stop=stop,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return (sharding.shard_batch(batch, mesh) for batch in batches)

@@ -1,0 +1,46 @@
+"""Networks by name."""
+
+import dataclasses
+
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from metamix_jax.errors import UserError, suggestion
+from metamix_jax.layers import QuantSettings
+from metamix_jax.models.resnet import CifarResNet, ResNet18
+
+MODELS = {"cifar_resnet": CifarResNet, "resnet18": ResNet18}
+_SHARED = {"num_classes", "settings", "parent", "name"}  # not from config.model
+
+
+def make(config_model: ConfigDict, num_classes: int, settings: QuantSettings) -> nn.Module:
+    """Returns the network that `config_model` names.
+
+    Raises:
+      UserError: unknown network, unknown field of it, or a value it cannot take.
+    """
+    fields = dict(config_model)
+    name = fields.pop("name")
+    if name not in MODELS:
+        raise UserError(f"config.model.name={name!r}: unknown network; {suggestion(name, MODELS)}")
+    known = {field.name for field in dataclasses.fields(MODELS[name])} - _SHARED
+    for key in set(fields) - known:
+        raise UserError(f"config.model.{key}: {name} has no such field; {suggestion(key, known)}")
+    if name == "cifar_resnet":
+        _check_cifar_resnet(fields)
+    return MODELS[name](num_classes=num_classes, settings=settings, **fields)
+
+
+def label(config_model: ConfigDict) -> str:
+    """Returns the network's name as people say it, e.g. `cifar_resnet20`."""
+    return f"{config_model.name}{config_model.get('depth', '')}"
+
+
+def _check_cifar_resnet(fields: dict) -> None:
+    depth = fields.get("depth", 20)
+    if depth < 8 or (depth - 2) % 6:
+        raise UserError(f"config.model.depth={depth}: expected 6 n + 2, such as 8, 20, 32, 56")
+    if fields.get("width", 16) < 1:
+        raise UserError(f"config.model.width={fields['width']}: expected at least 1")
+    if fields.get("shortcut", "identity") not in ("identity", "conv"):
+        raise UserError(f"config.model.shortcut={fields['shortcut']!r}: expected identity or conv")

@@ -1,0 +1,94 @@
+"""What `--mode` can be; each takes (config, workdir) and returns the RESULT line's content."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from metamix_jax import cost, experiment, sharding
+from metamix_jax import policy as policy_lib
+from metamix_jax.errors import UserError
+from metamix_jax.metrics import write_text_atomic
+from metamix_jax.report import tables
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs the whole pipeline."""
+    from metamix_jax.train import train_and_evaluate
+
+    return train_and_evaluate(config, workdir)
+
+
+def search(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs the pipeline until the policy is written."""
+    from metamix_jax.train import train_and_evaluate
+
+    if config.search.searcher == "none":
+        raise UserError("config.search.searcher='none': expected a searcher with --mode=search")
+    return train_and_evaluate(config, workdir, stop_after_search=True)
+
+
+def show_cost(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Prints the cost of every layer and writes cost.csv; no data, no training."""
+    network = experiment.make_network(config)
+    table, totals = cost.rows(network.costs), cost.totals(network.costs)
+    print(tables.cost_table(table, totals))
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(workdir / "cost.csv", cost.to_csv(table))
+    return {"mode": "cost", "model": network.label, **totals}
+
+
+def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Restores a checkpoint on the devices at hand and counts what it gets right."""
+    from metamix_jax.checkpoints import DIRECTORY, Checkpoints
+    from metamix_jax.evaluate import Evaluator
+    from metamix_jax.phases import phase_at
+    from metamix_jax.progress import waiting
+
+    network = experiment.make_network(config)
+    directory = Path(config.checkpoint) if config.checkpoint else workdir
+    step = None
+    if directory.name.isdigit():  # a single checkpoint, DIR/checkpoints/1234
+        directory, step = directory.parent, int(directory.name)
+    if directory.name != DIRECTORY:
+        directory /= DIRECTORY
+    mesh = sharding.make_mesh()
+    with Checkpoints(directory, create=False) as checkpoints:
+        step = checkpoints.require_latest_step() if step is None else step
+        facts = checkpoints.read_facts(step)
+        if facts["model"] != network.label:
+            raise UserError(f"{directory}/{step} holds {facts['model']}, not {network.label}")
+        target = experiment.abstract_variables(network)
+        variables = checkpoints.restore_items(step, target, mesh)
+    dataset = experiment.load_dataset(config, mesh)
+    schedule = experiment.make_schedule(config, len(dataset.train))
+    phase = phase_at(min(step, schedule[-1].stop - 1), schedule).phase
+    policy = facts["policy"]
+    if policy is not None:
+        policy_lib.check_policy(policy, network.costs, f"{directory}/{step}")
+        bits = policy_lib.act_bits(policy)
+    else:
+        bits = cost.uniform_bits(network.costs, max(config.quant.act_bits))
+    precision = phase.evaluation.replace(branches=policy_lib.branches(bits, network.costs))
+    evaluator = Evaluator(network.model, dataset, config, mesh)
+    with waiting(f"evaluating {directory}/{step}"):
+        if config.eval.bn_reestimate_batches and phase.quantizes:
+            statistics = evaluator.reestimate(variables, precision)
+            variables = variables | {"batch_stats": statistics}
+        counts = evaluator(variables, precision)
+    logging.info(
+        "step %d (%s): top-1 %.2f %%, top-5 %.2f %%, %d of %d right",
+        step, phase.name, counts["top1"], counts["top5"], counts["correct"], counts["examples"],
+    )  # fmt: skip
+    act_width, weight_width = precision.activations != "full", precision.weights != "full"
+    gbops = cost.bops(network.costs, bits) / cost.GIGA
+    return {
+        "mode": "evaluate",
+        "checkpoint_step": step,
+        **{name: counts[name] for name in ("top1", "top5", "correct", "examples")},
+        "gbops": gbops if act_width and weight_width else None,
+    }
+
+
+MODES = {"train": train, "search": search, "cost": show_cost, "evaluate": evaluate}

@@ -1,0 +1,134 @@
+"""Training phases as a table (METHOD.md 1.3, 1.4).
+
+A phase is a row: the gradient steps made on each batch, and how the network is evaluated. A
+searcher names the rows it needs; the loop in train.py knows none of them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from metamix_jax.layers import FULL, Precision
+
+WEIGHTS = frozenset({"kernels", "weights"})  # labels of train_step.label
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One gradient step on a batch."""
+
+    name: str  # also the key of its optimizer state
+    trains: frozenset[str]  # labels of what moves; everything else stays bitwise as it is
+    precision: Precision | None  # None: one pass per candidate bit-width, Eq. 1
+    budget_term: bool = False  # adds the BOPs regulariser, Eq. 3 and 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training steps of one kind."""
+
+    name: str
+    updates: tuple[Update, ...]
+    evaluation: Precision  # how the network is judged during and after it
+    calibrates_weights: bool = False
+    needs_policy: bool = False
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether activations are quantized, so that their step sizes must be initialised."""
+        return self.evaluation.activations != "full"
+
+
+_ACTS_CHOSEN = Precision(activations="chosen")
+_ALL_CHOSEN = Precision(activations="chosen", weights="quantized")
+
+FULL_PRECISION = Update("full_precision", WEIGHTS, FULL)
+BIT_META = Update("bit_meta", WEIGHTS | {"act_steps"}, precision=None)
+BIT_SEARCH = Update(
+    "bit_search", frozenset({"logits"}), Precision(activations="mixture"), budget_term=True
+)
+ACT_TRAINING = Update("act_training", WEIGHTS | {"act_steps"}, _ACTS_CHOSEN)
+WEIGHT_TRAINING = Update(
+    "weight_training", WEIGHTS | {"act_steps", "weight_steps"}, _ALL_CHOSEN
+)
+
+PHASES = {
+    phase.name: phase
+    for phase in (
+        Phase("full_precision", (FULL_PRECISION,), FULL),
+        Phase("bit_meta", (BIT_META,), _ACTS_CHOSEN),
+        Phase("bit_search", (BIT_META, BIT_SEARCH), _ACTS_CHOSEN),
+        Phase("act_training", (ACT_TRAINING,), _ACTS_CHOSEN, needs_policy=True),
+        Phase(
+            "weight_training",
+            (WEIGHT_TRAINING,),
+            _ALL_CHOSEN,
+            calibrates_weights=True,
+            needs_policy=True,
+        ),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A phase in place: it makes the steps start, ..., stop - 1."""
+
+    phase: Phase
+    start: int
+    stop: int
+    calibrates_acts: bool  # the first phase with quantized activations
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return self.stop - self.start
+
+
+def make_schedule(
+    config: ConfigDict, searcher_phases: Sequence[str], steps_per_epoch: float
+) -> tuple[Span, ...]:
+    """Returns the spans of all phases of more than 0 epochs, in order."""
+    epochs = {
+        "full_precision": config.full_precision.epochs,
+        "bit_meta": config.bit_meta.epochs,
+        "bit_search": config.bit_search.epochs,
+        "act_training": config.weight_training.act_epochs,
+        "weight_training": config.weight_training.epochs,
+    }
+    spans, start, calibrated = [], 0, False
+    for name in ("full_precision", *searcher_phases):
+        phase = PHASES[name]
+        steps = math.ceil(epochs[name] * steps_per_epoch)
+        if steps == 0:
+            continue
+        calibrates_acts = phase.quantizes and not calibrated
+        calibrated |= phase.quantizes
+        spans.append(Span(phase, start, start + steps, calibrates_acts))
+        start += steps
+    return tuple(spans)
+
+
+def phase_at(step: int, schedule: Sequence[Span]) -> Span:
+    """Returns the span that makes step number `step`, counted from 0."""
+    for span in schedule:
+        if span.start <= step < span.stop:
+            return span
+    raise IndexError(f"step {step} is outside the schedule's {schedule[-1].stop} steps")
+
+
+def passes(
+    update: Update, act_bits: Sequence[int], branches: Mapping[str, jax.Array]
+) -> tuple[Precision, ...]:
+    """Returns how the network runs in each forward and backward pass of an update.
+
+    Bit-meta goes from the narrowest candidate to the widest, so that the running statistics see
+    the widths in the order of the published code.
+    """
+    if update.precision is None:
+        narrow_first = sorted(range(len(act_bits)), key=lambda k: act_bits[k])
+        return tuple(Precision(activations=k) for k in narrow_first)
+    return (update.precision.replace(branches=branches),)

@@ -1,0 +1,87 @@
+"""The policy file: which bits each layer runs at, readable by every searcher and exporter."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from metamix_jax import cost as cost_lib
+from metamix_jax.cost import LayerCosts
+from metamix_jax.errors import UserError, suggestion
+from metamix_jax.metrics import write_json
+
+FORMAT = 1
+_FIELDS = ("model", "image_size", "searcher", "seed", "budget_gbops", "gbops", "layers")
+
+
+def make_policy(costs: LayerCosts, act_bits: Mapping[str, int], **facts: Any) -> dict[str, Any]:
+    """Returns the policy as the JSON object of policy.json.
+
+    Args:
+      costs: the network's layers.
+      act_bits: layer path -> activation bits, all layers.
+      **facts: model, image_size, searcher, seed, budget_gbops.
+    """
+    layers = {
+        path: {"act_bits": act_bits[path], "weight_bits": cost.weight_bits, "macs": cost.macs}
+        for path, cost in costs.items()
+    }
+    gbops = cost_lib.bops(costs, act_bits) / cost_lib.GIGA
+    return {"format": FORMAT, **facts, "gbops": gbops, "layers": layers}
+
+
+def write_policy(path: Path, policy: Mapping[str, Any]) -> None:
+    """Writes policy.json atomically."""
+    write_json(path, policy)
+
+
+def read_policy(path: Path, costs: LayerCosts) -> dict[str, Any]:
+    """Reads policy.json and checks it against the network.
+
+    Raises:
+      UserError: not a policy of format 1, or one that does not fit the network.
+    """
+    try:
+        policy = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable policy file ({error})") from error
+    check_policy(policy, costs, source=str(path))
+    return policy
+
+
+def check_policy(policy: Any, costs: LayerCosts, source: str) -> None:
+    """Raises UserError unless `policy` names every layer of the network with possible bits."""
+    if not isinstance(policy, dict) or policy.get("format") != FORMAT:
+        raise UserError(f"{source}: expected a policy of format {FORMAT}")
+    missing = [field for field in _FIELDS if field not in policy]
+    if missing or not isinstance(policy["layers"], dict):
+        raise UserError(f"{source}: policy lacks {', '.join(missing) or 'a table of layers'}")
+    for path in policy["layers"]:
+        if path not in costs:
+            raise UserError(f"{source}: unknown layer {path!r}; {suggestion(path, costs)}")
+    for path, cost in costs.items():
+        if path not in policy["layers"]:
+            raise UserError(f"{source}: layer {path!r} of the network is missing")
+        row = policy["layers"][path]
+        expected = {"act_bits": cost.act_bits, "weight_bits": (cost.weight_bits,)}
+        for field, allowed in expected.items():
+            value = row.get(field) if isinstance(row, dict) else None
+            if value not in allowed:
+                raise UserError(f"{source}: {path}: {field}={value!r}, expected one of {allowed}")
+
+
+def act_bits(policy: Mapping[str, Any]) -> dict[str, int]:
+    """Returns layer path -> activation bits."""
+    return {path: row["act_bits"] for path, row in policy["layers"].items()}
+
+
+def branches(bits: Mapping[str, int], costs: LayerCosts) -> dict[str, jax.Array]:
+    """Returns the branch index of every searched layer, for `Precision.branches`."""
+    return {
+        path: jnp.int32(cost.act_bits.index(bits[path]))
+        for path, cost in costs.items()
+        if cost.searched
+    }

@@ -1,0 +1,242 @@
+"""Trained PyTorch-style weights (.npz, .safetensors, .pth) as Flax variables.
+
+All or nothing: every leaf of the network must be found, every entry of the file used, every shape
+equal. A file is never unpickled with the power to run code, so a stranger's file is safe to name.
+"""
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from metamix_jax.errors import UserError
+
+# Flax module path, joined by dots -> torch module path; applied in this order.
+MODULE_RULES = (
+    (r"\blayer(\d+)_(\d+)\b", r"layer\1.\2"),
+    (r"\bdownsample_conv\b", "downsample.0"),
+    (r"\bdownsample_bn\b", "downsample.1"),
+)
+LEAF_NAMES = {
+    ("params", "kernel"): "weight",
+    ("params", "scale"): "weight",
+    ("params", "bias"): "bias",
+    ("batch_stats", "mean"): "running_mean",
+    ("batch_stats", "var"): "running_var",
+}
+# Name in the file -> torchvision's name: DataParallel's prefix, the CIFAR networks' classifier.
+SOURCE_RULES = ((r"^(module\.)+", ""), (r"^linear\.", "fc."))
+BATCH_COUNTER = "num_batches_tracked"  # BatchNorm's step counter; Flax has none
+WRAPPERS = ("state_dict", "model", "net")  # keys under which training scripts keep the weights
+SHOWN = 5  # entries of each kind of problem named in an error
+
+
+class MappedEntry(NamedTuple):
+    """One imported array: its name in the file, our path, and its shape in Flax layout."""
+
+    source: str
+    path: str
+    shape: tuple[int, ...]
+
+
+def read_weights(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads a weight file as float32 arrays under the file's own names and layouts.
+
+    BatchNorm's integer batch counters are left out. Raises UserError, in one line naming the file,
+    when it is missing, damaged, of an unknown kind, or holds anything but float arrays.
+    """
+    path = Path(path)
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: unknown weight file, expected {', '.join(READERS)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such weight file")
+    try:
+        entries = reader(path)
+    except UserError:
+        raise
+    except Exception as error:  # the three libraries raise anything, MemoryError included
+        raise UserError(f"{path}: {_read_failure(error)}") from error
+    return {
+        name: _as_float32(path, name, value)
+        for name, value in entries.items()
+        if name.split(".")[-1] != BATCH_COUNTER
+    }
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """Returns the torch name of a Flax leaf: ('params', 'conv1', 'kernel') -> 'conv1.weight'."""
+    collection, *modules, leaf = path
+    if (collection, leaf) not in LEAF_NAMES:
+        known = ", ".join("/".join(pair) for pair in LEAF_NAMES)
+        raise ValueError(f"{'/'.join(path)} has no torch name; known leaves: {known}")
+    module = _rename(".".join(modules), MODULE_RULES)
+    return f"{module}.{LEAF_NAMES[collection, leaf]}"
+
+
+def load_pretrained(
+    path: str | Path, variables: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[MappedEntry]]:
+    """Returns `variables` with params and batch_stats from a weight file, and what went where.
+
+    Kernels change layout: convolutions [out, in/groups, h, w] -> [h, w, in/groups, out], dense
+    [out, in] -> [in, out]. `variables` is not modified; its other collections are passed through.
+    Raises one UserError listing all missing, extra, misshapen and non-finite entries.
+    """
+    collections = [name for name in ("params", "batch_stats") if name in variables]
+    targets = traverse_util.flatten_dict({name: variables[name] for name in collections})
+    sources, extra = _normalise(read_weights(path))
+    missing, misshapen, non_finite = [], [], []
+    loaded, report = {}, []
+    for target, leaf in targets.items():
+        name, where = torch_name(target), "/".join(target)
+        if name not in sources:
+            missing.append(f"{name} (our {where} {tuple(leaf.shape)})")
+            continue
+        source, original = sources.pop(name)
+        value = _to_flax_layout(target, original)
+        if value.shape != tuple(leaf.shape):
+            turned = f" = {value.shape} in our layout" if value.ndim > 1 else ""
+            misshapen.append(f"{source} {original.shape}{turned} (our {where} {tuple(leaf.shape)})")
+        elif not np.isfinite(value).all():
+            non_finite.append(f"{source} (our {where})")
+        else:
+            loaded[target] = jnp.array(value, dtype=leaf.dtype)
+            report.append(MappedEntry(source, where, value.shape))
+    extra += [f"{source!r} {value.shape}" for source, value in sources.values()]
+    problems = {
+        f"missing of the network's {len(targets)}": missing,
+        "extra in the file": extra,
+        "of another shape": misshapen,
+        "with NaN or infinity": non_finite,
+    }
+    found = [_summary(kind, entries) for kind, entries in problems.items() if entries]
+    if found:
+        raise UserError(f"{path} does not fit this network: {'; '.join(found)}")
+    return {**variables, **traverse_util.unflatten_dict(loaded)}, report
+
+
+def format_report(report: list[MappedEntry]) -> str:
+    """Returns a table with one line per imported entry and a last line with the totals."""
+    rows = [("in the file", "here", "shape")] + [
+        (entry.source, entry.path, "x".join(map(str, entry.shape))) for entry in report
+    ]
+    source_width, path_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines = [f"{row[0]:<{source_width}}  {row[1]:<{path_width}}  {row[2]}" for row in rows]
+    total = sum(int(np.prod(entry.shape)) for entry in report)
+    return "\n".join([*lines, f"{len(report)} entries, {total:,} values"])
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    # np.load takes anything else for a .npy array or a pickle, and words its error accordingly.
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: not an .npz archive; damaged, or another kind of file?")
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
+    try:
+        import torch  # optional: only files of this kind need it
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading {path.suffix} files needs PyTorch: pip install torch, "
+            "or convert the file to .npz or .safetensors"
+        ) from error
+    # torch.load does not look at the checksums of its own format.
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise UserError(f"{path}: damaged, wrong checksum of {damaged}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read still raises
+        entries = torch.load(path, weights_only=True, map_location="cpu")
+    for wrapper in WRAPPERS:
+        if isinstance(entries, Mapping) and isinstance(entries.get(wrapper), Mapping):
+            entries = entries[wrapper]
+    if not isinstance(entries, Mapping):
+        raise UserError(f"{path}: holds a {type(entries).__name__}, expected a state_dict")
+    arrays = {}
+    for name, value in entries.items():
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            # NumPy has no bfloat16; integers stay what they are, to be refused by name later.
+            value = (value.float() if value.is_floating_point() else value).numpy()
+        arrays[str(name)] = value
+    return arrays
+
+
+READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    ".npz": _read_npz,
+    ".safetensors": safetensors.numpy.load_file,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+    ".th": _read_torch,
+}
+
+
+def _read_failure(error: Exception) -> str:
+    """Says in one line why a library failed, without its advice to switch the safety off."""
+    text = str(error)
+    refused = re.search(r"GLOBAL (\S+)", text)
+    save_again = "save the weights alone, in PyTorch torch.save(model.state_dict(), ...)"
+    if refused or "allow_pickle" in text:
+        found = f" ({refused[1]})" if refused else ""
+        return f"refused, it holds Python objects{found}, which can run code; {save_again}"
+    if isinstance(error, pickle.UnpicklingError):
+        return f"damaged, or more than plain tensors in PyTorch's own format; {save_again}"
+    first_sentence = text.strip().split("\n")[0].split(". ")[0][:120]
+    return f"cannot be read, damaged? ({type(error).__name__}: {first_sentence or 'no details'})"
+
+
+def _as_float32(path: Path, name: str, value: Any) -> np.ndarray:
+    if not isinstance(value, np.ndarray):
+        raise UserError(
+            f"{path}: entry {name!r} is of type {type(value).__name__}, expected an array"
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):  # knows bfloat16, which np.issubdtype doesn't
+        raise UserError(f"{path}: entry {name!r} is {value.dtype}, expected floating point")
+    with np.errstate(over="ignore"):  # float64 beyond float32: infinite, reported by name later
+        return value.astype(np.float32)
+
+
+def _normalise(
+    weights: dict[str, np.ndarray],
+) -> tuple[dict[str, tuple[str, np.ndarray]], list[str]]:
+    """Returns torch name -> (name in the file, value), and the entries that claim a taken name."""
+    sources, repeated = {}, []
+    for source, value in weights.items():
+        name = _rename(source, SOURCE_RULES)
+        if name in sources:
+            repeated.append(f"{source!r} (the same as {sources[name][0]!r})")
+        else:
+            sources[name] = (source, value)
+    return sources, repeated
+
+
+def _to_flax_layout(target: tuple[str, ...], value: np.ndarray) -> np.ndarray:
+    if target[-1] != "kernel":
+        return value
+    if value.ndim == 4:
+        return value.transpose(2, 3, 1, 0)
+    return value.T
+
+
+def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _summary(kind: str, entries: list[str]) -> str:
+    more = f" and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
+    return f"{len(entries)} {kind}: {', '.join(entries[:SHOWN])}{more}"

@@ -1,0 +1,110 @@
+"""LSQ fake quantization (Esser et al., ICLR 2020) as small pure functions.
+
+An integer level q in [low, high] stands for the real value q * step (- shift). Gradients come from
+autodiff through a clip and a straight-through round, which gives LSQ's gradient for the input and
+the step everywhere but on exact ties with a clip bound.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+STEP_FLOOR = 1e-6  # smallest step size, in real units per level
+
+
+def round_ste(x: jax.Array) -> jax.Array:
+    """Rounds half to even; the gradient passes straight through."""
+    return x + jax.lax.stop_gradient(jnp.round(x) - x)
+
+
+def scale_gradient(x: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """Returns `x` bit for bit, its gradient multiplied by `scale`.
+
+    The usual idiom `x * scale + stop_gradient(x - x * scale)` changes x by an ulp for some values,
+    which moves numbers across rounding boundaries.
+    """
+    fixed = jax.lax.stop_gradient(x)
+    return fixed + scale * (x - fixed)
+
+
+def int_range(bits: jax.Array | int, signed: bool) -> tuple[jax.Array | int, jax.Array | int]:
+    """Returns the least and greatest level: [0, 2^b - 1], or [-(2^(b-1) - 1), 2^(b-1) - 1]."""
+    if signed:
+        high = (1 << (bits - 1)) - 1
+        return -high, high
+    return 0 * bits, (1 << bits) - 1
+
+
+def fake_quant(
+    x: jax.Array, step: jax.Array, bits: jax.Array | int, *, signed: bool, shift: float = 0.0
+) -> jax.Array:
+    """Rounds `x` to the nearest of the levels of a `bits`-wide quantizer (METHOD.md 2).
+
+    Args:
+      x: any shape, real units.
+      step: positive step size, a scalar or [x.shape[-1]] for one per output channel, real units.
+      bits: bit-width; may be traced, so that one compiled network serves every policy.
+      signed: symmetric levels around 0 instead of levels from 0 up.
+      shift: added before and subtracted after; 3/8 makes a hswish output unsigned.
+    """
+    low, high = (jnp.asarray(bound, x.dtype) for bound in int_range(bits, signed))
+    # LSQ scales the step's gradient by 1 / sqrt(N * Qp), N the number of quantized elements.
+    step = scale_gradient(step, jax.lax.rsqrt(x.size * high))
+    step = _along_last_axis(step, x.ndim)
+    return round_ste(jnp.clip((x + shift) / step, low, high)) * step - shift
+
+
+def init_step(
+    x: jax.Array,
+    bits: int,
+    *,
+    signed: bool,
+    shift: float = 0.0,
+    rule: str = "shifted",
+    per_channel: bool = False,
+) -> jax.Array:
+    """Returns LSQ's data-dependent initial step, 2 * mean|x| / sqrt(Qp), at least STEP_FLOOR.
+
+    Args:
+      x: the data to be quantized.
+      bits: bit-width.
+      signed: as in `fake_quant`.
+      shift: as in `fake_quant`.
+      rule: "shifted" takes |x + shift| and Qp; "unshifted" takes |x| and 2^bits - 1 even when
+        signed (a published code's variant).
+      per_channel: one step per index of the last axis, [x.shape[-1]], instead of a scalar.
+    """
+    if rule == "unshifted":
+        size, high = jnp.abs(x), (1 << bits) - 1
+    else:
+        size, high = jnp.abs(x + shift), int_range(bits, signed)[1]
+    axes = tuple(range(x.ndim - 1)) if per_channel else None
+    return jnp.maximum(2.0 * jnp.mean(size, axis=axes) / high**0.5, STEP_FLOOR)
+
+
+class PositiveStep(NamedTuple):
+    """A map from a stored, freely trained number to a positive step size, and its inverse."""
+
+    step: Callable[[jax.Array], jax.Array]
+    raw: Callable[[jax.Array], jax.Array]
+
+
+def _floor_straight_through(raw: jax.Array) -> jax.Array:
+    # The gradient passes below the floor too, so that a step that fell there can climb back.
+    return raw + jax.lax.stop_gradient(jnp.maximum(raw, STEP_FLOOR) - raw)
+
+
+POSITIVE_STEPS = {
+    "floor": PositiveStep(_floor_straight_through, lambda step: step),
+    "abs": PositiveStep(lambda raw: jnp.maximum(jnp.abs(raw), STEP_FLOOR), lambda step: step),
+    "softplus": PositiveStep(
+        lambda raw: jnp.maximum(jax.nn.softplus(raw), STEP_FLOOR),
+        lambda step: step + jnp.log(-jnp.expm1(-step)),
+    ),
+}
+
+
+def _along_last_axis(step: jax.Array, ndim: int) -> jax.Array:
+    return step.reshape((1,) * (ndim - 1) + (-1,)) if step.ndim else step

@@ -1,0 +1,181 @@
+"""Charts as PNG files, drawn on matplotlib figures of their own (no pyplot, no global state)."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from metamix_jax.metrics import write_bytes_atomic
+from metamix_jax.report.tables import bops, budget_line
+
+DPI = 120
+# Light, so that black hatches show on all of them; the hatch alone tells the bit-widths apart.
+_COLOURS = {
+    2: "#fff3c4", 3: "#fdcc8a", 4: "#fc9f67", 5: "#f28e9b", 6: "#cf9bd0", 7: "#a9c4ea",
+    8: "#7fabd8",
+}  # fmt: skip
+_HATCHES = {2: "", 3: "..", 4: "//", 5: "xx", 6: "\\\\", 7: "oo", 8: "++"}
+_MARKERS = "osD^vP*X"
+
+
+def bit_chart(
+    policy: Mapping[str, Any], path: Path, *, average_act_bits: float | None = None
+) -> None:
+    """Draws the bits of every layer in network order above its share of the bit operations.
+
+    Args:
+      policy: the object of policy.json.
+      path: the PNG file.
+      average_act_bits: of the searched layers, weighted by input activations; not in a policy file.
+    """
+    layers = policy["layers"]
+    rows = list(layers.values())
+    total = bops(policy)
+    labels = [_layer_label(layer, i, rows) for i, layer in enumerate(layers)]
+    height = 5.0 + 0.075 * max(map(len, labels))
+    figure = Figure(
+        figsize=(max(9.0, 2.0 + 0.22 * len(rows)), height), dpi=DPI, layout="constrained"
+    )
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    positions = range(len(rows))
+    for bits in sorted({row["act_bits"] for row in rows}):
+        chosen = [i for i in positions if rows[i]["act_bits"] == bits]
+        top.bar(chosen, [bits] * len(chosen), **_bar_style(bits))
+    weight_bits = [row["weight_bits"] for row in rows]
+    top.plot(positions, weight_bits, linestyle="", marker="D", markersize=5, color="white",
+             markeredgecolor="black", clip_on=False)  # fmt: skip
+    top.set_ylabel("bits")
+    top.set_ylim(0, 8.4)
+    top.set_yticks(range(0, 9, 2))
+    bottom.bar(positions, [_layer_bops(row) / total * 100 for row in rows], color="0.45")
+    bottom.set_ylabel("share of\nBOPs, %")
+    bottom.set_xticks(positions, labels, rotation=90, fontsize=8)
+    bottom.set_xlim(-0.7, len(rows) - 0.3)
+    for axes in (top, bottom):
+        axes.grid(axis="y", color="0.85")
+        axes.set_axisbelow(True)
+    handles = [
+        Patch(label=f"{bits}-bit activations", **_bar_style(bits))
+        for bits in sorted({row["act_bits"] for row in rows})
+    ]
+    handles.append(Line2D([], [], linestyle="", marker="D", color="white", markeredgecolor="black",
+                          label="weight bits"))  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(_title(policy, average_act_bits), fontsize=11)
+    _save(figure, path)
+
+
+def learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws the training loss and the top-1 accuracy of every precision against the step.
+
+    Args:
+      rows: of metrics.jsonl; `top1` in percent.
+      path: the PNG file.
+    """
+    train = [row for row in rows if row["kind"] == "train"]
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    figure = Figure(figsize=(10, 7), dpi=DPI, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    spans = _phase_spans(train or evaluations)
+    for i, (phase, first, last) in enumerate(spans):
+        for axes in (top, bottom):
+            axes.axvspan(first, last, color="0.9" if i % 2 else "0.97", linewidth=0, zorder=0)
+        inside = [row for row in train if row["phase"] == phase and first < row["step"] <= last]
+        steps, losses = [r["step"] for r in inside], [_number(r.get("loss")) for r in inside]
+        top.plot(steps, losses, color="#3b1f7a", linewidth=1, marker=".", markersize=2)
+    if spans:
+        margin = 0.01 * spans[-1][2]
+        top.set_xlim(-margin, spans[-1][2] + margin)
+    _label_phases(top, spans)
+    top.set_ylabel("training loss")
+    _draw_accuracies(bottom, evaluations)
+    bottom.set_ylabel("top-1, %")
+    bottom.set_xlabel("step")
+    for axes in (top, bottom):
+        axes.grid(axis="y", color="0.8")
+        axes.set_axisbelow(True)
+    if evaluations:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    _save(figure, path)
+
+
+def _draw_accuracies(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    """Draws one line per precision; hollow and dashed where BN statistics were re-estimated."""
+    series: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in evaluations:
+        point = (row["step"], _number(row["top1"]))
+        series.setdefault((row["precision"], row["statistics"]), []).append(point)
+    precisions = list(dict.fromkeys(precision for precision, _ in series))
+    for (precision, statistics), points in series.items():
+        i = precisions.index(precision)
+        running = statistics == "running"
+        axes.plot(
+            *zip(*points, strict=True), color=f"C{i % 10}", marker=_MARKERS[i % 8], markersize=6,
+            linestyle="-" if running else "--", fillstyle="full" if running else "none",
+            label=precision if running else f"{precision}, BN {statistics}",
+        )  # fmt: skip
+
+
+def _bar_style(bits: int) -> dict[str, Any]:
+    return {
+        "facecolor": _COLOURS[bits], "hatch": _HATCHES[bits], "edgecolor": "black",
+        "linewidth": 0.5,
+    }  # fmt: skip
+
+
+def _layer_label(layer: str, i: int, rows: Sequence[Mapping[str, Any]]) -> str:
+    fixed = i in (0, len(rows) - 1) and rows[i]["act_bits"] == 8
+    return f"{layer} (fixed)" if fixed else layer
+
+
+def _layer_bops(row: Mapping[str, Any]) -> int:
+    return row["macs"] * row["act_bits"] * row["weight_bits"]
+
+
+def _title(policy: Mapping[str, Any], average_act_bits: float | None) -> str:
+    if average_act_bits is None:
+        rows = policy["layers"].values()
+        mean = sum(row["act_bits"] for row in rows) / len(rows)
+        average = f"mean over the layers {mean:.2f} activation bits"
+    else:
+        average = f"average activation bits {average_act_bits:.2f}"
+    model = f"{policy['model']} at {policy['image_size']} pixels, searcher {policy['searcher']}"
+    return f"{model}\n{budget_line(policy)}; {average}"
+
+
+def _phase_spans(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
+    """Returns (phase, first step, last step) of runs of rows of one phase; the spans touch."""
+    spans: list[tuple[str, int, int]] = []
+    for row in rows:
+        end = spans[-1][2] if spans else 0
+        if spans and spans[-1][0] == row["phase"]:
+            spans[-1] = (row["phase"], spans[-1][1], row["step"])
+        else:
+            spans.append((row["phase"], end, row["step"]))
+    return spans
+
+
+def _label_phases(axes: Axes, spans: Sequence[tuple[str, int, int]]) -> None:
+    """Writes the phases' names above `axes`, slanted and pushed apart where phases are short."""
+    place = 0.0
+    for phase, first, last in spans:
+        place = max((first + last) / 2, place)
+        axes.text(place, 1.02, phase, transform=axes.get_xaxis_transform(), rotation=35,
+                  rotation_mode="anchor", ha="left", va="bottom", fontsize=9)  # fmt: skip
+        place += 0.035 * spans[-1][2]
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value  # null in metrics.jsonl; leaves a gap
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    write_bytes_atomic(path, content.getvalue())

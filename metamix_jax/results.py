@@ -1,0 +1,111 @@
+"""What came out of a run: results.json, the pictures, the tables and the RESULT line."""
+
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from metamix_jax import cost
+from metamix_jax import policy as policy_lib
+from metamix_jax.experiment import Network
+from metamix_jax.metrics import read_rows, write_json
+from metamix_jax.phases import Span
+from metamix_jax.report import charts, tables
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_FULL_BITS = 32
+
+
+def write(
+    workdir: Path,
+    *,
+    config: ConfigDict,
+    network: Network,
+    schedule: Sequence[Span],
+    policy: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
+    search_end: int | None,
+) -> dict[str, Any]:
+    """Writes results.json and the pictures, logs the tables and returns the RESULT line's content.
+
+    Args:
+      workdir: holds metrics.jsonl.
+      config: the run's configuration.
+      network: what was trained.
+      schedule: all phases.
+      policy: the chosen bits, None for a full-precision run.
+      seconds: training time by phase.
+      search_end: the step at which the policy was written, if the run stops there; else None.
+    """
+    rows = read_rows(workdir / "metrics.jsonl")
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    if search_end is not None:
+        evaluations = [row for row in evaluations if row["step"] <= search_end]
+    final = evaluations[-1]
+    result = {
+        "mode": "train" if search_end is None else "search",
+        "model": network.label,
+        "searcher": config.search.searcher,
+        "top1": final["top1"],
+        "top5": final["top5"],
+        "correct": final["correct"],
+        "examples": final["examples"],
+        "gbops": policy["gbops"] if policy else _full_precision_gbops(network),
+        "budget_gbops": policy["budget_gbops"] if policy else None,
+        "average_act_bits": _average_act_bits(network, policy),
+        "seconds": round(sum(seconds.values()), 1),
+        "workdir": str(workdir),
+    }
+    summary = result | {
+        "statistics": final["statistics"],
+        "phases": {
+            span.phase.name: {"steps": span.steps, "seconds": seconds.get(span.phase.name, 0.0)}
+            for span in schedule
+        },
+        "search_cost": _search_cost(schedule, seconds),
+        "evaluations": evaluations,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in _PACKAGES},
+    }
+    path = workdir / "results.json"
+    if search_end is None or not _holds_finished_run(path):
+        write_json(path, summary)
+    charts.learning_curves(rows, workdir / "learning_curves.png")
+    logging.info("accuracies:\n%s", tables.accuracy_table(evaluations))
+    if policy:
+        charts.bit_chart(
+            policy, workdir / "bits.png", average_act_bits=result["average_act_bits"]
+        )
+        logging.info("policy:\n%s", tables.policy_table(policy))
+    return result
+
+
+def _full_precision_gbops(network: Network) -> float:
+    return sum(layer.macs for layer in network.costs.values()) * _FULL_BITS**2 / cost.GIGA
+
+
+def _average_act_bits(network: Network, policy: Mapping[str, Any] | None) -> float:
+    if policy is None:
+        return float(_FULL_BITS)
+    return cost.average_act_bits(network.costs, policy_lib.act_bits(policy))
+
+
+def _search_cost(schedule: Sequence[Span], seconds: Mapping[str, float]) -> dict[str, float]:
+    spans = [span for span in schedule if span.phase.name in ("bit_meta", "bit_search")]
+    spent = sum(seconds.get(span.phase.name, 0.0) for span in spans)
+    return {
+        "steps": sum(span.steps for span in spans),
+        "seconds": spent,
+        "device_hours": spent * jax.device_count() / 3600,
+    }
+
+
+def _holds_finished_run(path: Path) -> bool:
+    return path.exists() and json.loads(path.read_text())["mode"] == "train"

@@ -1,0 +1,8 @@
+"""Searchers by name: modules with `PHASES` (rows of phases.py, in order) and `choose`.
+
+`choose(logits, costs, budget, config)` returns the activation bits of every layer.
+"""
+
+from metamix_jax.searchers import metamix, uniform
+
+SEARCHERS = {"metamix": metamix, "uniform": uniform}

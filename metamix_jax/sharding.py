@@ -1,0 +1,46 @@
+"""Devices: one `data` axis over all of them; batches are split along it, everything else copied."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from metamix_jax.errors import UserError
+
+
+def make_mesh() -> Mesh:
+    """Returns the 1-D mesh over all devices of all processes."""
+    axis_types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=axis_types)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises UserError unless the global batch splits evenly over the devices."""
+    if batch_size % mesh.size:
+        raise UserError(
+            f"config.batch_size={batch_size}: expected a multiple of the {mesh.size} devices"
+        )
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns the global batch on the devices, from this process's part of it."""
+    rows = NamedSharding(mesh, P("data"))
+    return {
+        name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()
+    }
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns `tree` with every leaf copied to every device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def replicated_target(tree: Any, mesh: Mesh) -> Any:
+    """Returns `tree` as shapes to restore onto every device."""
+    everywhere = NamedSharding(mesh, P())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree
+    )
