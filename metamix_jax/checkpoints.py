@@ -57,9 +57,9 @@ class Checkpoints:
         """Saves in the background; a step that is already there is left as it is."""
         if step == self.latest_step:
             return
-        items = {
-            name: ocp.args.StandardSave(tree) for name, tree in _pytrees(state).items()
-        } | {"facts": ocp.args.JsonSave(facts)}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _pytrees(state).items()} | {
+            "facts": ocp.args.JsonSave(facts)
+        }
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def read_facts(self, step: int) -> dict[str, Any]:

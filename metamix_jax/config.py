@@ -26,7 +26,11 @@ CHOICES = {
 
 
 def default() -> ConfigDict:
-    """Returns all fields with the defaults of METHOD.md 1.5; `model` and `data` are left to fill."""
+    """Returns all fields with their defaults; `model`, `data` and the start are left to fill in.
+
+    Hyper-parameters are those of MetaMix's recipe for MobileNet-v3 where the paper or its code
+    state them.
+    """
     config = ConfigDict()
     config.seed = 0  # network init, data order, augmentation, logit init
     config.batch_size = 256  # global, over all devices and processes
@@ -145,7 +149,9 @@ def parse_argument(argument: str, **choices: tuple[str, ...]) -> dict[str, str]:
         if key not in choices:
             raise UserError(f"--config argument {part!r}: {suggestion(key, choices)}")
         if value not in choices[key]:
-            raise UserError(f"--config argument {part!r}: expected {key}= {suggestion(value, choices[key])}")
+            raise UserError(
+                f"--config argument {part!r}: expected {key}= {suggestion(value, choices[key])}"
+            )
         chosen[key] = value
     return chosen
 

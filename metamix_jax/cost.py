@@ -1,8 +1,9 @@
 """MACs, BOPs and budgets.
 
-Convention (METHOD.md 3): BOPs of a layer = MACs * activation bits * weight bits, over convolutions
-and dense layers; biases, batch norm, additions, pooling and activation functions are free; the
-first and last layer count at their own fixed widths.
+Convention, the one that reproduces the figures of MetaMix and of the methods it compares with:
+BOPs of a layer = MACs * activation bits * weight bits, over convolutions and dense layers; biases,
+batch norm, additions, pooling and activation functions are free; the first and last layer count at
+their own fixed widths.
 """
 
 import csv
@@ -102,9 +103,7 @@ def to_csv(table: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=table[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(
-        {**row, "candidates": " ".join(map(str, row["candidates"]))} for row in table
-    )
+    writer.writerows({**row, "candidates": " ".join(map(str, row["candidates"]))} for row in table)
     return text.getvalue()
 
 
@@ -177,9 +176,7 @@ def _require_feasible(budget: Budget, config_budget: ConfigDict) -> None:
     )
 
 
-def chosen_cost(
-    budget: Budget, logits: Mapping[str, jax.Array], form: str = "argmax"
-) -> jax.Array:
+def chosen_cost(budget: Budget, logits: Mapping[str, jax.Array], form: str = "argmax") -> jax.Array:
     """Returns the differentiable cost of a search state, in the budget's unit.
 
     Args:
@@ -198,7 +195,7 @@ def chosen_cost(
 
 
 def hard_selection(share: jax.Array) -> jax.Array:
-    """Returns exactly the one-hot of the greatest share; the gradient is that of `share` (Eq. 5)."""
+    """Returns the one-hot of the greatest share, exactly; the gradient is `share`'s (Eq. 5)."""
     one_hot = jax.nn.one_hot(jnp.argmax(share), share.shape[-1], dtype=share.dtype)
     # Written so that nothing is rounded: share - share is exactly 0.
     return jax.lax.stop_gradient(one_hot) + (share - jax.lax.stop_gradient(share))

@@ -74,6 +74,8 @@ class StreamedSplit:
             # One read for all rows: record by record costs more than decoding small images does.
             try:
                 records = self.records.__getitems__(indices[rows].tolist())
+                if not all(records):  # what array_record makes of some files that were cut short
+                    raise RuntimeError("empty records")
             except RuntimeError as error:  # array_record's word for missing and damaged files
                 raise UserError(
                     f"{self.name}: cannot be read ({_first_line(error)}); copy the files again"
@@ -245,7 +247,10 @@ def _decode(encoded: bytes, shape: tuple[int, int, int], where: str) -> np.ndarr
         with Image.open(io.BytesIO(encoded)) as image:
             image = image.convert("L" if channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{where}: image cannot be decoded ({_first_line(error)})") from error
+        raise UserError(
+            f"{where}: its {len(encoded)} bytes are no image that Pillow can decode; "
+            "prepare or copy the data set again"
+        ) from error
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(shape)

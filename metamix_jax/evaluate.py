@@ -58,9 +58,7 @@ class Evaluator:
         """
         stop = self._config.eval.bn_reestimate_batches
         batches = experiment.train_batches(self._config, self._dataset, self._mesh, 0, stop)
-        statistics = [
-            self._statistics(variables, batch, precision) for batch in batches
-        ]
+        statistics = [self._statistics(variables, batch, precision) for batch in batches]
         return jax.tree.map(lambda *parts: sum(parts) / len(parts), *statistics)
 
     def _preprocess(self, batch: Mapping[str, jax.Array]) -> jax.Array:

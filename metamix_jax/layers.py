@@ -98,9 +98,7 @@ class _QuantLayer(nn.Module):
             return x
         if mode in ("calibrate", "calibrate_lowest"):
             rule = self.settings.init_rule
-            steps = [
-                init_step(x, b, signed=self.signed, shift=self.shift, rule=rule) for b in bits
-            ]
+            steps = [init_step(x, b, signed=self.signed, shift=self.shift, rule=rule) for b in bits]
             stored.value = positive.raw(jnp.stack(steps))
             lowest = bits.index(min(bits))
             return x if mode == "calibrate" else branch(lowest, bits[lowest])
@@ -121,7 +119,9 @@ class _QuantLayer(nn.Module):
     def _quantize_kernel(self, kernel: jax.Array, precision: Precision) -> jax.Array:
         bits = self.settings.weight_bits
         positive = POSITIVE_STEPS[self.settings.positive_step]
-        stored = self.variable("quant", "weight_step", lambda: positive.raw(jnp.ones(self.features)))
+        stored = self.variable(
+            "quant", "weight_step", lambda: positive.raw(jnp.ones(self.features))
+        )
         if precision.weights == "full":
             return kernel
         if precision.weights == "calibrate":
@@ -146,7 +146,9 @@ class _QuantLayer(nn.Module):
 
 
 class QuantConv(_QuantLayer):
-    """2-D convolution, [n, h, w, c] -> [n, h', w', features], kernel [kh, kw, c / groups, features].
+    """2-D convolution, [n, h, w, c] -> [n, h', w', features].
+
+    The kernel is [kernel_size, kernel_size, c / groups, features].
 
     padding: "torch" pads (k - 1) // 2 on every side; "tf" is TensorFlow's SAME.
     """

@@ -1,4 +1,4 @@
-"""Training phases as a table (METHOD.md 1.3, 1.4).
+"""Training phases as a table (MetaMix, Algorithm 1 and weight training).
 
 A phase is a row: the gradient steps made on each batch, and how the network is evaluated. A
 searcher names the rows it needs; the loop in train.py knows none of them.
@@ -51,9 +51,7 @@ BIT_SEARCH = Update(
     "bit_search", frozenset({"logits"}), Precision(activations="mixture"), budget_term=True
 )
 ACT_TRAINING = Update("act_training", WEIGHTS | {"act_steps"}, _ACTS_CHOSEN)
-WEIGHT_TRAINING = Update(
-    "weight_training", WEIGHTS | {"act_steps", "weight_steps"}, _ALL_CHOSEN
-)
+WEIGHT_TRAINING = Update("weight_training", WEIGHTS | {"act_steps", "weight_steps"}, _ALL_CHOSEN)
 
 PHASES = {
     phase.name: phase

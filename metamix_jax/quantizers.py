@@ -40,7 +40,7 @@ def int_range(bits: jax.Array | int, signed: bool) -> tuple[jax.Array | int, jax
 def fake_quant(
     x: jax.Array, step: jax.Array, bits: jax.Array | int, *, signed: bool, shift: float = 0.0
 ) -> jax.Array:
-    """Rounds `x` to the nearest of the levels of a `bits`-wide quantizer (METHOD.md 2).
+    """Rounds `x` to the nearest of the levels of a `bits`-wide quantizer (LSQ, Eq. 1 and 2).
 
     Args:
       x: any shape, real units.

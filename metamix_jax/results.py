@@ -80,9 +80,7 @@ def write(
     charts.learning_curves(rows, workdir / "learning_curves.png")
     logging.info("accuracies:\n%s", tables.accuracy_table(evaluations))
     if policy:
-        charts.bit_chart(
-            policy, workdir / "bits.png", average_act_bits=result["average_act_bits"]
-        )
+        charts.bit_chart(policy, workdir / "bits.png", average_act_bits=result["average_act_bits"])
         logging.info("policy:\n%s", tables.policy_table(policy))
     return result
 

@@ -1,41 +1,20 @@
 """The whole pipeline: one loop over the steps of all phases, resumable at any of them."""
 
-import contextlib
-import dataclasses
 import logging
-import math
-import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-from clu import parameter_overview
-from flax import linen as nn
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, data, experiment, pretrained, results, sharding
-from metamix_jax import policy as policy_lib
 from metamix_jax.checkpoints import DIRECTORY, Checkpoints
-from metamix_jax.evaluate import Evaluator
-from metamix_jax.layers import FULL, Precision
 from metamix_jax.metrics import MetricWriter
-from metamix_jax.phases import Phase, Span, phase_at
-from metamix_jax.progress import Progress, waiting
-from metamix_jax.report import tables
-from metamix_jax.searchers import SEARCHERS
-from metamix_jax.train_step import (
-    TrainState,
-    branch_logits,
-    enter_phase,
-    label,
-    make_calibrate,
-    make_train_step,
-    split_by_label,
-)
+from metamix_jax.phases import phase_at
+from metamix_jax.progress import Progress
+from metamix_jax.run import Run
+from metamix_jax.train_step import TrainState, make_train_step
 
-__all__ = ["TrainState", "label", "make_train_step", "train_and_evaluate"]
+__all__ = ["TrainState", "make_train_step", "train_and_evaluate"]
 
 
 def train_and_evaluate(
@@ -80,12 +59,15 @@ def train_and_evaluate(
                 if step >= span.stop:
                     continue
                 train_step, batches = run.compile_step(state, span), run.batches(step, span.stop)
-                progress.description = span.phase.name
+                progress.description, metrics = span.phase.name, None
                 for batch in batches:
                     with run.clock(span.phase):
+                        before = metrics
                         state, metrics = train_step(
                             state, batch, run.branches, run.teacher_variables
                         )
+                        # One step ahead of the device and no more: keeps the rate true.
+                        jax.block_until_ready(before)
                         step += 1
                         progress.update(step, **{k: metrics[k] for k in metrics if "loss" in k})
                         if step % config.log_every_steps == 0 or step == span.stop:
@@ -100,217 +82,3 @@ def train_and_evaluate(
                     if ends or step % config.checkpoint_every_steps == 0:
                         checkpoints.save(step, state, run.facts())
     return run.finish(stop_after_search)
-
-
-@dataclasses.dataclass
-class Run:
-    """The parts of one run and the actions of its loop."""
-
-    config: ConfigDict
-    workdir: Path
-    network: experiment.Network
-    dataset: data.Dataset
-    schedule: tuple[Span, ...]
-    mesh: Mesh
-    evaluator: Evaluator
-    teacher: nn.Module | None
-    teacher_variables: dict[str, Any]
-    weights: dict[str, Any] | None  # pretrained params and batch_stats
-    writer: MetricWriter | None = None
-    progress: Progress | None = None
-    policy: dict[str, Any] | None = None
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase
-
-    @classmethod
-    def prepare(cls, config: ConfigDict, workdir: Path) -> "Run":
-        """Builds and checks everything that a user can get wrong."""
-        network = experiment.make_network(config)
-        mesh = sharding.make_mesh()
-        weights = None
-        if config.pretrained:
-            shapes = experiment.abstract_variables(network)
-            weights, report = pretrained.load_pretrained(config.pretrained, shapes)
-            logging.info("%s:\n%s", config.pretrained, pretrained.format_report(report))
-        teacher, teacher_variables = experiment.load_teacher(config, network.image_shape)
-        dataset = experiment.load_dataset(config, mesh)
-        experiment.claim_workdir(config, workdir)
-        return cls(
-            config=config,
-            workdir=workdir,
-            network=network,
-            dataset=dataset,
-            schedule=experiment.make_schedule(config, len(dataset.train)),
-            mesh=mesh,
-            evaluator=Evaluator(network.model, dataset, config, mesh),
-            teacher=teacher,
-            teacher_variables=sharding.replicate(teacher_variables, mesh),
-            weights=weights,
-        )
-
-    @property
-    def branches(self) -> Mapping[str, jax.Array]:
-        """The policy as the forward pass takes it; nothing before there is one."""
-        if self.policy is None:
-            return {}
-        return policy_lib.branches(policy_lib.act_bits(self.policy), self.network.costs)
-
-    def init_state(self) -> TrainState:
-        """Returns the state before the first step, after a look at what is about to be trained."""
-        state = experiment.init_state(self.config, self.network, self.weights)
-        state = sharding.replicate(state, self.mesh)
-        overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-        logging.info("parameters of %s:\n%s", self.network.label, overview)
-        costs = self.network.costs
-        logging.info("layers:\n%s", tables.cost_table(cost.rows(costs), cost.totals(costs)))
-        for span in self.schedule:
-            logging.info("%s: steps %d to %d", span.phase.name, span.start, span.stop)
-        if self.weights is not None:
-            self._evaluate_one(0, state, "pretrained", "full", FULL)
-        return state
-
-    def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
-        """Returns the state of a checkpoint and takes up its policy and clock."""
-        self.take_up(checkpoints.read_facts(step))
-        span = phase_at(min(step, self.schedule[-1].stop - 1), self.schedule)
-        target = experiment.abstract_state(self.config, self.network, span)
-        state = checkpoints.restore(step, target, self.mesh)
-        logging.info("going on from step %d in %s", step, span.phase.name)
-        return state
-
-    def take_up(self, facts: Mapping[str, Any]) -> None:
-        """Goes on with the policy and the clock of a checkpoint."""
-        self.policy, self.seconds = facts["policy"], facts["seconds"]
-        if self.policy is not None:
-            policy_lib.check_policy(self.policy, self.network.costs, "the checkpoint's policy")
-            policy_lib.write_policy(self.workdir / "policy.json", self.policy)
-
-    def begin(self, state: TrainState, span: Span) -> TrainState:
-        """Returns the state ready for a phase: policy decided, step sizes calibrated."""
-        phase = span.phase
-        decides = phase.needs_policy and self.policy is None
-        if decides:
-            self.policy = self._decide(state)
-            policy_lib.write_policy(self.workdir / "policy.json", self.policy)
-            self.progress.message(tables.policy_table(self.policy))
-        if span.calibrates_acts or phase.calibrates_weights:
-            batch = next(iter(self.batches(span.start, span.start + 1)))
-            calibrate = jax.jit(make_calibrate(self.network.model, span, self.config))
-            with self.progress.pause(), waiting(f"calibrating step sizes for {phase.name}"):
-                state = jax.block_until_ready(calibrate(state, batch, self.branches))
-        # The optimizer states belong to the phase, so its step count and schedule start anew.
-        state = sharding.replicate(enter_phase(state, span, self.config), self.mesh)
-        if decides or span.calibrates_acts or phase.calibrates_weights:
-            self.evaluate(span.start, state, phase)
-        return state
-
-    def _decide(self, state: TrainState) -> dict[str, Any]:
-        config, network = self.config, self.network
-        logits = {
-            path: jax.device_get(row)
-            for path, row in branch_logits(split_by_label(state, {"logits"})[0]).items()
-        }
-        searcher = SEARCHERS[config.search.searcher]
-        bits = searcher.choose(logits, network.costs, network.budget, config)
-        return policy_lib.make_policy(
-            network.costs,
-            bits,
-            model=network.label,
-            image_size=config.data.image_size,
-            searcher=config.search.searcher,
-            seed=config.seed,
-            budget_gbops=network.budget_gbops,
-        )
-
-    def compile_step(self, state: TrainState, span: Span) -> Any:
-        """Returns the compiled training step of a phase."""
-        budget = self.network.budget
-        step = make_train_step(self.network.model, span, self.config, budget, self.teacher)
-        batch = next(iter(self.batches(span.start, span.start + 1)))
-        with self.progress.pause(), waiting(f"compiling {span.phase.name}"):
-            lowered = jax.jit(step, donate_argnums=0).lower(
-                state, batch, self.branches, self.teacher_variables
-            )
-            return lowered.compile()
-
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
-        """Yields the global batches of steps start, ..., stop - 1 on the devices."""
-        return experiment.train_batches(self.config, self.dataset, self.mesh, start, stop)
-
-    @contextlib.contextmanager
-    def clock(self, phase: Phase) -> Iterator[None]:
-        """Adds the time spent inside to the phase."""
-        started = time.monotonic()
-        yield
-        spent = time.monotonic() - started
-        self.seconds[phase.name] = self.seconds.get(phase.name, 0.0) + spent
-
-    def log(self, step: int, phase: Phase, metrics: Mapping[str, jax.Array]) -> None:
-        """Writes the step's numbers; raises FloatingPointError where one is not finite."""
-        numbers = {name: value.item() for name, value in metrics.items()}
-        self.writer.write(step, {"phase": phase.name, "kind": "train", **numbers})
-        self.writer.write_speed(step, phase.name, self.progress.images_per_second)
-        broken = [name for name, value in numbers.items() if not math.isfinite(value)]
-        if broken:
-            raise FloatingPointError(
-                f"{', '.join(broken)} not finite at step {step} ({phase.name}); the last "
-                f"checkpoint in {self.workdir} is from before it was seen"
-            )
-
-    def evaluate(self, step: int, state: TrainState, phase: Phase) -> None:
-        """Judges the network as `phase` runs it: at every uniform width until there is a policy."""
-        if phase.evaluation.activations == "full":
-            self._evaluate_one(step, state, phase.name, "full", FULL)
-        elif self.policy is not None:
-            precision = phase.evaluation.replace(branches=self.branches)
-            self._evaluate_one(step, state, phase.name, "chosen", precision)
-        else:
-            costs = self.network.costs
-            for bits in self.config.quant.act_bits:
-                branches = policy_lib.branches(cost.uniform_bits(costs, bits), costs)
-                precision = phase.evaluation.replace(branches=branches)
-                self._evaluate_one(step, state, phase.name, f"uniform {bits}", precision)
-
-    def _evaluate_one(
-        self, step: int, state: TrainState, phase: str, name: str, precision: Precision
-    ) -> None:
-        """Writes the accuracy with the running and, if asked, with re-estimated statistics."""
-        variants = {"running": state.variables}
-        with self.progress.pause(), waiting(f"evaluating {phase} at {name} precision"):
-            if self.config.eval.bn_reestimate_batches and precision.activations != "full":
-                statistics = self.evaluator.reestimate(state.variables, precision)
-                variants["re-estimated"] = state.variables | {"batch_stats": statistics}
-            for kind, variables in variants.items():
-                row = {"phase": phase, "kind": "eval", "precision": name, "statistics": kind}
-                row |= {"weights": precision.weights, **self.evaluator(variables, precision)}
-                self.writer.write(step, row)
-                self.progress.message(
-                    f"{phase} step {step}: {name} activations, {precision.weights} weights, "
-                    f"{kind} statistics: top-1 {row['top1']:.2f} % "
-                    f"({row['correct']} of {row['examples']})"
-                )
-
-    def settle_statistics(self, state: TrainState, phase: Phase) -> TrainState:
-        """Returns the final state, with re-estimated batch norm statistics if configured."""
-        if not self.config.eval.bn_reestimate_batches or not phase.quantizes:
-            return state
-        precision = phase.evaluation.replace(branches=self.branches)
-        return state.replace(batch_stats=self.evaluator.reestimate(state.variables, precision))
-
-    def facts(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds besides arrays."""
-        return {"model": self.network.label, "policy": self.policy, "seconds": self.seconds}
-
-    def finish(self, stop_after_search: bool) -> dict[str, Any]:
-        """Writes results.json and the pictures; returns the RESULT."""
-        first_step = next(
-            (span.start for span in self.schedule if span.phase.needs_policy), None
-        )
-        return results.write(
-            self.workdir,
-            config=self.config,
-            network=self.network,
-            schedule=self.schedule,
-            policy=self.policy,
-            seconds=self.seconds,
-            search_end=first_step if stop_after_search else None,
-        )

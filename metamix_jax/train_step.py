@@ -42,7 +42,7 @@ def label(path: str, leaf: jax.Array) -> str:
     name = path.rsplit("/", 1)[-1]
     if path.startswith("quant/"):
         return {"act_step": "act_steps", "weight_step": "weight_steps", "logits": "logits"}[name]
-    # Weight decay applies to convolution kernels alone (METHOD.md 1.5).
+    # Weight decay applies to convolution kernels alone.
     return "kernels" if name == "kernel" and leaf.ndim == 4 else "weights"
 
 
@@ -103,7 +103,9 @@ def enter_phase(state: TrainState, span: Span, config: ConfigDict) -> TrainState
     """
     opt_states = {}
     for update in span.phase.updates:
-        fresh = make_optimizer(update, span.steps, config).init(split_by_label(state, update.trains)[0])
+        fresh = make_optimizer(update, span.steps, config).init(
+            split_by_label(state, update.trains)[0]
+        )
         opt_states[update.name] = state.opt_states.get(update.name, fresh)
     return state.replace(opt_states=opt_states)
 
@@ -143,7 +145,8 @@ def make_train_step(
         metrics = {}
         for update, apply_update in updates:
             state, numbers = apply_update(state, images, batch["label"], soft_targets, branches)
-            prefix = f"{update.name}_" if len(updates) > 1 else ""
+            # Of the alternation, the search's numbers are the phase's own.
+            prefix = "" if update.name == span.phase.name else f"{update.name}_"
             metrics |= {prefix + name: value for name, value in numbers.items()}
         return state.replace(step=state.step + 1), metrics
 
@@ -261,5 +264,3 @@ def calibrations(phase: Phase, acts: bool, config: ConfigDict) -> tuple[Precisio
     if phase.calibrates_weights:
         found.append(Precision(activations="chosen", weights="calibrate"))
     return tuple(found)
-
-

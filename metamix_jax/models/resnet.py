@@ -11,7 +11,6 @@ from flax import linen as nn
 
 from metamix_jax.layers import FULL, Precision, QuantConv, QuantDense, QuantSettings
 
-
 BN_MOMENTUM = 0.9
 
 
@@ -68,9 +67,7 @@ class CifarResNet(nn.Module):
     shortcut: str = "identity"
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, train: bool = False, precision: Precision = FULL
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
         """Returns class scores [n, num_classes] of normalised images [n, h, w, c]."""
         ends = self.settings.ends()
         x = QuantConv(self.width, ends, signed=True, name="conv1")(x, precision)
@@ -96,9 +93,7 @@ class ResNet18(nn.Module):
     settings: QuantSettings
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, train: bool = False, precision: Precision = FULL
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
         """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
         ends = self.settings.ends()
         stem = QuantConv(64, ends, signed=True, kernel_size=7, stride=2, name="conv1")

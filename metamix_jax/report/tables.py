@@ -77,17 +77,16 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns one line per evaluation.
 
     Args:
-      rows: {phase, precision, statistics, top1, top5, correct, examples, gbops} each; `top1` and
-        `top5` in percent, `gbops` may be None or missing (full precision).
+      rows: {step, phase, precision, weights, statistics, top1, top5, correct, examples} each;
+        `top1` and `top5` in percent.
     """
-    names = ("phase", "precision", "BN statistics", "top-1 %", "top-5 %", "correct", "GBOPs")
-    table = _table(None, left=3, **dict.fromkeys(names))
+    texts = ("phase", "activations", "weights", "BN statistics")
+    numbers = ("step", "top-1 %", "top-5 %", "correct")
+    table = _table(None, left=len(texts), **dict.fromkeys(texts + numbers))
     for row in rows:
-        gbops = row.get("gbops")
         table.add_row(
-            row["phase"], row["precision"], row["statistics"], _percent(row["top1"]),
-            _percent(row["top5"]), f"{row['correct']}/{row['examples']}",
-            "-" if gbops is None else f"{gbops:.4f}",
+            row["phase"], row["precision"], row["weights"], row["statistics"], str(row["step"]),
+            _percent(row["top1"]), _percent(row["top5"]), f"{row['correct']}/{row['examples']}",
         )  # fmt: skip
     return _text(table)
 

@@ -18,8 +18,8 @@ def choose(
 ) -> dict[str, int]:
     """Returns layer path -> activation bits: the argmax of the logits, inside the budget.
 
-    The search loss is two-sided (Eq. 4), so the argmax can end above the budget; it is then
-    replaced by the most probable policy inside it (multiple-choice knapsack over log-probabilities).
+    The search loss is two-sided (Eq. 4), so the argmax can end above the budget; the most probable
+    policy inside it (multiple-choice knapsack over log-probabilities) then takes its place.
     """
     del config
     bits = uniform_bits(costs, 0)  # fixed layers at their own; the searched ones follow

@@ -1,0 +1,37 @@
+# Everything runs in .venv, which the first command sets up; uv is used where it is installed.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+INSTALL := $(if $(shell command -v uv),uv pip install -q --python .venv/bin/python,.venv/bin/python -m pip install -q --disable-pip-version-check)
+WORKDIR ?= runs/digits
+
+.PHONY: demo test check-real lint clean
+
+demo: .venv/ready  ## all phases on the embedded digits
+	python main.py --config=configs/digits.py --workdir=$(WORKDIR)
+
+test: .venv/dev lint  ## what CI runs
+	python -m pytest -n 2 -m "not real"
+
+check-real: .venv/torch  ## slow checks on the data and weights of ../shared
+	python -m pytest -m real
+
+lint: .venv/dev
+	ruff check .
+	ruff format --check .
+
+clean:
+	rm -rf .venv runs
+
+.venv/ready: requirements.txt constraints.txt
+	@echo "setting up .venv (about a minute) ..."
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(INSTALL) -r requirements.txt -c constraints.txt
+	touch $@
+
+.venv/dev: .venv/ready requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+.venv/torch: .venv/dev
+	$(INSTALL) torch==2.13.0
+	touch $@
