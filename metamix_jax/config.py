@@ -24,6 +24,32 @@ CHOICES = {
     "bit_search.budget_form": ("argmax", "expected"),
 }
 
+_RANGES = {
+    "more than 0": (
+        lambda value: value > 0,
+        (
+            "batch_size", "log_every_steps", "checkpoint_every_steps", "data.image_size",
+            "data.channels", "data.num_classes", "eval.batch_size", "budget.value",
+            "optimizer.eps", "optimizer.clip_norm",
+        ),
+    ),
+    "0 or more": (
+        lambda value: value >= 0,
+        (
+            "eval.every_steps", "eval.bn_reestimate_batches", "optimizer.weight_decay",
+            "full_precision.epochs", "full_precision.learning_rate", "bit_meta.epochs",
+            "bit_meta.learning_rate", "bit_search.epochs", "bit_search.learning_rate",
+            "bit_search.budget_weight", "bit_search.weight_decay", "weight_training.act_epochs",
+            "weight_training.epochs", "weight_training.learning_rate", "data.in_memory_gib",
+        ),
+    ),
+    "0 or more and less than 1": (
+        lambda value: 0 <= value < 1,
+        ("optimizer.b1", "optimizer.b2", "bit_search.b1", "bit_search.b2"),
+    ),
+    "2 to 8": (lambda value: 2 <= value <= 8, ("quant.weight_bits", "quant.first_last_bits")),
+}  # fmt: skip
+
 
 def default() -> ConfigDict:
     """Returns all fields with their defaults; `model`, `data` and the start are left to fill in.
@@ -161,23 +187,17 @@ def validate(config: ConfigDict) -> None:
     for path, allowed in CHOICES.items():
         value = _get(config, path)
         _require(value in allowed, path, value, f"one of {', '.join(allowed)}")
-    positive = ["batch_size", "log_every_steps", "checkpoint_every_steps", "data.image_size",
-                "data.channels", "data.num_classes", "eval.batch_size", "budget.value"]  # fmt: skip
-    for path in positive:
-        _require(_get(config, path) > 0, path, _get(config, path), "more than 0")
-    not_negative = ["eval.every_steps", "eval.bn_reestimate_batches", "full_precision.epochs",
-                    "bit_meta.epochs", "bit_search.epochs", "weight_training.act_epochs",
-                    "weight_training.epochs", "bit_search.budget_weight"]  # fmt: skip
-    for path in not_negative:
-        value = _get(config, path)
-        _require(math.isfinite(value) and value >= 0, path, value, "0 or more")
+    for expected, (holds, paths) in _RANGES.items():
+        for path in paths:
+            value = _get(config, path)
+            _require(math.isfinite(value) and holds(value), path, value, expected)
     bits = tuple(config.quant.act_bits)
     _require(
-        bits and len(set(bits)) == len(bits) and all(b in range(2, 9) for b in bits),
-        "quant.act_bits", bits, "different bit-widths from 2 to 8, such as (8, 4, 2)",
+        len(bits) >= 2
+        and len(set(bits)) == len(bits)
+        and all(isinstance(b, int) and 2 <= b <= 8 for b in bits),
+        "quant.act_bits", bits, "two or more different bit-widths from 2 to 8, such as (8, 4, 2)",
     )  # fmt: skip
-    for path in ("quant.weight_bits", "quant.first_last_bits"):
-        _require(2 <= _get(config, path) <= 8, path, _get(config, path), "2 to 8")
     if config.search.searcher == "uniform":
         value = config.search.uniform_bits
         _require(value in bits, "search.uniform_bits", value, f"one of quant.act_bits {bits}")
@@ -187,7 +207,11 @@ def validate(config: ConfigDict) -> None:
     if config.search.searcher == "none":
         value = config.full_precision.epochs
         _require(value > 0, "full_precision.epochs", value, "more than 0 for searcher none")
-    elif not config.pretrained:
+    else:
+        value = config.weight_training.epochs
+        _require(value > 0, "weight_training.epochs", value, "more than 0, or nothing would "
+                 "quantize the weights")  # fmt: skip
+    if config.search.searcher != "none" and not config.pretrained:
         _require(
             config.full_precision.epochs > 0, "full_precision.epochs", config.full_precision.epochs,
             "more than 0, or config.pretrained naming trained weights to start from",
@@ -195,8 +219,8 @@ def validate(config: ConfigDict) -> None:
     for path in ("mean", "std"):
         value = tuple(config.data[path])
         _require(
-            len(value) in (1, config.data.channels), f"data.{path}", value,
-            f"1 or {config.data.channels} values, one per channel",
+            len(value) in (1, config.data.channels) and all(map(math.isfinite, value)),
+            f"data.{path}", value, f"1 or {config.data.channels} numbers, one per channel",
         )  # fmt: skip
     _require(min(config.data.std) > 0, "data.std", tuple(config.data.std), "values above 0")
     needs_teacher = config.loss != "cross_entropy"

@@ -172,7 +172,7 @@ def _require_feasible(budget: Budget, config_budget: ConfigDict) -> None:
         f"config.budget.value={config_budget.value} ({config_budget.unit}) is "
         f"{budget.limit:.6g} {budget.unit}, but this network reaches {least:.6g} to {most:.6g} "
         f"{budget.unit} with its candidate bit-widths; nearest feasible value: "
-        f"{in_config_unit:.9g}"
+        f"{in_config_unit:.12g}"
     )
 
 

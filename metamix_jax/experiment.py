@@ -145,7 +145,9 @@ def load_teacher(
     """
     if not config.teacher.path:
         return None, {}
-    model = models.make(config.teacher.model, config.data.num_classes, QuantSettings())
+    model = models.make(
+        config.teacher.model, config.data.num_classes, QuantSettings(), "config.teacher.model"
+    )
     teacher = Network(model, "", image_shape, {}, None)
     shapes = abstract_variables(teacher)
     target = {name: shapes[name] for name in ("params", "batch_stats")}

@@ -100,7 +100,8 @@ def make_schedule(
     spans, start, calibrated = [], 0, False
     for name in ("full_precision", *searcher_phases):
         phase = PHASES[name]
-        steps = math.ceil(epochs[name] * steps_per_epoch)
+        # Rounded first: 51 / 390.625 epochs are 51 steps, not 52.
+        steps = math.ceil(round(epochs[name] * steps_per_epoch, 6))
         if steps == 0:
             continue
         calibrates_acts = phase.quantizes and not calibrated

@@ -69,7 +69,7 @@ def check_policy(policy: Any, costs: LayerCosts, source: str) -> None:
         expected = {"act_bits": cost.act_bits, "weight_bits": (cost.weight_bits,)}
         for field, allowed in expected.items():
             value = row.get(field) if isinstance(row, dict) else None
-            if value not in allowed:
+            if not isinstance(value, int) or value not in allowed:
                 raise UserError(f"{source}: {path}: {field}={value!r}, expected one of {allowed}")
 
 

@@ -93,7 +93,8 @@ class PositiveStep(NamedTuple):
 
 def _floor_straight_through(raw: jax.Array) -> jax.Array:
     # The gradient passes below the floor too, so that a step that fell there can climb back.
-    return raw + jax.lax.stop_gradient(jnp.maximum(raw, STEP_FLOOR) - raw)
+    fixed = jax.lax.stop_gradient(raw)
+    return jnp.maximum(fixed, STEP_FLOOR) + (raw - fixed)
 
 
 POSITIVE_STEPS = {

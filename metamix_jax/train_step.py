@@ -209,7 +209,7 @@ def make_update(
             opt_states=state.opt_states | {update.name: opt_state},
         )
         metrics = jax.tree.map(lambda *values: sum(values) / len(values), *rows)
-        return state, metrics | {"gradient_norm": optax.global_norm(gradient)}
+        return state, metrics | {"gradient_norm": optax.tree.norm(gradient)}
 
     return apply_update
 

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,4 +13,10 @@ if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
 import jax  # noqa: E402  reads the environment on import
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
+def strict_dtypes():
+    """Forbids implicit dtype promotion; for all but optimizers, whose Adam (optax) relies on it."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -15,9 +16,14 @@ from metamix_jax.quantizers import (
     scale_gradient,
 )
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 WIDTHS = (2, 3, 4, 8)
 SHIFTS = (0.0, 3 / 8)
 INF = np.inf
+VARIANTS = pytest.mark.parametrize(
+    ("bits", "signed", "shift"), list(itertools.product(WIDTHS, (False, True), SHIFTS))
+)
 
 LEVELS = [  # bits, signed, input in units of the step, level
     (2, False, (-INF, -9, -0.5, 0.5, 0.75, 1.5, 2.5, 3.5, 4, INF), (0, 0, 0, 0, 1, 2, 2, 3, 3, 3)),
@@ -27,8 +33,20 @@ LEVELS = [  # bits, signed, input in units of the step, level
     (4, False, (-3, 0.5, 7.5, 8.5, 14.5, 15.25, 15.5, 99), (0, 0, 8, 8, 14, 15, 15, 15)),
     (4, True, (-8, -7.5, -6.5, -5.5, 5.5, 6.5, 7.5, 8), (-7, -7, -6, -6, 6, 6, 7, 7)),
     (8, False, (-1, 0.5, 127.5, 128.5, 254.5, 255.5, 1e30), (0, 0, 128, 128, 254, 255, 255)),
-    (8, True, (-1e30, -127.5, -126.5, 0.25, 125.5, 127.5, INF), (-127, -127, -126, 0, 126, 127, 127)),
+    (8, True, (-1e30, -127.5, -126.5, 125.5, 127.5, INF), (-127, -127, -126, 126, 127, 127)),
 ]  # fmt: skip
+
+
+# Few compilations for many variants; test_traced_bits_equal_static_bits covers the difference.
+quantize = jax.jit(fake_quant, static_argnames=("signed", "shift"))
+
+
+@functools.partial(jax.jit, static_argnames=("signed", "shift"))
+def gradients(cotangent, x, step, bits, *, signed, shift=0.0):
+    def forward(x, step):
+        return fake_quant(x, step, bits, signed=signed, shift=shift)
+
+    return jax.vjp(forward, x, step)[1](cotangent)
 
 
 def random_input(shape, seed=0, scale=2.0):
@@ -73,9 +91,7 @@ def test_unit_anchor():
     np.testing.assert_allclose(dstep, 5.7 / np.sqrt(35), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("bits", "signed", "shift"), itertools.product(WIDTHS, (False, True), SHIFTS)
-)
+@VARIANTS
 def test_gradients_are_lsqs(bits, signed, shift):
     low, high = int_range(bits, signed)
     step = 1.3 / high**0.5
@@ -84,59 +100,51 @@ def test_gradients_are_lsqs(bits, signed, shift):
     from_tie = np.abs(ratio - np.floor(ratio) - 0.5)
     from_bound = np.minimum(abs(ratio - low), abs(ratio - high))
     keep = (from_tie > 1e-3) & (from_bound > 1e-3)
-    x, ratio = x[keep], ratio[keep]
+    assert keep.mean() > 0.9
     below, above = ratio < low, ratio > high
     assert below.any() and above.any() and not (below | above).all()
     slope = np.where(below, low, np.where(above, high, np.rint(ratio) - ratio))
-    cotangent = random_input(x.shape, seed=1)
+    cotangent = random_input(x.shape, seed=1) * keep
 
-    _, pullback = jax.vjp(
-        lambda x, s: fake_quant(x, s, bits, signed=signed, shift=shift), x, jnp.float32(step)
-    )
-    dx, dstep = pullback(jnp.asarray(cotangent))
+    dx, dstep = gradients(cotangent, x, np.float32(step), bits, signed=signed, shift=shift)
     np.testing.assert_allclose(dx, np.where(below | above, 0, cotangent), rtol=1e-6)
     expected = np.sum(slope * cotangent) / np.sqrt(x.size * high)
     tolerance = 1e-5 * np.abs(slope * cotangent).sum() / np.sqrt(x.size * high)
     np.testing.assert_allclose(dstep, expected, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("bits", "signed", "shift"), itertools.product(WIDTHS, (False, True), SHIFTS)
-)
+@VARIANTS
 def test_every_level_is_hit_and_none_outside(bits, signed, shift):
     low, high = int_range(bits, signed)
     step = np.float32(0.037)
-    x = jnp.linspace((low - 3) * step - shift, (high + 3) * step - shift, 5000)
-    y = np.asarray(fake_quant(x, step, bits, signed=signed, shift=shift))
+    x = np.linspace((low - 3) * step - shift, (high + 3) * step - shift, 5000, dtype=np.float32)
+    y = np.asarray(quantize(x, step, bits, signed=signed, shift=shift))
     levels = levels_of(y, step, shift)
     assert set(levels) == set(range(low, high + 1))
-    np.testing.assert_array_equal(y, levels.astype(np.float32) * step - np.float32(shift))
+    # Compiled, q * step - shift can be one operation with one rounding.
+    tolerance = np.spacing(high * step) if shift else 0
+    np.testing.assert_allclose(y, levels.astype(np.float32) * step - shift, rtol=0, atol=tolerance)
     assert (np.diff(y) >= 0).all()
 
 
-@pytest.mark.parametrize(
-    ("bits", "signed", "shift"), itertools.product(WIDTHS, (False, True), SHIFTS)
-)
+@VARIANTS
 def test_idempotent(bits, signed, shift):
     x, steps = random_input(2000), np.float32([0.0123, 0.1, 0.7])
     for step in steps:
-        once = fake_quant(x, step, bits, signed=signed, shift=shift)
-        assert bits_equal(once, fake_quant(once, step, bits, signed=signed, shift=shift))
+        once = quantize(x, step, bits, signed=signed, shift=shift)
+        assert bits_equal(once, quantize(once, step, bits, signed=signed, shift=shift))
 
 
 def test_per_channel_steps():
     x, steps = random_input((3, 3, 4, 5)), np.float32([0.05, 0.1, 0.3, 1.0, 3.0])
-
-    def quantize(x, step):
-        return fake_quant(x, step, 4, signed=True)
-
-    y, pullback = jax.vjp(quantize, jnp.asarray(x), jnp.asarray(steps))
-    _, dsteps = pullback(jnp.ones_like(y))
+    y = quantize(x, steps, 4, signed=True)
+    _, dsteps = gradients(np.ones_like(x), x, steps, 4, signed=True)
+    assert dsteps.shape == (5,)
     for channel, step in enumerate(steps):
-        part, pull_part = jax.vjp(quantize, jnp.asarray(x[..., channel]), jnp.asarray(step))
-        assert bits_equal(y[..., channel], part)
+        part = np.ascontiguousarray(x[..., channel])
+        assert bits_equal(y[..., channel], quantize(part, step, 4, signed=True))
         # N of the gradient scale counts the whole kernel, not the channel.
-        expected = pull_part(jnp.ones_like(part))[1] / len(steps) ** 0.5
+        expected = gradients(np.ones_like(part), part, step, 4, signed=True)[1] / 5**0.5
         np.testing.assert_allclose(dsteps[channel], expected, rtol=1e-5)
 
 
@@ -157,9 +165,8 @@ def test_scale_gradient_scales():
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_round_ste_is_exact(wrap, dtype):
-    x = jnp.concatenate(
-        [jnp.linspace(-260, 260, 50_001), jnp.arange(-256, 256) + 0.5, jnp.float32([1e-30, 1e30])]
-    ).astype(dtype)
+    numbers = [np.linspace(-260, 260, 50_001), np.arange(-256, 256) + 0.5, [1e-30, -1e30]]
+    x = jnp.asarray(np.concatenate(numbers), dtype)
     np.testing.assert_array_equal(wrap(round_ste)(x), jnp.round(x))
     np.testing.assert_array_equal(round_ste(jnp.float32([0.5, 1.5, 2.5, -0.5])), [0, 2, 2, 0])
 
@@ -170,24 +177,25 @@ def test_round_ste_passes_the_gradient():
     np.testing.assert_array_equal(gradient, 2 * np.rint(x))
 
 
-def test_traced_bits_equal_static_bits():
-    x, step = random_input(5000), jnp.float32(0.0371)
-    for signed, shift in itertools.product((False, True), SHIFTS):
+@pytest.mark.parametrize("signed", [False, True])
+def test_traced_bits_equal_static_bits(signed):
+    x, step = random_input(5000), np.float32(0.0371)
+    traces = []
 
-        def loss_and_output(x, step, bits, signed=signed, shift=shift):
-            y = fake_quant(x, step, bits, signed=signed, shift=shift)
-            return jnp.sum(y * x), y
+    def output_and_gradients(x, step, bits):
+        traces.append(bits)
+        y, pullback = jax.vjp(lambda x, s: fake_quant(x, s, bits, signed=signed), x, step)
+        return y, *pullback(x)
 
-        function = jax.value_and_grad(loss_and_output, argnums=(0, 1), has_aux=True)
-        traced = jax.jit(function)
-        static = jax.jit(function, static_argnums=2)
-        for bits in WIDTHS:
-            ((_, y), (dx, dstep)) = traced(x, step, jnp.int32(bits))
-            ((_, y_static), (dx_static, dstep_static)) = static(x, step, bits)
-            assert bits_equal(y, y_static)
-            assert bits_equal(dx, dx_static)
-            np.testing.assert_allclose(dstep, dstep_static, rtol=1e-5)
-        assert traced._cache_size() == 1
+    traced = jax.jit(output_and_gradients)
+    for bits in WIDTHS:
+        static = jax.jit(functools.partial(output_and_gradients, bits=bits))
+        y, dx, dstep = traced(x, step, jnp.int32(bits))
+        y_static, dx_static, dstep_static = static(x, step)
+        assert bits_equal(y, y_static)
+        assert bits_equal(dx, dx_static)
+        np.testing.assert_allclose(dstep, dstep_static, rtol=1e-5)
+    assert len(traces) == 1 + len(WIDTHS)  # one compilation serves every traced width
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -195,15 +203,13 @@ def test_shifted_quantizer_represents_the_minimum_of_hswish(bits):
     x = jnp.linspace(-4, 4, 2001)
     hswish = x * jnp.clip(x + 3, 0, 6) / 6
     assert hswish.min() == -3 / 8
-    y = fake_quant(hswish, jnp.float32(0.0917), bits, signed=False, shift=3 / 8)
+    y = quantize(hswish, jnp.float32(0.0917), bits, signed=False, shift=3 / 8)
     assert y[jnp.argmin(hswish)] == -3 / 8
     assert y.min() == -3 / 8
-    assert fake_quant(jnp.float32(-5), jnp.float32(0.1), bits, signed=False, shift=3 / 8) == -3 / 8
+    assert quantize(jnp.float32(-5), jnp.float32(0.1), bits, signed=False, shift=3 / 8) == -3 / 8
 
 
-@pytest.mark.parametrize(
-    ("bits", "signed", "shift"), itertools.product(WIDTHS, (False, True), SHIFTS)
-)
+@VARIANTS
 def test_init_step(bits, signed, shift):
     x = random_input((6, 7, 5), seed=bits)
     high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1

@@ -13,8 +13,13 @@ MODELS = {"cifar_resnet": CifarResNet, "resnet18": ResNet18}
 _SHARED = {"num_classes", "settings", "parent", "name"}  # not from config.model
 
 
-def make(config_model: ConfigDict, num_classes: int, settings: QuantSettings) -> nn.Module:
-    """Returns the network that `config_model` names.
+def make(
+    config_model: ConfigDict,
+    num_classes: int,
+    settings: QuantSettings,
+    source: str = "config.model",
+) -> nn.Module:
+    """Returns the network that `config_model`, the field called `source`, names.
 
     Raises:
       UserError: unknown network, unknown field of it, or a value it cannot take.
@@ -22,12 +27,13 @@ def make(config_model: ConfigDict, num_classes: int, settings: QuantSettings) ->
     fields = dict(config_model)
     name = fields.pop("name")
     if name not in MODELS:
-        raise UserError(f"config.model.name={name!r}: unknown network; {suggestion(name, MODELS)}")
+        raise UserError(f"{source}.name={name!r}: unknown network; {suggestion(name, MODELS)}")
     known = {field.name for field in dataclasses.fields(MODELS[name])} - _SHARED
     for key in set(fields) - known:
-        raise UserError(f"config.model.{key}: {name} has no such field; {suggestion(key, known)}")
+        hint = suggestion(key, known) if known else "it takes none"
+        raise UserError(f"{source}.{key}: {name} has no such field; {hint}")
     if name == "cifar_resnet":
-        _check_cifar_resnet(fields)
+        _check_cifar_resnet(fields, source)
     return MODELS[name](num_classes=num_classes, settings=settings, **fields)
 
 
@@ -36,11 +42,11 @@ def label(config_model: ConfigDict) -> str:
     return f"{config_model.name}{config_model.get('depth', '')}"
 
 
-def _check_cifar_resnet(fields: dict) -> None:
+def _check_cifar_resnet(fields: dict, source: str) -> None:
     depth = fields.get("depth", 20)
     if depth < 8 or (depth - 2) % 6:
-        raise UserError(f"config.model.depth={depth}: expected 6 n + 2, such as 8, 20, 32, 56")
+        raise UserError(f"{source}.depth={depth}: expected 6 n + 2, such as 8, 20, 32, 56")
     if fields.get("width", 16) < 1:
-        raise UserError(f"config.model.width={fields['width']}: expected at least 1")
+        raise UserError(f"{source}.width={fields['width']}: expected at least 1")
     if fields.get("shortcut", "identity") not in ("identity", "conv"):
-        raise UserError(f"config.model.shortcut={fields['shortcut']!r}: expected identity or conv")
+        raise UserError(f"{source}.shortcut={fields['shortcut']!r}: expected identity or conv")

@@ -50,9 +50,9 @@ class BasicBlock(nn.Module):
                 x = conv("downsample_conv", self.stride, kernel_size=1)(x, precision)
                 x = _batch_norm("downsample_bn", train)(x)
             else:
-                margin = (self.features - x.shape[-1]) // 2
+                extra = self.features - x.shape[-1]
                 x = x[:, :: self.stride, :: self.stride]
-                x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (margin, margin)))
+                x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
         return nn.relu(x + y)
 
 

@@ -6,6 +6,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag, csr_array
 
+TOLERANCE = 1e-9  # of the limit, for sums that are equal but for rounding
+
 
 def maximise(
     values: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], limit: float
@@ -24,20 +26,25 @@ def maximise(
     value = np.concatenate([np.asarray(values[path], float) for path in paths])
     cost = np.concatenate([np.asarray(costs[path], float) for path in paths])
     one_each = csr_array(block_diag([np.ones((1, len(values[path]))) for path in paths]))
-    # Scaled so that the solver's absolute tolerance is far below any layer's cost; the sliver
-    # taken off keeps that tolerance from letting a policy out of its budget.
-    result = milp(
-        -value,
-        integrality=np.ones_like(value),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(cost[None] / limit, -np.inf, 1 + 1e-9),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    if result.x is None:
-        raise ValueError(f"no choice costs {limit} or less: {result.message}")
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(cost[None] / limit, -np.inf, 1 + TOLERANCE),
+    ]
+    while True:
+        result = milp(
+            -value,
+            integrality=np.ones_like(value),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            raise ValueError(f"no choice costs {limit} or less: {result.message}")
+        picked = np.round(result.x)
+        if cost @ picked <= limit * (1 + TOLERANCE):
+            break
+        # The solver's own tolerance let this choice through: forbid it and solve again.
+        constraints.append(LinearConstraint(picked[None], -np.inf, len(paths) - 1))
     ends = np.cumsum([len(values[path]) for path in paths])[:-1]
-    picks = np.split(result.x, ends)
+    picks = np.split(picked, ends)
     return {path: int(np.argmax(pick)) for path, pick in zip(paths, picks, strict=True)}

@@ -1,0 +1,539 @@
+"""Whole runs through `python main.py` on a tiny network: kills, resuming, modes, bad input."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import main
+from configs import digits
+from metamix_jax import experiment, sharding
+from metamix_jax.checkpoints import DIRECTORY, Checkpoints
+from metamix_jax.phases import phase_at
+
+ROOT = Path(__file__).parents[1]
+CONFIG_FILE = "configs/digits.py"
+# 16 steps in each of the 5 phases.
+TINY = {
+    "model.width": 4,
+    "quant.act_bits": (4, 2),
+    "log_every_steps": 1,
+    "checkpoint_every_steps": 5,
+    "eval.bn_reestimate_batches": 2,
+    "full_precision.epochs": 0.7,
+    "bit_meta.epochs": 0.7,
+    "bit_search.epochs": 0.7,
+    "weight_training.act_epochs": 0.7,
+    "weight_training.epochs": 0.7,
+}
+TOTAL = 80
+TIMEOUT = 300  # seconds, for one process
+
+
+def tiny_config(**overrides):
+    config = digits.get_config()
+    config.update_from_flattened_dict(TINY | overrides)
+    return config
+
+
+def command(*arguments, config_file=CONFIG_FILE, **overrides):
+    settings = [f"--config.{key}={value}" for key, value in (TINY | overrides).items()]
+    return [sys.executable, "main.py", f"--config={config_file}", *settings, *arguments]
+
+
+class Processes:
+    """Starts `main.py` with a compilation cache that all tests share."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def environment(self, devices):
+        return os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            # Little optimization halves the time of the first run.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
+            " --xla_backend_optimization_level=0",
+        }
+
+    def finish(self, arguments, *, devices=1):
+        return subprocess.run(
+            arguments,
+            cwd=ROOT,
+            env=self.environment(devices),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+
+    def result(self, arguments, *, devices=1):
+        """Runs to the end and returns what the RESULT line says."""
+        done = self.finish(arguments, devices=devices)
+        assert done.returncode == 0, done.stderr
+        last = done.stdout.splitlines()[-1]
+        assert last.startswith("RESULT ") and done.stdout.count("RESULT ") == 1
+        return json.loads(last.removeprefix("RESULT "))
+
+    def kill_at(self, arguments, workdir, phase, step):
+        """Starts a run and kills it once metrics.jsonl says that `phase` has come to `step`."""
+        log = workdir.with_name("killed.log")
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                arguments, cwd=ROOT, env=self.environment(1), stdout=output, stderr=output
+            )
+        try:
+            deadline = time.monotonic() + TIMEOUT
+            while not (rows := rows_of(workdir)) or (rows[-1]["step"], rows[-1]["phase"]) < (
+                step,
+                phase,
+            ):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.002)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == -signal.SIGKILL
+        # The loop above can have been late; then the kill was at the end of the phase.
+        assert rows_of(workdir)[-1]["phase"] == phase
+
+
+def rows_of(workdir):
+    """Returns the rows of metrics.jsonl, without a line that is being written."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+    return []
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """Shared by the workers of pytest-xdist too."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "end_to_end"
+    folder.mkdir(exist_ok=True)
+    return Processes(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(processes):
+    """Workdir of one uninterrupted run, and its RESULT; not to be written to."""
+    workdir, result = processes.folder / "finished", processes.folder / "finished.json"
+    with (processes.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker runs it, the others wait
+        if not result.exists():
+            found = processes.result(command(f"--workdir={workdir}"))
+            result.write_text(json.dumps(found))
+    return workdir, json.loads(result.read_text())
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """A copy of the finished workdir that may be changed."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def files_of(folder):
+    """Returns path -> content of everything in `folder`."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def final_leaves(workdir, step=TOTAL):
+    """Returns path -> array of everything in a checkpoint: weights, optimizer states, key."""
+    config = tiny_config()
+    network = experiment.make_network(config)
+    schedule = experiment.make_schedule(config, 1437)
+    target = experiment.abstract_state(config, network, phase_at(step - 1, schedule))
+    with Checkpoints(workdir / DIRECTORY, create=False) as checkpoints:
+        assert checkpoints.latest_step == step
+        state = checkpoints.restore(step, target, sharding.make_mesh())
+    state = state.replace(rng=jax.random.key_data(state.rng))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_run(workdir, reference):
+    """Asserts that two runs left the same bits."""
+    found, expected = final_leaves(workdir), final_leaves(reference)
+    assert found.keys() == expected.keys()
+    different = [path for path in found if found[path].tobytes() != expected[path].tobytes()]
+    assert not different
+    for name in ("metrics.jsonl", "policy.json"):
+        assert (workdir / name).read_bytes() == (reference / name).read_bytes()
+
+
+# Whole runs ------------------------------------------------------------------------------------
+
+
+def test_files_of_a_finished_run(finished):
+    workdir, result = finished
+    names = {path.name for path in workdir.iterdir()}
+    assert names >= {
+        "config.json", "policy.json", "metrics.jsonl", "tensorboard", "checkpoints", "results.json",
+    }  # fmt: skip
+    summary = json.loads((workdir / "results.json").read_text())
+    assert summary.items() >= result.items()
+    assert result["mode"] == "train" and result["searcher"] == "metamix"
+    assert result["model"] == "cifar_resnet8" and result["examples"] == 360
+    assert result["top1"] == 100 * result["correct"] / 360
+    assert result["gbops"] <= result["budget_gbops"]
+    assert 2 <= result["average_act_bits"] <= 4
+    assert result["workdir"] == str(workdir)
+    assert {name: row["steps"] for name, row in summary["phases"].items()} == {
+        "full_precision": 16, "bit_meta": 16, "bit_search": 16, "act_training": 16,
+        "weight_training": 16,
+    }  # fmt: skip
+    policy = json.loads((workdir / "policy.json").read_text())
+    assert policy["gbops"] == result["gbops"]
+    # One row for each step, and none twice.
+    rows = rows_of(workdir)
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps == list(range(1, TOTAL + 1))
+    keys = [
+        (row["step"], row["phase"], row.get("precision"), row.get("statistics")) for row in rows
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_killed_in_every_phase_and_stopped_after_the_search_it_is_the_same_run(
+    processes, finished, tmp_path
+):
+    workdir = tmp_path / "run"
+    reference, result = finished
+    search = command(f"--workdir={workdir}", "--mode=search")
+    train = command(f"--workdir={workdir}")
+    # At different places: before a phase's first checkpoint, on one, between two.
+    processes.kill_at(search, workdir, "full_precision", 3)
+    processes.kill_at(search, workdir, "bit_meta", 16 + 9)
+    processes.kill_at(search, workdir, "bit_search", 32 + 8)
+    searched = processes.result(search)
+    policy = json.loads((workdir / "policy.json").read_text())
+    fields = {
+        "mode", "model", "searcher", "top1", "correct", "examples", "gbops", "budget_gbops",
+        "average_act_bits", "seconds", "workdir",
+    }  # fmt: skip
+    assert fields <= searched.keys()
+    assert searched["mode"] == "search" and searched["gbops"] == policy["gbops"]
+    for name in ("model", "searcher", "budget_gbops", "average_act_bits", "gbops", "examples"):
+        assert searched[name] == result[name]
+    assert max(row["step"] for row in rows_of(workdir)) == 48
+
+    processes.kill_at(train, workdir, "act_training", 48 + 2)
+    processes.kill_at(train, workdir, "weight_training", 64 + 12)
+    trained = processes.result(train)
+    own = ("seconds", "workdir")
+    assert {k: v for k, v in trained.items() if k not in own} == {
+        k: v for k, v in result.items() if k not in own
+    }
+    assert_same_run(workdir, reference)
+
+    # A search in a workdir that has gone further changes nothing and says what was found.
+    before = json.loads((workdir / "results.json").read_text())
+    again = processes.result(search)
+    assert again["mode"] == "search"
+    assert {k: v for k, v in again.items() if k != "seconds"} == {
+        k: v for k, v in searched.items() if k != "seconds"
+    }
+    assert json.loads((workdir / "results.json").read_text()) == before
+    assert_same_run(workdir, reference)
+
+
+def test_run_again_when_finished(processes, finished, finished_copy):
+    result = finished[1]
+    done = processes.finish(command(f"--workdir={finished_copy}"))
+    assert done.returncode == 0
+    assert "finished" in done.stderr
+    assert "compiling" not in done.stderr
+    again = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
+    assert again == result | {"workdir": str(finished_copy)}
+    assert_same_run(finished_copy, finished[0])
+
+
+def test_leftovers_of_a_kill_are_ignored(processes, finished, finished_copy):
+    checkpoints = finished_copy / DIRECTORY
+    newest = checkpoints / str(TOTAL)
+    # A checkpoint that was being written, and one line of metrics torn.
+    shutil.copytree(newest, checkpoints / f"{TOTAL}.orbax-checkpoint-tmp-0")
+    shutil.rmtree(checkpoints / f"{TOTAL}.orbax-checkpoint-tmp-0" / "params")
+    (checkpoints / f"{TOTAL}.orbax-checkpoint-tmp-0" / "commit_success.txt").unlink(missing_ok=True)
+    shutil.rmtree(newest)
+    (finished_copy / "results.json").unlink()
+    with (finished_copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 81, "pha')
+    result = processes.result(command(f"--workdir={finished_copy}"))
+    assert result["correct"] == finished[1]["correct"]
+    assert_same_run(finished_copy, finished[0])
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_evaluate_counts_as_training_did(devices, processes, finished):
+    workdir, result = finished
+    before = files_of(workdir)
+    arguments = command(f"--workdir={workdir}", "--mode=evaluate")
+    found = processes.result(arguments, devices=devices)
+    assert files_of(workdir) == before
+    assert found.keys() == {
+        "mode", "checkpoint_step", "top1", "top5", "correct", "examples", "gbops",
+    }  # fmt: skip
+    assert found["mode"] == "evaluate" and found["checkpoint_step"] == TOTAL
+    for name in ("top1", "top5", "correct", "examples", "gbops"):
+        assert found[name] == result[name], name
+
+
+def test_evaluate_takes_the_checkpoint_it_is_told(processes, finished, tmp_path):
+    workdir, _ = finished
+    arguments = command(
+        f"--workdir={tmp_path}", "--mode=evaluate", checkpoint=workdir / DIRECTORY / "75"
+    )
+    found = processes.result(arguments)
+    assert found["checkpoint_step"] == 75
+    assert found["examples"] == 360
+    assert not list(tmp_path.iterdir())
+
+
+def test_searcher_uniform(processes, tmp_path):
+    settings = {
+        "search.searcher": "uniform",
+        "search.uniform_bits": 2,
+        "weight_training.act_epochs": 0,
+    }
+    result = processes.result(command(f"--workdir={tmp_path / 'run'}", **settings))
+    assert result["searcher"] == "uniform" and result["average_act_bits"] == 2
+    assert max(row["step"] for row in rows_of(tmp_path / "run")) == 32
+    policy = json.loads((tmp_path / "run/policy.json").read_text())
+    bits = {path: row["act_bits"] for path, row in policy["layers"].items()}
+    assert bits.pop("conv1") == bits.pop("fc") == 8
+    assert set(bits.values()) == {2}
+
+
+def test_searcher_none_and_its_network_as_a_teacher(processes, tmp_path):
+    settings = {"search.searcher": "none"}
+    teacher = tmp_path / "teacher"
+    result = processes.result(command(f"--workdir={teacher}", **settings))
+    assert result["searcher"] == "none" and result["average_act_bits"] == 32
+    assert result["budget_gbops"] is None
+    assert max(row["step"] for row in rows_of(teacher)) == 16
+    assert not (teacher / "policy.json").exists()
+
+    config_file = tmp_path / "distil.py"
+    config_file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "from configs import digits\n"
+        "def get_config():\n"
+        "    config = digits.get_config()\n"
+        "    config.loss = 'distillation'\n"
+        "    with config.unlocked():\n"
+        "        config.teacher.model = ConfigDict({'name': 'cifar_resnet', 'depth': 8, "
+        "'width': 4, 'shortcut': 'conv'})\n"
+        "    return config\n"
+    )
+    student = tmp_path / "student"
+    arguments = command(
+        f"--workdir={student}",
+        config_file=config_file,
+        **settings,
+        **{"teacher.path": teacher, "seed": 1},
+    )
+    assert processes.result(arguments)["examples"] == 360
+    # The soft targets of a weak teacher are nearly uniform over 10 classes.
+    losses = [row["loss"] for row in rows_of(student) if row["kind"] == "train"]
+    assert losses != [row["loss"] for row in rows_of(teacher) if row["kind"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_budget_in_average_bits(processes, tmp_path):
+    settings = {
+        "full_precision.epochs": 0.05,
+        "bit_meta.epochs": 0,
+        "bit_search.epochs": 0.1,
+        "budget.unit": "average_act_bits",
+        "budget.value": 2.5,
+    }
+    result = processes.result(command(f"--workdir={tmp_path / 'run'}", "--mode=search", **settings))
+    assert 2 <= result["average_act_bits"] <= 2.5
+    assert result["gbops"] <= result["budget_gbops"]
+    policy = json.loads((tmp_path / "run/policy.json").read_text())
+    config = tiny_config(**settings)
+    costs = experiment.make_network(config).costs
+    searched = {path: cost.act_elements for path, cost in costs.items() if cost.searched}
+    bits = sum(policy["layers"][path]["act_bits"] * n for path, n in searched.items())
+    assert bits / sum(searched.values()) == pytest.approx(result["average_act_bits"])
+
+
+# Bad input -------------------------------------------------------------------------------------
+
+
+def assert_one_error_line(stderr, *parts):
+    """Asserts that the mistake is told in one line, the last, which holds `parts`."""
+    lines = stderr.splitlines()
+    assert "Traceback" not in stderr
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], stderr
+    for part in parts:
+        assert re.search(part, lines[-1]), lines[-1]
+    return lines
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--config.bit_meta.epoch=3"], ["bit_meta.epoch", "did you mean 'epochs'"]),
+        (["--config.seed=many"], ["seed", "many"]),
+        (["--mode=trane"], ["mode", "trane", "evaluate"]),
+        (["--config=configs/digit.py"], ["configs/digit.py"]),
+        (["stray"], ["stray"]),
+        ([], ["--workdir"]),
+    ],
+    ids=["unknown key", "bad value", "unknown mode", "missing file", "stray", "no workdir"],
+)
+def test_mistakes_on_the_command_line(arguments, parts, processes):
+    done = processes.finish([sys.executable, "main.py", *arguments])
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(assert_one_error_line(done.stderr, *parts)) == 1
+
+
+def test_unknown_key_in_a_configuration_file(processes, tmp_path):
+    config_file = tmp_path / "mistaken.py"
+    config_file.write_text(
+        "from configs import digits\n"
+        "def get_config():\n"
+        "    config = digits.get_config()\n"
+        "    config.batchsize = 3\n"
+        "    return config\n"
+    )
+    arguments = [sys.executable, "main.py", f"--config={config_file}", f"--workdir={tmp_path}/run"]
+    done = processes.finish(arguments)
+    assert done.returncode == 2
+    assert len(assert_one_error_line(done.stderr, "batchsize", "batch_size")) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_without_a_checkpoint(processes, tmp_path):
+    done = processes.finish(command(f"--workdir={tmp_path}", "--mode=evaluate"))
+    assert done.returncode == 2
+    assert len(assert_one_error_line(done.stderr, "no checkpoints", str(tmp_path))) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Runs main() in this process, which has 2 devices; returns exit code and stderr."""
+    handlers = logging.getLogger().handlers[:]
+
+    def run(config, workdir, mode="train"):
+        parsed = types.SimpleNamespace(config=config, workdir=str(workdir), mode=mode)
+        monkeypatch.setattr(main.flags, "FLAGS", parsed)
+        code = main.main([])
+        return code, capsys.readouterr().err
+
+    yield run
+    logging.getLogger().handlers[:] = handlers
+
+
+def tfds_set(name, **overrides):
+    settings = {"data.name": name, "data.image_size": 32, "data.channels": 3}
+    return settings | {"data.mean": (0.5,), "data.std": (0.5,)} | overrides
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    "overrides, parts",
+    [
+        ({"loss": "crossentropy"}, ["config.loss='crossentropy'", "cross_entropy"]),
+        ({"model.name": "resnet"}, ["config.model.name='resnet'", "did you mean"]),
+        ({"budget.value": 0.01}, ["budget.value=0.01", "nearest feasible value"]),
+        ({"budget.value": 3.0}, ["budget.value=3.0", "nearest feasible value"]),
+        ({"batch_size": 63}, ["batch_size=63", "2 devices"]),
+        ({"data.train_split": "trian"}, ["data.train_split='trian'", "'train'"]),
+    ],
+    ids=["loss", "model", "budget too low", "budget too high", "batch", "split"],
+)
+def test_bad_values(overrides, parts, mode, run_here, finished_copy):
+    config = tiny_config(**overrides)
+    before = files_of(finished_copy)
+    code, stderr = run_here(config, finished_copy, mode)
+    assert code == 2
+    assert_one_error_line(stderr, *parts)
+    assert files_of(finished_copy) == before
+
+
+def test_bad_values_create_no_workdir(run_here, tmp_path):
+    code, stderr = run_here(tiny_config(**{"budget.value": 0.01}), tmp_path / "run")
+    assert code == 2
+    assert len(assert_one_error_line(stderr)) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_data(run_here, tmp_path):
+    folder = tmp_path / "tfds"
+    settings = tfds_set("cifar10", **{"data.data_dir": str(folder)})
+    code, stderr = run_here(tiny_config(**settings), tmp_path / "run")
+    assert code == 2
+    assert_one_error_line(stderr, "data.data_dir", "no such folder")
+    folder.mkdir()
+    for name in ("cifar10", "sifar10"):
+        settings = tfds_set(name, **{"data.data_dir": str(folder)})
+        code, stderr = run_here(tiny_config(**settings), tmp_path / "run")
+        assert code == 2
+        assert_one_error_line(stderr, f"data.name='{name}'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_start_weights(run_here, tmp_path):
+    wrong = tmp_path / "wrong.npz"
+    np.savez(wrong, weights=np.zeros((3, 3)))
+    for path, part in ((tmp_path / "missing.npz", "missing.npz"), (wrong, "wrong.npz")):
+        code, stderr = run_here(tiny_config(pretrained=str(path)), tmp_path / "run")
+        assert code == 2
+        assert_one_error_line(stderr, part)
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_with_another_configuration(run_here, finished_copy):
+    before = files_of(finished_copy)
+    config = tiny_config(**{"seed": 1, "bit_meta.learning_rate": 0.5})
+    code, stderr = run_here(config, finished_copy)
+    assert code == 2
+    assert_one_error_line(stderr, "another configuration", "seed: 0 there, 1 now", "learning_rate")
+    assert files_of(finished_copy) == before
+
+
+def test_evaluate_with_another_network(run_here, finished_copy):
+    before = files_of(finished_copy)
+    for overrides in ({"model.depth": 14}, {"model.width": 8}):
+        code, stderr = run_here(tiny_config(**overrides), finished_copy, "evaluate")
+        assert code == 2
+        assert_one_error_line(stderr, str(finished_copy))
+    assert files_of(finished_copy) == before
+
+
+@pytest.mark.parametrize("mode, item", [("evaluate", "params"), ("train", "training")])
+def test_truncated_checkpoint(mode, item, run_here, finished_copy):
+    newest = finished_copy / DIRECTORY / str(TOTAL)
+    if mode == "train":  # one that has not finished, or nothing would be restored
+        shutil.rmtree(newest)
+        newest = finished_copy / DIRECTORY / "75"
+    files = [path for path in (newest / item).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    before = files_of(finished_copy)
+    code, stderr = run_here(tiny_config(), finished_copy, mode)
+    assert code == 2
+    assert_one_error_line(stderr, f"{newest}: this checkpoint cannot be read", "move it away")
+    assert files_of(finished_copy) == before

@@ -1,0 +1,175 @@
+import itertools
+import logging
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from metamix_jax import cost
+from metamix_jax.cost import make_budget
+from metamix_jax.layers import LayerCost
+from metamix_jax.searchers import SEARCHERS, knapsack, metamix, uniform
+
+BITS = (8, 4, 2)
+
+
+def random_costs(rng, layers=4):
+    """Returns a network of hand-made layers, its first and last ones fixed at 8/8."""
+    fixed = {"act_bits": (8,), "weight_bits": 8}
+    searched = {"act_bits": BITS, "weight_bits": 4}
+    names = ["first", *(f"layer{i}" for i in range(layers)), "last"]
+    return {
+        name: LayerCost(
+            macs=int(rng.integers(10**5, 10**7)),
+            act_elements=int(rng.integers(100, 10_000)),
+            **(fixed if name in ("first", "last") else searched),
+        )
+        for name in names
+    }
+
+
+def random_logits(rng, costs):
+    return {
+        path: rng.normal(size=len(layer.act_bits)).astype(np.float32)
+        for path, layer in costs.items()
+        if layer.searched
+    }
+
+
+def budget_of(costs, value, unit="gbops"):
+    return make_budget(costs, ConfigDict({"value": value, "unit": unit}))
+
+
+def all_choices(values):
+    for picks in itertools.product(*(range(len(row)) for row in values.values())):
+        yield dict(zip(values, picks, strict=True))
+
+
+def total(table, choice):
+    return sum(table[path][k] for path, k in choice.items())
+
+
+def best_value(values, costs, limit):
+    feasible = [c for c in all_choices(values) if total(costs, c) <= limit * (1 + 1e-12)]
+    return max(total(values, choice) for choice in feasible)
+
+
+def log_shares(logits):
+    return {
+        path: row.astype(float) - np.log(np.exp(row.astype(float)).sum())
+        for path, row in logits.items()
+    }
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_knapsack_equals_brute_force(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 5, size=5)
+    values = {f"layer{i}": rng.normal(size=n).tolist() for i, n in enumerate(sizes)}
+    costs = {f"layer{i}": rng.uniform(0.01, 3, size=n).tolist() for i, n in enumerate(sizes)}
+    least = sum(min(row) for row in costs.values())
+    most = sum(max(row) for row in costs.values())
+    for limit in (least, 0.8 * least + 0.2 * most, 0.5 * (least + most), most, 2 * most):
+        choice = knapsack.maximise(values, costs, limit)
+        assert list(choice) == list(values)
+        assert total(costs, choice) <= limit * (1 + 1e-9)
+        assert total(values, choice) == pytest.approx(best_value(values, costs, limit), abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])
+def test_knapsack_at_the_least_cost_takes_the_cheapest_everywhere(scale):
+    rng = np.random.default_rng(5)
+    costs = {f"layer{i}": (scale * rng.uniform(0.1, 3, size=3)).tolist() for i in range(20)}
+    values = {path: row for path, row in costs.items()}  # what costs most is worth most
+    least = sum(min(row) for row in costs.values())
+    choice = knapsack.maximise(values, costs, least)
+    assert choice == {path: int(np.argmin(row)) for path, row in costs.items()}
+
+
+@pytest.mark.parametrize("excess", [1e-8, 1e-7, 1e-6, 1e-5])
+def test_knapsack_does_not_exceed_its_limit_by_a_little(excess):
+    choice = knapsack.maximise({"layer": (0.0, 1.0)}, {"layer": (1.0, 1.0 + excess)}, 1.0)
+    assert choice == {"layer": 0}
+
+
+def test_knapsack_without_a_feasible_choice():
+    with pytest.raises(ValueError, match="no choice costs 1.0 or less"):
+        knapsack.maximise({"layer": (0.0, 1.0)}, {"layer": (2.0, 3.0)}, 1.0)
+
+
+@pytest.mark.parametrize("unit", ["gbops", "average_act_bits"])
+@pytest.mark.parametrize("seed", range(4))
+def test_argmax_inside_the_budget_is_kept(seed, unit):
+    rng = np.random.default_rng(seed)
+    costs = random_costs(rng)
+    logits = random_logits(rng, costs)
+    argmax = {path: BITS[int(np.argmax(row))] for path, row in logits.items()}
+    argmax |= {"first": 8, "last": 8}
+    spent = cost.bops(costs, argmax) / 1e9
+    if unit == "average_act_bits":
+        spent = cost.average_act_bits(costs, argmax)
+    # At the limit itself too, whatever order the sums are made in.
+    assert metamix.choose(logits, costs, budget_of(costs, spent, unit), ConfigDict()) == argmax
+
+
+@pytest.mark.parametrize("unit", ["gbops", "average_act_bits"])
+@pytest.mark.parametrize("seed", range(4))
+def test_argmax_above_the_budget_is_projected_to_the_most_probable_inside(seed, unit, caplog):
+    rng = np.random.default_rng(100 + seed)
+    costs = random_costs(rng)
+    logits = random_logits(rng, costs)
+    for row in logits.values():
+        row[0] += 3  # towards 8 bits everywhere
+    most = budget_of(costs, 4.0, "average_act_bits")
+    if unit == "gbops":
+        totals = cost.totals(costs)
+        value = 0.6 * totals["gbops_min"] + 0.4 * totals["gbops_max"]
+        budget = budget_of(costs, value)
+    else:
+        budget = most
+    with caplog.at_level(logging.INFO):
+        chosen = metamix.choose(logits, costs, budget, ConfigDict())
+    assert list(sorted(chosen)) == sorted(costs)
+    assert (chosen["first"], chosen["last"]) == (8, 8)
+    assert budget.cost(chosen, costs) <= budget.limit * (1 + 1e-9)
+    shares = log_shares(logits)
+    value = total(shares, {path: BITS.index(chosen[path]) for path in shares})
+    room = budget.limit - budget.fixed_cost
+    assert value == pytest.approx(best_value(shares, budget.branch_costs, room), abs=1e-5)
+    # The log says what was changed.
+    argmax = {path: BITS[int(np.argmax(row))] for path, row in logits.items()}
+    for path in logits:
+        note = f"{path} {argmax[path]}->{chosen[path]}"
+        assert (note in caplog.text) == (argmax[path] != chosen[path])
+
+
+def test_budget_at_the_least_cost_leaves_the_narrowest_policy():
+    rng = np.random.default_rng(0)
+    costs = random_costs(rng, layers=12)
+    for unit, least in (("gbops", cost.totals(costs)["gbops_min"]), ("average_act_bits", 2.0)):
+        budget = budget_of(costs, least, unit)
+        chosen = metamix.choose(random_logits(rng, costs), costs, budget, ConfigDict())
+        assert chosen == cost.uniform_bits(costs, 2)
+
+
+def test_ties_go_to_the_first_candidate():
+    costs = random_costs(np.random.default_rng(0))
+    budget = budget_of(costs, cost.totals(costs)["gbops_max"])
+    logits = {path: np.zeros(3, np.float32) for path in costs if path not in ("first", "last")}
+    assert metamix.choose(logits, costs, budget, ConfigDict()) == cost.uniform_bits(costs, 8)
+    logits["layer0"] = np.float32([0, 1, 1])
+    chosen = metamix.choose(logits, costs, budget, ConfigDict())
+    assert chosen == cost.uniform_bits(costs, 8) | {"layer0": 4}
+
+
+def test_uniform_takes_the_configured_bits():
+    costs = random_costs(np.random.default_rng(0))
+    config = ConfigDict({"search": {"uniform_bits": 4}})
+    budget = budget_of(costs, 1.0, "fraction")
+    assert uniform.choose({}, costs, budget, config) == cost.uniform_bits(costs, 4)
+
+
+def test_every_searcher_has_phases_and_choose():
+    for searcher in SEARCHERS.values():
+        assert searcher.PHASES
+        assert callable(searcher.choose)

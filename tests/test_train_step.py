@@ -1,0 +1,696 @@
+"""What one batch does in each phase, recomputed by hand; evaluation, calibration, devices."""
+
+import collections.abc
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from configs import digits
+from metamix_jax import data, experiment, sharding, train_step
+from metamix_jax.evaluate import Evaluator
+from metamix_jax.layers import FULL, Precision
+from metamix_jax.phases import PHASES, Phase, Span, Update
+from metamix_jax.quantizers import init_step
+from metamix_jax.train_step import make_optimizer, make_train_step, make_update
+
+BATCH = 16
+STEPS = 10  # length of every phase
+BITS = (8, 2)  # candidates; index 1 is the narrower one
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optax_arithmetic():
+    """Allows optax to mix its int32 step counts with floats, where tests forbid that."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def compiled(function):
+    """Returns `function` jitted with little optimization: compiling is most of the time here."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def make_config(**overrides):
+    config = digits.get_config()
+    config.model.width = 4
+    config.batch_size = BATCH
+    config.quant.act_bits = BITS
+    config.eval.batch_size = 16
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+@pytest.fixture(scope="module")
+def config():
+    return make_config()
+
+
+@pytest.fixture(scope="module")
+def network(config):
+    return experiment.make_network(config)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = np.random.default_rng(0)
+    return {
+        "image": generator.integers(0, 256, (BATCH, 8, 8, 1), np.uint8),
+        "label": generator.integers(0, 10, BATCH, np.int32),
+        "index": np.arange(BATCH, dtype=np.int32),
+        "epoch": np.zeros(BATCH, np.int32),
+    }
+
+
+@pytest.fixture(scope="module")
+def images(config, batch):
+    return data.preprocess(batch["image"], mean=config.data.mean, std=config.data.std)
+
+
+@pytest.fixture(scope="module")
+def branches(network):
+    searched = [path for path, cost in network.costs.items() if cost.searched]
+    return {path: jnp.int32(i % len(BITS)) for i, path in enumerate(searched)}
+
+
+def span_of(name):
+    return Span(PHASES[name], 0, STEPS, calibrates_acts=True)
+
+
+@pytest.fixture(scope="module")
+def fresh(config, network):
+    return experiment.init_state(config, network)
+
+
+@pytest.fixture(scope="module")
+def state(config, network, fresh, batch, branches):
+    """Calibrated steps for activations and weights; logits apart enough to be no tie."""
+    calibrate = train_step.make_calibrate(network.model, span_of("weight_training"), config)
+    state = compiled(calibrate)(fresh, batch, branches)
+    flat = traverse_util.flatten_dict(state.quant, sep="/")
+    for number, path in enumerate(sorted(path for path in flat if path.endswith("logits"))):
+        flat[path] = flat[path] + jnp.float32([0.3, 0.1]) * (-1) ** number
+    return state.replace(quant=traverse_util.unflatten_dict(flat, sep="/"))
+
+
+def entered(state, name, config):
+    return train_step.enter_phase(state.replace(opt_states={}), span_of(name), config)
+
+
+def leaves(state):
+    """Path -> array of params, batch_stats and quant."""
+    return {
+        path: np.asarray(leaf)
+        for path, leaf in traverse_util.flatten_dict(state.variables, sep="/").items()
+    }
+
+
+def moved_labels(before, after):
+    """Returns what kinds of leaves are not bitwise as they were."""
+    old, new = leaves(before), leaves(after)
+    assert old.keys() == new.keys()
+    return {
+        "batch_stats" if path.startswith("batch_stats") else train_step.label(path, old[path])
+        for path in old
+        if old[path].tobytes() != new[path].tobytes()
+    }
+
+
+def recorded_gradient(monkeypatch, network, config, update, state, images, labels, branches):
+    """Returns the gradient that `make_update` hands to its optimizer, and the state after."""
+    recorder = optax.GradientTransformation(
+        lambda trained: trained,
+        lambda gradient, _, trained: (jax.tree.map(jnp.zeros_like, trained), gradient),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step, "make_optimizer", lambda *_: recorder)
+        apply_update = make_update(network.model, update, STEPS, config, network.budget)
+    state = state.replace(opt_states={update.name: None})
+    after, metrics = compiled(apply_update)(state, images, labels, None, branches)
+    return after.opt_states[update.name], after, metrics
+
+
+def distance(actual, expected):
+    """Returns the norm of the difference of two flat dicts, relative to `expected`."""
+    assert actual.keys() == expected.keys()
+    difference = {path: actual[path] - expected[path] for path in expected}
+    return float(optax.tree.norm(difference) / optax.tree.norm(expected))
+
+
+# Programs that are compiled apart round sums differently, by 1e-7, and then an activation next to
+# a rounding boundary can land on the other level. Hence norms are compared, and to 1 %.
+def test_bit_meta_gradient_is_the_mean_of_one_pass_per_width(
+    monkeypatch, config, network, state, images, batch, branches
+):
+    update = PHASES["bit_meta"].updates[0]
+    trained, frozen = train_step.split_by_label(state, update.trains)
+
+    def loss_of(trained, batch_stats, branch):
+        tree = traverse_util.unflatten_dict({**frozen, **trained}, sep="/")
+        scores, moved = network.model.apply(
+            {**tree, "batch_stats": batch_stats},
+            images,
+            train=True,
+            precision=Precision(activations=branch),
+            mutable=["batch_stats"],
+        )
+        log_shares = scores - jax.scipy.special.logsumexp(scores, axis=-1, keepdims=True)
+        return -jnp.mean(log_shares[jnp.arange(BATCH), batch["label"]]), moved["batch_stats"]
+
+    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+    run_branch = {
+        branch: compiled(lambda batch_stats, k=branch: gradient_of(trained, batch_stats, k))
+        for branch in (0, 1)
+    }
+
+    batch_stats, losses, gradients = state.batch_stats, [], []
+    for branch in (1, 0):  # 2 bits before 8; each pass goes on with the statistics of the last
+        (loss, batch_stats), gradient = run_branch[branch](batch_stats)
+        losses.append(loss)
+        gradients.append(gradient)
+    mean = {path: (gradients[0][path] + gradients[1][path]) / 2 for path in trained}
+
+    arguments = (update, state, images, batch["label"], branches)
+    found, after, metrics = recorded_gradient(monkeypatch, network, config, *arguments)
+    assert distance(found, mean) < 1e-2
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert metrics["gradient_norm"] == pytest.approx(float(optax.tree.norm(mean)), rel=1e-2)
+    statistics = traverse_util.flatten_dict(batch_stats, sep="/")
+    assert distance(traverse_util.flatten_dict(after.batch_stats, sep="/"), statistics) < 1e-4
+
+    last = make_config(**{"bit_meta.loss": "last"})
+    found, after, metrics = recorded_gradient(monkeypatch, network, last, *arguments)
+    assert distance(found, gradients[-1]) < 1e-2
+    assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    # What is told apart does differ by more than the tolerances.
+    assert distance(gradients[-1], mean) > 0.1
+    (_, once), _ = run_branch[0](state.batch_stats)
+    (_, swapped), _ = run_branch[1](once)
+    assert distance(traverse_util.flatten_dict(swapped, sep="/"), statistics) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def apply_updates(network):
+    """Update name -> the compiled update, with a rate of bit-meta that shows."""
+    config = make_config(**{"bit_meta.learning_rate": 1e-2})
+    return {
+        update.name: compiled(make_update(network.model, update, STEPS, config, network.budget))
+        for update in PHASES["bit_search"].updates
+    }
+
+
+@pytest.mark.parametrize("commit", [False, True])
+def test_bit_search_moves_logits_only(
+    commit, apply_updates, network, state, images, batch, branches
+):
+    config = make_config(**{"bit_search.commit_batch_stats": commit})
+    before = entered(state, "bit_search", config)
+    if commit:
+        update = PHASES["bit_search"].updates[-1]
+        apply_update = compiled(make_update(network.model, update, STEPS, config, network.budget))
+    else:
+        apply_update = apply_updates["bit_search"]
+    after, metrics = apply_update(before, images, batch["label"], None, branches)
+    assert moved_labels(before, after) == ({"logits", "batch_stats"} if commit else {"logits"})
+    assert metrics["cost"] > 0
+    gap = abs(float(metrics["cost"]) - network.budget.limit) / network.budget.reference
+    expected = config.bit_search.budget_weight * gap
+    assert metrics["budget_term"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bit_search_sees_the_weights_after_bit_metas_step(
+    apply_updates, network, state, images, batch, branches
+):
+    config = make_config(**{"data.augment": "none", "bit_meta.learning_rate": 1e-2})
+    before = entered(state, "bit_search", config)
+    step = make_train_step(network.model, span_of("bit_search"), config, network.budget, None)
+    after, metrics = compiled(step)(before, batch, branches, {})
+
+    arguments = (images, batch["label"], None, branches)
+    between, meta_metrics = apply_updates["bit_meta"](before, *arguments)
+    assert moved_labels(before, between) == {"kernels", "weights", "act_steps", "batch_stats"}
+    by_hand, search_metrics = apply_updates["bit_search"](between, *arguments)
+    assert moved_labels(between, by_hand) == {"logits"}
+    assert (after.step, by_hand.step) == (1, 0)
+
+    assert metrics["bit_meta_loss"] == pytest.approx(float(meta_metrics["loss"]), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(float(search_metrics["loss"]), rel=2e-3)
+    # At the weights before bit-meta's step it would have been quite another loss.
+    _, too_early = apply_updates["bit_search"](before, *arguments)
+    assert metrics["loss"] != pytest.approx(float(too_early["loss"]), rel=2e-2)
+
+
+# The optimizers, without a network -------------------------------------------------------------
+
+TRAINED = {
+    "params/conv1/kernel": np.float32([[[[0.5, -1.5]]]]),  # 4-D: decays
+    "params/fc/kernel": np.float32([[2.0], [-0.5]]),
+    "params/bn1/scale": np.float32([1.0, 0.5]),
+    "quant/conv1/act_step": np.float32([0.25, 0.5]),
+    "quant/conv1/weight_step": np.float32([0.125]),
+    "quant/layer1_0/conv1/logits": np.float32([0.3, -0.2]),
+}
+GRADIENTS = {
+    "params/conv1/kernel": np.float32([[[[3.0, -4.0]]]]),
+    "params/fc/kernel": np.float32([[12.0], [0.25]]),
+    "params/bn1/scale": np.float32([-5.0, 0.125]),
+    "quant/conv1/act_step": np.float32([1.5, -2.5]),
+    "quant/conv1/weight_step": np.float32([20.0]),
+    "quant/layer1_0/conv1/logits": np.float32([30.0, -0.5]),
+}
+ADAM_CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # 1 - 0.999 has 5 digits in float32
+KERNEL, DENSE, SCALE, ACT_STEP, WEIGHT_STEP, LOGITS = TRAINED
+
+
+def one_label(path):
+    """Returns an update that trains the leaf at `path` only."""
+    return frozenset({train_step.label(path, TRAINED[path])})
+
+
+def adam(gradients, rate, b1, b2, eps):
+    """Returns the changes that Adam makes for a sequence of gradients."""
+    mean, square, changes = 0.0, 0.0, []
+    for t, gradient in enumerate(gradients, start=1):
+        gradient = np.float64(gradient)
+        mean = b1 * mean + (1 - b1) * gradient
+        square = b2 * square + (1 - b2) * gradient**2
+        change = (mean / (1 - b1**t)) / (np.sqrt(square / (1 - b2**t)) + eps)
+        changes.append(-rate(t - 1) * change)
+    return changes
+
+
+def optimize(update, paths, config, steps=1, length=STEPS):
+    """Returns the leaves at `paths` after each of `steps` steps with GRADIENTS."""
+    optimizer = make_optimizer(update, length, config)
+    trained = {path: jnp.asarray(TRAINED[path]) for path in paths}
+    gradients = {path: jnp.asarray(GRADIENTS[path]) for path in paths}
+    opt_state, rows = optimizer.init(trained), []
+    for _ in range(steps):
+        changes, opt_state = optimizer.update(gradients, opt_state, trained)
+        trained = optax.apply_updates(trained, changes)
+        rows.append(trained)
+    return rows
+
+
+def test_labels():
+    assert [train_step.label(path, leaf) for path, leaf in TRAINED.items()] == [
+        "kernels",
+        "weights",
+        "weights",
+        "act_steps",
+        "weight_steps",
+        "logits",
+    ]
+
+
+@pytest.mark.parametrize("path", [KERNEL, DENSE, SCALE, ACT_STEP, WEIGHT_STEP])
+def test_weights_and_steps_take_adam_steps(path):
+    decay = 0.5  # large, so that it shows next to Adam's normalisation
+    config = make_config(
+        **{
+            "optimizer.weight_decay": decay,
+            "optimizer.clip_norm": 1e9,
+            "bit_meta.learning_rate": 0.1,
+        }
+    )
+    (first, second) = optimize(Update("bit_meta", one_label(path), None), [path], config, steps=2)
+    decayed = decay if path == KERNEL else 0.0
+    options = {"rate": lambda _: 0.1, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
+    gradient = GRADIENTS[path] + decayed * TRAINED[path]
+    after_one = TRAINED[path] + adam([gradient], **options)[0]
+    np.testing.assert_allclose(first[path], after_one, **ADAM_CLOSE)
+    second_gradient = GRADIENTS[path] + decayed * after_one
+    after_two = after_one + adam([gradient, second_gradient], **options)[1]
+    np.testing.assert_allclose(second[path], after_two, **ADAM_CLOSE)
+
+
+def test_logits_take_adam_steps_with_their_own_rates_and_are_not_clipped():
+    config = make_config(**{"bit_search.learning_rate": 0.1, "optimizer.clip_norm": 1e-3})
+    update = PHASES["bit_search"].updates[-1]
+    (first, second) = optimize(update, [LOGITS], config, steps=2)
+    options = {"rate": lambda _: 0.1, "b1": 0.5, "b2": 0.999, "eps": 1e-8}
+    decay = 1e-3
+    gradient = GRADIENTS[LOGITS] + decay * TRAINED[LOGITS]
+    after_one = TRAINED[LOGITS] + adam([gradient], **options)[0]
+    np.testing.assert_allclose(first[LOGITS], after_one, **ADAM_CLOSE)
+    second_gradient = GRADIENTS[LOGITS] + decay * after_one
+    after_two = after_one + adam([gradient, second_gradient], **options)[1]
+    np.testing.assert_allclose(second[LOGITS], after_two, **ADAM_CLOSE)
+    # Adam's first step is blind to scale, so the unclipped gradient is read from its momentum.
+    opt_state = make_optimizer(update, STEPS, config)
+    trained = {LOGITS: jnp.asarray(TRAINED[LOGITS])}
+    _, opt_state = opt_state.update(
+        {LOGITS: jnp.asarray(GRADIENTS[LOGITS])}, opt_state.init(trained), trained
+    )
+    moments = optax.tree.get(opt_state, "mu")
+    np.testing.assert_allclose(moments[LOGITS], 0.5 * gradient, rtol=1e-6)
+
+
+def test_gradient_is_clipped_over_all_weights_and_steps_at_once():
+    config = make_config(
+        **{
+            "optimizer.name": "sgd",
+            "optimizer.b1": 0.0,
+            "optimizer.weight_decay": 0.5,
+            "bit_meta.learning_rate": 0.1,
+        }
+    )
+    paths = [KERNEL, DENSE, SCALE, ACT_STEP, WEIGHT_STEP]
+    update = Update(
+        "bit_meta", frozenset({"kernels", "weights", "act_steps", "weight_steps"}), None
+    )
+    (after,) = optimize(update, paths, config)
+    norm = np.sqrt(sum(np.sum(GRADIENTS[path].astype(np.float64) ** 2) for path in paths))
+    assert norm > 10
+    for path in paths:
+        # Clipped before the decay is added, as torch's clip_grad_norm_ and Adam do.
+        gradient = GRADIENTS[path] * 10 / norm + (0.5 * TRAINED[path] if path == KERNEL else 0)
+        np.testing.assert_allclose(after[path], TRAINED[path] - 0.1 * gradient, rtol=1e-5)
+
+
+def test_short_gradient_is_not_clipped():
+    config = make_config(
+        **{"optimizer.name": "sgd", "optimizer.b1": 0.0, "bit_meta.learning_rate": 0.1}
+    )
+    (after,) = optimize(Update("bit_meta", one_label(ACT_STEP), None), [ACT_STEP], config)
+    np.testing.assert_allclose(
+        after[ACT_STEP], TRAINED[ACT_STEP] - 0.1 * GRADIENTS[ACT_STEP], rtol=1e-6
+    )
+
+
+def test_sgd_uses_nesterov_momentum():
+    config = make_config(**{"optimizer.name": "sgd", "bit_meta.learning_rate": 0.1})
+    rows = optimize(Update("bit_meta", one_label(ACT_STEP), None), [ACT_STEP], config, steps=2)
+    gradient, value, momentum = GRADIENTS[ACT_STEP], np.float64(TRAINED[ACT_STEP]), 0.0
+    for row in rows:
+        momentum = 0.9 * momentum + gradient
+        value = value - 0.1 * (gradient + 0.9 * momentum)
+        np.testing.assert_allclose(row[ACT_STEP], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, section", [("full_precision", None), ("act_training", "weight_training"),
+                      ("weight_training", None)],
+)  # fmt: skip
+def test_rate_falls_along_a_cosine_in_each_training_phase(name, section):
+    config = make_config(
+        **{
+            f"{section or name}.learning_rate": 0.1,
+            "optimizer.name": "sgd",
+            "optimizer.b1": 0.0,
+        }
+    )
+    rows = optimize(Update(name, one_label(ACT_STEP), None), [ACT_STEP], config, steps=STEPS)
+    values = [TRAINED[ACT_STEP], *(row[ACT_STEP] for row in rows)]
+    rates = [np.mean((values[k] - values[k + 1]) / GRADIENTS[ACT_STEP]) for k in range(STEPS)]
+    cosine = [0.1 * 0.5 * (1 + np.cos(np.pi * k / STEPS)) for k in range(STEPS)]
+    assert cosine[0] == 0.1
+    np.testing.assert_allclose(rates, cosine, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bit_meta", "bit_search"])
+def test_rate_stays_in_the_search_phases(name):
+    config = make_config(**{f"{name}.learning_rate": 0.01})
+    update = {"bit_meta": Update(name, one_label(ACT_STEP), None),
+              "bit_search": PHASES["bit_search"].updates[-1]}[name]  # fmt: skip
+    path = {"bit_meta": ACT_STEP, "bit_search": LOGITS}[name]
+    rows = optimize(update, [path], config, steps=STEPS)
+    # With the same gradient every time Adam moves by the rate.
+    moves = np.diff([TRAINED[path], *(row[path] for row in rows)], axis=0)
+    np.testing.assert_allclose(np.abs(moves), 0.01, rtol=1e-3)
+
+
+class OrderedLabels(collections.abc.Set):
+    """A set with a known order of iteration."""
+
+    def __init__(self, labels):
+        self._labels = tuple(labels)
+
+    def __contains__(self, label):
+        return label in self._labels
+
+    def __iter__(self):
+        return iter(self._labels)
+
+    def __len__(self):
+        return len(self._labels)
+
+
+def test_compiled_program_does_not_depend_on_the_order_of_a_set(config):
+    # The order of a frozenset of strings differs from process to process. The processes of a pod
+    # must compile the same program, and a compilation cache must find that of an earlier run.
+    programs = set()
+    trained = {path: jnp.asarray(leaf) for path, leaf in TRAINED.items() if path != LOGITS}
+    labels = sorted({train_step.label(path, leaf) for path, leaf in trained.items()})
+    for order in (labels, labels[::-1]):
+        optimizer = make_optimizer(Update("bit_meta", OrderedLabels(order), None), STEPS, config)
+        programs.add(
+            str(jax.make_jaxpr(optimizer.update)(trained, optimizer.init(trained), trained))
+        )
+    assert len(programs) == 1
+
+
+# Losses ----------------------------------------------------------------------------------------
+
+
+def softmax(scores):
+    powers = np.exp(scores - scores.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "distillation", "both"])
+def test_task_loss(kind):
+    generator = np.random.default_rng(1)
+    scores = generator.normal(size=(5, 10), scale=3).astype(np.float32)
+    labels = generator.integers(0, 10, 5, np.int32)
+    soft_targets = softmax(generator.normal(size=(5, 10)).astype(np.float32))
+    log_shares = np.log(softmax(scores.astype(np.float64)))
+    parts = {
+        "cross_entropy": -np.mean(log_shares[np.arange(5), labels]),
+        "distillation": -np.mean(np.sum(soft_targets * log_shares, axis=-1)),
+    }
+    expected = parts["cross_entropy"] + parts["distillation"] if kind == "both" else parts[kind]
+    found = train_step.task_loss(jnp.asarray(scores), labels, jnp.asarray(soft_targets), kind)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_distillation_learns_from_the_teacher_in_evaluation_mode(
+    network, state, images, batch, branches
+):
+    config = make_config(**{"loss": "distillation", "data.augment": "none"})
+    # Other weights than the student's. Its step sizes are not read at full precision.
+    louder = jax.tree.map(lambda leaf: 1.5 * leaf + 0.1, state.params)
+    teacher = state.variables | {"params": louder}
+    step = make_train_step(network.model, span_of("full_precision"), config, None, network.model)
+    before = entered(state, "full_precision", config)
+    after, metrics = compiled(step)(before, batch, branches, teacher)
+
+    @compiled
+    def scores_of_both():
+        scores, _ = network.model.apply(
+            state.variables, images, train=True, mutable=["batch_stats"], precision=FULL
+        )
+        return network.model.apply(teacher, images, train=False), scores
+
+    soft, scores = (np.float64(scores) for scores in scores_of_both())
+    shares, log_shares = softmax(soft), np.log(softmax(scores))
+    expected = -np.mean(np.sum(shares * log_shares, axis=-1))
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert "kernels" in moved_labels(before, after)
+
+
+# Calibration -----------------------------------------------------------------------------------
+
+
+def test_calibration_takes_act_steps_from_what_the_layers_get(
+    config, network, fresh, images, batch
+):
+    calibrate = train_step.make_calibrate(network.model, span_of("bit_meta"), config)
+    state = compiled(calibrate)(fresh, batch, {})
+    assert moved_labels(fresh, state) == {"act_steps"}
+
+    stem = init_step(images, 8, signed=True)
+    np.testing.assert_allclose(state.quant["conv1"]["act_step"], [stem], rtol=1e-6)
+
+    # The next layer gets the stem's output, normalised with the batch's own statistics.
+    y = jax.lax.conv_general_dilated(
+        images, fresh.params["conv1"]["kernel"], (1, 1), ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    y = np.float64(y)
+    y = np.maximum((y - y.mean((0, 1, 2))) / np.sqrt(y.var((0, 1, 2)) + 1e-5), 0)
+    expected = [2 * np.mean(y) / np.sqrt(2**bits - 1) for bits in BITS]
+    np.testing.assert_allclose(state.quant["layer1_0"]["conv1"]["act_step"], expected, rtol=1e-4)
+
+
+def test_weight_calibration_fills_weight_steps_only(config, network, state, batch, branches):
+    before = state.replace(
+        quant=jax.tree.map_with_path(
+            lambda path, leaf: jnp.ones_like(leaf) if path[-1].key == "weight_step" else leaf,
+            state.quant,
+        )
+    )
+    span = dataclasses.replace(span_of("weight_training"), calibrates_acts=False)
+    calibrate = train_step.make_calibrate(network.model, span, config)
+    after = compiled(calibrate)(before, batch, branches)
+    assert moved_labels(before, after) == {"weight_steps"}
+
+    kernel = np.float64(state.params["layer1_0"]["conv2"]["kernel"])
+    expected = 2 * np.mean(np.abs(kernel), axis=(0, 1, 2)) / np.sqrt(7)  # 4 bits: 7 levels a side
+    np.testing.assert_allclose(after.quant["layer1_0"]["conv2"]["weight_step"], expected, rtol=1e-6)
+
+
+# Devices ---------------------------------------------------------------------------------------
+
+
+def mesh_of(devices):
+    axis_types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh(
+        (devices,), ("data",), devices=jax.devices()[:devices], axis_types=axis_types
+    )
+
+
+def run_three_steps(name, devices, config, network, state, branches):
+    """Returns the state after three steps and the numbers of each."""
+    mesh = mesh_of(devices)
+    generator = np.random.default_rng(3)
+    state = sharding.replicate(entered(state, name, config), mesh)
+    step, rows = None, []
+    for number in range(3):
+        batch = {
+            "image": generator.integers(0, 256, (BATCH, 8, 8, 1), np.uint8),
+            "label": generator.integers(0, 10, BATCH, np.int32),
+            "index": np.arange(BATCH, dtype=np.int32) + BATCH * number,
+            "epoch": np.zeros(BATCH, np.int32),
+        }
+        arguments = (state, sharding.shard_batch(batch, mesh), branches, {})
+        if step is None:
+            # Compiled once, as a run does it: from then on other shapes, types or placements of
+            # what a step returns would be an error, not a second compilation.
+            function = make_train_step(network.model, span_of(name), config, network.budget, None)
+            step = compiled(function).lower(*arguments).compile()
+        state, metrics = step(*arguments)
+        rows.append({key: float(value) for key, value in metrics.items()})
+    return state, rows
+
+
+@pytest.mark.parametrize("name", list(PHASES))
+def test_one_and_two_devices_agree_with_one_compilation(name, config, network, state, branches):
+    one, rows_of_one = run_three_steps(name, 1, config, network, state, branches)
+    two, rows_of_two = run_three_steps(name, 2, config, network, state, branches)
+    assert two.params["conv1"]["kernel"].sharding.num_devices == 2
+    assert int(one.step) == int(two.step) == 3
+    moving = set().union({"batch_stats"}, *(update.trains for update in PHASES[name].updates))
+    assert moved_labels(state, one) == moved_labels(state, two) == moving
+
+    # Sums over the batch are rounded differently on two devices. At full precision that stays at
+    # 1e-7; with quantizers an activation next to a rounding boundary can land on the other level,
+    # and Adam turns the sign of a gradient near zero into a whole step. So losses are compared to
+    # the size of a few such flips, and parameters by the norm of each leaf.
+    tolerance = 1e-5 if name == "full_precision" else 2e-3
+    for row_of_one, row_of_two in zip(rows_of_one, rows_of_two, strict=True):
+        assert row_of_one["loss"] == pytest.approx(row_of_two["loss"], rel=tolerance)
+    flat_of_one, flat_of_two = leaves(one), leaves(two)
+    change = {
+        path: np.linalg.norm(flat_of_one[path] - flat_of_two[path])
+        / max(np.linalg.norm(flat_of_one[path]), 1e-1)
+        for path in flat_of_one
+    }
+    assert max(change.values()) < (1e-3 if name == "full_precision" else 2e-2), change
+
+
+# Evaluation ------------------------------------------------------------------------------------
+
+EXAMPLES = 37  # not a multiple of the batch of 16
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    generator = np.random.default_rng(2)
+    split = data.MemorySplit(
+        generator.integers(0, 256, (EXAMPLES, 8, 8, 1), np.uint8),
+        generator.integers(0, 10, EXAMPLES, np.int32),
+    )
+    return data.Dataset(split, split)
+
+
+def test_evaluation_counts_every_example_once(config, network, state, dataset):
+    split = dataset.evaluation
+    whole = data.preprocess(split.images, mean=config.data.mean, std=config.data.std)
+    scores = np.asarray(compiled(network.model.apply)(state.variables, whole))
+    order = np.argsort(-scores, axis=-1)
+    right = order[:, 0] == split.labels
+    right_top5 = (order[:, :5] == split.labels[:, None]).any(-1)
+    log_shares = np.log(softmax(np.float64(scores)))
+    for devices in (1, 2):
+        evaluator = Evaluator(network.model, dataset, config, mesh_of(devices))
+        found = evaluator(sharding.replicate(state.variables, mesh_of(devices)), FULL)
+        assert found["correct"] == right.sum()
+        assert found["examples"] == EXAMPLES
+        assert found["top1"] == 100 * right.sum() / EXAMPLES
+        assert found["top5"] == 100 * right_top5.sum() / EXAMPLES
+        expected = -np.mean(log_shares[np.arange(EXAMPLES), split.labels])
+        assert found["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_compilation_serves_every_policy(config, network, state, branches, dataset):
+    evaluator = Evaluator(network.model, dataset, config, mesh_of(1))
+    for shift in (0, 1):
+        policy = {path: (branch + shift) % len(BITS) for path, branch in branches.items()}
+        precision = Precision(activations="chosen", branches=policy)
+        assert evaluator(state.variables, precision)["examples"] == EXAMPLES
+    assert evaluator._count._cache_size() == 1
+
+
+def test_scores_that_are_not_numbers_count_as_wrong(config, network, state, dataset):
+    broken = jax.tree.map(lambda leaf: leaf * jnp.float32(np.nan), state.params)
+    evaluator = Evaluator(network.model, dataset, config, mesh_of(1))
+    found = evaluator(state.variables | {"params": broken}, FULL)
+    assert (found["correct"], found["top1"], found["top5"]) == (0, 0.0, 0.0)
+    assert found["examples"] == EXAMPLES
+
+
+def test_reestimated_statistics_are_the_plain_average_over_batches(
+    network, state, branches, dataset
+):
+    config = make_config(**{"eval.bn_reestimate_batches": 3})
+    evaluator = Evaluator(network.model, dataset, config, mesh_of(2))
+    precision = Precision(activations="chosen", weights="quantized", branches=branches)
+    variables = sharding.replicate(state.variables, mesh_of(2))
+    found = evaluator.reestimate(variables, precision)
+    assert jax.tree.structure(found) == jax.tree.structure(state.batch_stats)
+
+    # By hand for the stem, whose input and kernel are known: 3 batches, not augmented.
+    levels = 127  # 8 bits, signed
+
+    def fake_quant(x, step):
+        return np.clip(np.round(x / step), -levels, levels) * step
+
+    kernel = fake_quant(
+        np.asarray(state.params["conv1"]["kernel"]), np.asarray(state.quant["conv1"]["weight_step"])
+    )
+    act_step = np.asarray(state.quant["conv1"]["act_step"])
+    means, variances = [], []
+    for batch in data.train_batches(dataset.train, seed=0, batch_size=BATCH, start=0, stop=3):
+        images = np.asarray(
+            data.preprocess(batch["image"], mean=config.data.mean, std=config.data.std)
+        )
+        padded = np.pad(fake_quant(images, act_step), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+        outputs = np.einsum("nhwcij,ijcf->nhwf", windows, kernel, dtype=np.float64)
+        means.append(outputs.mean((0, 1, 2)))
+        variances.append(outputs.var((0, 1, 2)))
+    np.testing.assert_allclose(found["bn1"]["mean"], np.mean(means, axis=0), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found["bn1"]["var"], np.mean(variances, axis=0), rtol=1e-3)
+
+
+def test_phase_rows_name_known_labels():
+    known = {train_step.label(path, leaf) for path, leaf in TRAINED.items()}
+    for phase in PHASES.values():
+        assert isinstance(phase, Phase)
+        for update in phase.updates:
+            assert update.trains <= known
