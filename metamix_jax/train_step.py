@@ -89,6 +89,15 @@ def _learning_rate(update: Update, steps: int, config: ConfigDict) -> optax.Sche
     return optax.cosine_decay_schedule(config[section].learning_rate, steps)
 
 
+def training_images(batch: Batch, config: ConfigDict) -> jax.Array:
+    """Returns the batch's images [b, h, w, c] as the network sees them in training."""
+    options = config.data
+    images = data.augment(
+        batch["image"], batch["index"], batch["epoch"], seed=config.seed, kind=options.augment
+    )
+    return data.preprocess(images, mean=options.mean, std=options.std)
+
+
 def split_by_label(state: TrainState, labels: Set[str]) -> tuple[dict, dict]:
     """Returns params and quant with one of `labels`, and the rest, as flat dicts by path."""
     flat = flatten_dict({"params": state.params, "quant": state.quant}, sep="/")
@@ -134,11 +143,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, branches: Mapping[str, jax.Array], teacher_variables: Any
     ) -> tuple[TrainState, Metrics]:
-        images = data.augment(
-            batch["image"], batch["index"], batch["epoch"],
-            seed=config.seed, kind=config.data.augment,
-        )  # fmt: skip
-        images = data.preprocess(images, mean=config.data.mean, std=config.data.std)
+        images = training_images(batch, config)
         soft_targets = None
         if teacher is not None:
             soft_targets = jax.nn.softmax(teacher.apply(teacher_variables, images, train=False))
@@ -245,7 +250,7 @@ def make_calibrate(
     precisions = calibrations(span.phase, span.calibrates_acts, config)
 
     def calibrate(state: TrainState, batch: Batch, branches) -> TrainState:
-        images = data.preprocess(batch["image"], mean=config.data.mean, std=config.data.std)
+        images = training_images(batch, config)
         for precision in precisions:
             _, moved = model.apply(
                 state.variables, images, train=True, mutable=["quant", "batch_stats"],

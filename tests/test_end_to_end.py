@@ -97,10 +97,7 @@ class Processes:
             )
         try:
             deadline = time.monotonic() + TIMEOUT
-            while not (rows := rows_of(workdir)) or (rows[-1]["step"], rows[-1]["phase"]) < (
-                step,
-                phase,
-            ):
+            while not (rows := rows_of(workdir)) or rows[-1]["step"] < step:
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.002)
@@ -524,7 +521,7 @@ def test_evaluate_with_another_network(run_here, finished_copy):
 
 
 @pytest.mark.parametrize("mode, item", [("evaluate", "params"), ("train", "training")])
-def test_truncated_checkpoint(mode, item, run_here, finished_copy):
+def test_truncated_checkpoint(mode, item, processes, finished_copy):
     newest = finished_copy / DIRECTORY / str(TOTAL)
     if mode == "train":  # one that has not finished, or nothing would be restored
         shutil.rmtree(newest)
@@ -533,7 +530,9 @@ def test_truncated_checkpoint(mode, item, run_here, finished_copy):
     largest = max(files, key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     before = files_of(finished_copy)
-    code, stderr = run_here(tiny_config(), finished_copy, mode)
-    assert code == 2
-    assert_one_error_line(stderr, f"{newest}: this checkpoint cannot be read", "move it away")
-    assert files_of(finished_copy) == before
+    # In a process of its own: Orbax leaves reads behind that fail when they are collected.
+    done = processes.finish(command(f"--workdir={finished_copy}", f"--mode={mode}"))
+    assert done.returncode == 2
+    assert_one_error_line(done.stderr, f"{newest}: this checkpoint cannot be read", "move it away")
+    after = files_of(finished_copy)
+    assert [path for path in before | after if before.get(path) != after.get(path)] == []

@@ -587,13 +587,17 @@ def test_one_and_two_devices_agree_with_one_compilation(name, config, network, s
     moving = set().union({"batch_stats"}, *(update.trains for update in PHASES[name].updates))
     assert moved_labels(state, one) == moved_labels(state, two) == moving
 
-    # Sums over the batch are rounded differently on two devices. At full precision that stays at
-    # 1e-7; with quantizers an activation next to a rounding boundary can land on the other level,
-    # and Adam turns the sign of a gradient near zero into a whole step. So losses are compared to
-    # the size of a few such flips, and parameters by the norm of each leaf.
-    tolerance = 1e-5 if name == "full_precision" else 2e-3
-    for row_of_one, row_of_two in zip(rows_of_one, rows_of_two, strict=True):
-        assert row_of_one["loss"] == pytest.approx(row_of_two["loss"], rel=tolerance)
+    # Sums over the batch are rounded differently on two devices, by 1e-7. At full precision it
+    # stays at that. With quantizers an activation next to a rounding boundary can land on the other
+    # level, a third of the range at 2 bits, and Adam makes a whole step of a gradient's sign next
+    # to zero. So the first loss, from the same parameters, may differ by such a level or two, later
+    # ones by more, and parameters are compared by the norm of each leaf.
+    first = "bit_meta_loss" if name == "bit_search" else "loss"
+    full = name == "full_precision"
+    for number, (row_of_one, row_of_two) in enumerate(zip(rows_of_one, rows_of_two, strict=True)):
+        tolerance = 1e-5 if full else 2e-2 if number else 1e-3
+        for key in {first, "loss"} if number else {first}:
+            assert row_of_one[key] == pytest.approx(row_of_two[key], rel=tolerance), (number, key)
     flat_of_one, flat_of_two = leaves(one), leaves(two)
     change = {
         path: np.linalg.norm(flat_of_one[path] - flat_of_two[path])
