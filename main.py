@@ -87,6 +87,10 @@ def _unknown_key(text: str, argv: list[str]) -> str | None:
 
 
 def _fail(error: Exception) -> int:
+    # The program ends with this line: what a library's abandoned work (Orbax reading a damaged
+    # checkpoint, for one) raises while it is cleaned away is no news.
+    sys.unraisablehook = lambda _: None
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return 2
 

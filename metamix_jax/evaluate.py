@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import data, experiment, sharding
+from metamix_jax import data, datasets, experiment, sharding
 from metamix_jax.layers import Precision
 from metamix_jax.train_step import training_images
 
@@ -18,7 +18,7 @@ from metamix_jax.train_step import training_images
 class Evaluator:
     """Judges a network on a data set; compiles once per kind of `Precision`, not per policy."""
 
-    def __init__(self, model: nn.Module, dataset: data.Dataset, config: ConfigDict, mesh: Mesh):
+    def __init__(self, model: nn.Module, dataset: datasets.Dataset, config: ConfigDict, mesh: Mesh):
         self._model, self._dataset, self._config, self._mesh = model, dataset, config, mesh
         # Rounded up so that each device gets the same share; padding is masked out.
         self._batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size

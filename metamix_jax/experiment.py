@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from metamix_jax import config as config_lib
-from metamix_jax import cost, data, models, phases, pretrained, sharding
+from metamix_jax import cost, data, datasets, models, phases, pretrained, sharding
 from metamix_jax.cost import Budget, LayerCosts
 from metamix_jax.errors import UserError
 from metamix_jax.layers import QuantSettings
@@ -203,14 +203,14 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def load_dataset(config: ConfigDict, mesh: Mesh) -> data.Dataset:
+def load_dataset(config: ConfigDict, mesh: Mesh) -> datasets.Dataset:
     """Returns the data set after checking that batches divide over the devices."""
     sharding.check_batch_size(config.batch_size, mesh)
-    return data.load(config.data)
+    return datasets.load(config.data)
 
 
 def train_batches(
-    config: ConfigDict, dataset: data.Dataset, mesh: Mesh, start: int, stop: int
+    config: ConfigDict, dataset: datasets.Dataset, mesh: Mesh, start: int, stop: int
 ) -> Iterator[dict[str, jax.Array]]:
     """Yields the global batches of steps start, ..., stop - 1 on the devices."""
     batches = data.train_batches(

@@ -85,6 +85,8 @@ class _QuantLayer(nn.Module):
 
     def _quantize_input(self, x: jax.Array, precision: Precision) -> jax.Array:
         bits, mode = self.settings.act_bits, precision.activations
+        if mode == "full" and not self.is_initializing():
+            return x  # needs no quantization state: a plain network, a teacher for example
         positive = POSITIVE_STEPS[self.settings.positive_step]
         stored = self.variable("quant", "act_step", lambda: positive.raw(jnp.ones(len(bits))))
         if len(bits) > 1:
@@ -118,6 +120,8 @@ class _QuantLayer(nn.Module):
 
     def _quantize_kernel(self, kernel: jax.Array, precision: Precision) -> jax.Array:
         bits = self.settings.weight_bits
+        if precision.weights == "full" and not self.is_initializing():
+            return kernel
         positive = POSITIVE_STEPS[self.settings.positive_step]
         stored = self.variable(
             "quant", "weight_step", lambda: positive.raw(jnp.ones(self.features))

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, data, experiment, pretrained, results, sharding
+from metamix_jax import cost, datasets, experiment, pretrained, results, sharding
 from metamix_jax import policy as policy_lib
 from metamix_jax.checkpoints import Checkpoints
 from metamix_jax.evaluate import Evaluator
@@ -42,7 +42,7 @@ class Run:
     config: ConfigDict
     workdir: Path
     network: experiment.Network
-    dataset: data.Dataset
+    dataset: datasets.Dataset
     schedule: tuple[Span, ...]
     mesh: Mesh
     evaluator: Evaluator
@@ -89,7 +89,8 @@ class Run:
 
     def init_state(self) -> TrainState:
         """Returns the state before the first step, after a look at what is about to be trained."""
-        state = experiment.init_state(self.config, self.network, self.weights)
+        with waiting("initialising the network"):
+            state = experiment.init_state(self.config, self.network, self.weights)
         state = sharding.replicate(state, self.mesh)
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         logging.info("parameters of %s:\n%s", self.network.label, overview)
@@ -97,16 +98,15 @@ class Run:
         logging.info("layers:\n%s", tables.cost_table(cost.rows(costs), cost.totals(costs)))
         for span in self.schedule:
             logging.info("%s: steps %d to %d", span.phase.name, span.start, span.stop)
-        if self.weights is not None:
-            self._evaluate_one(0, state, "pretrained", "full", FULL)
         return state
 
     def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
         """Returns the state of a checkpoint and takes up its policy and clock."""
-        self.take_up(checkpoints.read_facts(step))
         span = phase_at(min(step, self.schedule[-1].stop - 1), self.schedule)
         target = experiment.abstract_state(self.config, self.network, span)
-        state = checkpoints.restore(step, target, self.mesh)
+        with waiting(f"restoring checkpoint {step}"):
+            state = checkpoints.restore(step, target, self.mesh)
+        self.take_up(checkpoints.read_facts(step))
         logging.info("going on from step %d in %s", step, span.phase.name)
         return state
 
@@ -120,6 +120,8 @@ class Run:
     def begin(self, state: TrainState, span: Span) -> TrainState:
         """Returns the state ready for a phase: policy decided, step sizes calibrated."""
         phase = span.phase
+        if span.start == 0 and self.weights is not None:
+            self._evaluate_one(0, state, "pretrained", "full", FULL)
         decides = phase.needs_policy and self.policy is None
         if decides:
             self.policy = self._decide(state)

@@ -45,16 +45,16 @@ def train_and_evaluate(
             logging.info("%s: finished before, nothing to do", workdir)
             return run.finish(stop_after_search)
         step = latest or 0
+        # Restored before anything is written: a damaged checkpoint leaves the workdir as it is.
+        state = run.init_state() if latest is None else run.restore(checkpoints, latest)
         with (
             MetricWriter(workdir, resume_step=-1 if latest is None else latest) as writer,
             Progress(total, step, config.batch_size, "setting up") as progress,
         ):
             run.writer, run.progress = writer, progress
             if latest is None:
-                state = run.begin(run.init_state(), run.schedule[0])
+                state = run.begin(state, run.schedule[0])
                 checkpoints.save(step, state, run.facts())
-            else:
-                state = run.restore(checkpoints, latest)
             for span in schedule:
                 if step >= span.stop:
                     continue

@@ -73,8 +73,9 @@ def make_optimizer(update: Update, steps: int, config: ConfigDict) -> optax.Grad
             optax.adam(search.learning_rate, b1=search.b1, b2=search.b2, eps=options.eps),
         ),
     }
+    # Sorted: a set's order differs from process to process, and the compiled program with it.
     split = optax.multi_transform(
-        {name: transforms[name] for name in update.trains},
+        {name: transforms[name] for name in sorted(update.trains)},
         lambda flat: {path: label(path, leaf) for path, leaf in flat.items()},
     )
     if update.trains == {"logits"}:

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from metamix_jax import config, data
+from metamix_jax import config, data, datasets
 from metamix_jax.errors import UserError
 
 REAL_DATA = pathlib.Path(__file__).parents[2] / "shared/data"
@@ -31,7 +31,7 @@ def digits_config(**fields):
 def random_split(examples, size=8, channels=3):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (examples, size, size, channels), dtype=np.uint8)
-    return data.MemorySplit(images, np.arange(examples, dtype=np.int32) % 10)
+    return datasets.MemorySplit(images, np.arange(examples, dtype=np.int32) % 10)
 
 
 def stack(batches):
@@ -163,7 +163,7 @@ def test_batches_are_read_ahead_and_errors_surface():
 
 
 def test_digits_splits_are_fixed_disjoint_and_complete():
-    first, second = (data.load(digits_config()) for _ in range(2))
+    first, second = (datasets.load(digits_config()) for _ in range(2))
     assert (len(first.train), len(first.evaluation)) == (1437, 360)
     images = {}
     for name in ("train", "evaluation"):
@@ -192,7 +192,7 @@ def test_digits_splits_are_fixed_disjoint_and_complete():
 )
 def test_digits_mistakes(fields, message):
     with pytest.raises(UserError, match=message):
-        data.load(digits_config(**fields))
+        datasets.load(digits_config(**fields))
 
 
 # TFDS
@@ -267,10 +267,10 @@ def tiny_copy(tiny, tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_tfds_in_memory_equals_streamed(tiny, channels):
-    memory = data.load(tiny_config(tiny, channels=channels))
-    streamed = data.load(tiny_config(tiny, channels=channels, in_memory_gib=1e-9))
-    assert isinstance(memory.train, data.MemorySplit)
-    assert isinstance(streamed.train, data.StreamedSplit)
+    memory = datasets.load(tiny_config(tiny, channels=channels))
+    streamed = datasets.load(tiny_config(tiny, channels=channels, in_memory_gib=1e-9))
+    assert isinstance(memory.train, datasets.MemorySplit)
+    assert isinstance(streamed.train, datasets.StreamedSplit)
     assert (len(streamed.train), len(streamed.evaluation)) == (37, 11)
     fields = {"seed": 0, "batch_size": 8, "start": 0, "stop": 9}
     for one, other in zip(
@@ -290,7 +290,7 @@ def test_tfds_in_memory_equals_streamed(tiny, channels):
 def test_tfds_images_are_converted_and_resized_bilinearly(tiny):
     import tensorflow_datasets as tfds
 
-    split = data.load(tiny_config(tiny)).train
+    split = datasets.load(tiny_config(tiny)).train
     records = tfds.data_source("tiny_images", split="train", data_dir=tiny, download=False)
     for record, image, label in zip(records, split.images, split.labels, strict=True):
         assert record["label"] == label
@@ -300,8 +300,8 @@ def test_tfds_images_are_converted_and_resized_bilinearly(tiny):
 
 
 def test_tfds_split_slices(tiny):
-    whole = data.load(tiny_config(tiny)).train
-    parts = data.load(tiny_config(tiny, train_split="train[:30]", eval_split="train[30:]"))
+    whole = datasets.load(tiny_config(tiny)).train
+    parts = datasets.load(tiny_config(tiny, train_split="train[:30]", eval_split="train[30:]"))
     assert (len(parts.train), len(parts.evaluation)) == (30, 7)
     images = np.concatenate([parts.train.images, parts.evaluation.images])
     np.testing.assert_array_equal(images, whole.images)
@@ -326,7 +326,7 @@ def test_tfds_split_slices(tiny):
 )
 def test_tfds_mistakes(tiny, fields, message):
     with pytest.raises(UserError, match=message) as error:
-        data.load(tiny_config(tiny, **fields))
+        datasets.load(tiny_config(tiny, **fields))
     assert "\n" not in str(error.value) and str(error.value).startswith("config.data.")
 
 
@@ -335,14 +335,14 @@ def test_tfds_needs_image_and_label(tiny_copy, feature):
     path = tiny_copy / "features.json"
     path.write_text(path.read_text().replace(f'"{feature}": {{', f'"{feature}s": {{', 1))
     with pytest.raises(UserError, match=f"expected a feature '{feature}'.*has .*{feature}s"):
-        data.load(tiny_config(tiny_copy.parents[1]))
+        datasets.load(tiny_config(tiny_copy.parents[1]))
 
 
 def test_tfds_tfrecord_copy_is_told_apart(tiny_copy):
     path = tiny_copy / "dataset_info.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fileFormat": "tfrecord"}))
     with pytest.raises(UserError, match="expected an array_record copy: convert it .* python -m"):
-        data.load(tiny_config(tiny_copy.parents[1]))
+        datasets.load(tiny_config(tiny_copy.parents[1]))
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
@@ -357,7 +357,7 @@ def test_tfds_damaged_files(tiny_copy, damage, in_memory_gib):
         content[500:505] = b"spoil"
         path.write_bytes(content)
     with pytest.raises(UserError, match="tiny_images train: cannot be read"):
-        splits = data.load(tiny_config(tiny_copy.parents[1], in_memory_gib=in_memory_gib))
+        splits = datasets.load(tiny_config(tiny_copy.parents[1], in_memory_gib=in_memory_gib))
         list(data.train_batches(splits.train, seed=0, batch_size=37, start=0, stop=1))
 
 
@@ -378,7 +378,7 @@ def test_streamed_split_names_the_bad_example(example, message):
             return [self[i] for i in indices]
 
     records = Records([good, {**example, "image": example["image"] or good["image"]}])
-    split = data.StreamedSplit(records, parse=dict, shape=(4, 4, 3), name="somewhere")
+    split = datasets.StreamedSplit(records, parse=dict, shape=(4, 4, 3), name="somewhere")
     assert split.gather(np.array([0]))[0].shape == (1, 4, 4, 3)
     assert split.gather(np.array([], int))[0].shape == (0, 4, 4, 3)
     with pytest.raises(UserError, match=message):
@@ -392,7 +392,7 @@ def test_real_cifar10():
     import tensorflow_datasets as tfds
 
     slices = {"train_split": "train[:100]", "eval_split": "test[:200]"}
-    splits = data.load(data_config(name="cifar10", data_dir=str(folder), **slices))
+    splits = datasets.load(data_config(name="cifar10", data_dir=str(folder), **slices))
     assert (len(splits.train), len(splits.evaluation)) == (100, 200)
     # TFDS shuffles when it writes; `id` is "test_" and the place in the original order.
     records = tfds.data_source("cifar10", split="test[:200]", data_dir=folder, download=False)

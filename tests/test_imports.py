@@ -17,8 +17,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # be given its place here.
 ORDER = (
     {"errors"},
-    {"quantizers", "config", "data", "metrics", "pretrained", "progress", "sharding"},
-    {"layers", "report"},
+    {"quantizers", "config", "datasets", "metrics", "pretrained", "progress", "sharding"},
+    {"layers", "report", "data"},
     {"models"},
     {"cost"},
     {"policy", "phases", "searchers"},

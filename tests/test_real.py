@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import cifar10_resnet20
-from metamix_jax import data, experiment, pretrained, sharding
+from metamix_jax import datasets, experiment, pretrained, sharding
 from metamix_jax.evaluate import Evaluator
 from metamix_jax.layers import FULL
 
@@ -34,8 +34,8 @@ def count_right():
 
     def count(evaluation=None):
         if evaluation is None:
-            evaluation = data.load(config.data).evaluation
-        dataset = data.Dataset(evaluation, evaluation)
+            evaluation = datasets.load(config.data).evaluation
+        dataset = datasets.Dataset(evaluation, evaluation)
         return Evaluator(network.model, dataset, config, mesh)(variables, FULL)
 
     return count
@@ -43,7 +43,7 @@ def count_right():
 
 def test_resnet20_on_lossless_cifar10(count_right):
     with np.load(SHARED / "cifar10_lossless_subset.npz") as arrays:
-        split = data.MemorySplit(arrays["x_test"], arrays["y_test"].astype(np.int32))
+        split = datasets.MemorySplit(arrays["x_test"], arrays["y_test"].astype(np.int32))
     found = count_right(split)
     assert (found["correct"], found["examples"]) == (932, 1017)
 

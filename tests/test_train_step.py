@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from configs import digits
-from metamix_jax import data, experiment, sharding, train_step
+from metamix_jax import data, datasets, experiment, sharding, train_step
 from metamix_jax.evaluate import Evaluator
 from metamix_jax.layers import FULL, Precision
 from metamix_jax.phases import PHASES, Phase, Span, Update
@@ -615,11 +615,11 @@ EXAMPLES = 37  # not a multiple of the batch of 16
 @pytest.fixture(scope="module")
 def dataset():
     generator = np.random.default_rng(2)
-    split = data.MemorySplit(
+    split = datasets.MemorySplit(
         generator.integers(0, 256, (EXAMPLES, 8, 8, 1), np.uint8),
         generator.integers(0, 10, EXAMPLES, np.int32),
     )
-    return data.Dataset(split, split)
+    return datasets.Dataset(split, split)
 
 
 def test_evaluation_counts_every_example_once(config, network, state, dataset):
