@@ -97,6 +97,7 @@ def default() -> ConfigDict:
             "act_bits": (8, 4, 3),  # candidate activation bit-widths
             "weight_bits": 4,
             "first_last_bits": 8,  # activations and weights of the first and last layer
+            "image_bits": 8,  # activations of the first layer, the image; 32 = not quantized
             "init_pass": "full_precision",  # "lowest_bits": each layer sees quantized inputs
             "init_rule": "shifted",  # "unshifted": mean |x| before the hswish shift, sqrt(2^b - 1)
             "positive_step": "floor",  # how steps are kept positive
@@ -198,6 +199,8 @@ def validate(config: ConfigDict) -> None:
         and all(isinstance(b, int) and 2 <= b <= 8 for b in bits),
         "quant.act_bits", bits, "two or more different bit-widths from 2 to 8, such as (8, 4, 2)",
     )  # fmt: skip
+    value = config.quant.image_bits
+    _require(value == 32 or 2 <= value <= 8, "quant.image_bits", value, "2 to 8, or 32")
     if config.search.searcher == "uniform":
         value = config.search.uniform_bits
         _require(value in bits, "search.uniform_bits", value, f"one of quant.act_bits {bits}")

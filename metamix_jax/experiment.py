@@ -64,6 +64,7 @@ def make_network(config: ConfigDict) -> Network:
         act_bits=tuple(options.act_bits),
         weight_bits=options.weight_bits,
         first_last_bits=options.first_last_bits,
+        image_bits=options.image_bits,
         init_rule=options.init_rule,
         positive_step=options.positive_step,
     )

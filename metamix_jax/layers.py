@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from metamix_jax.depthwise import depthwise_conv
 from metamix_jax.quantizers import POSITIVE_STEPS, fake_quant, init_step
 
 LOGIT_INIT_SCALE = 1e-3  # standard deviation of the initial architecture logits
 HSWISH_SHIFT = 3 / 8  # minus the minimum of hswish
+FULL_BITS = 32  # a width that means "not quantized"
 
 
 @struct.dataclass
@@ -61,13 +63,18 @@ class QuantSettings:
     act_bits: tuple[int, ...] = (8, 4, 3)
     weight_bits: int = 4
     first_last_bits: int = 8
+    image_bits: int = 8
     init_rule: str = "shifted"
     positive_step: str = "floor"
 
     def ends(self) -> "QuantSettings":
-        """Returns the settings of the first and last layer: fixed, not searched."""
+        """Returns the settings of the last layer: fixed, not searched."""
         bits = self.first_last_bits
         return dataclasses.replace(self, act_bits=(bits,), weight_bits=bits)
+
+    def stem(self) -> "QuantSettings":
+        """Returns the settings of the first layer, whose activations are the image."""
+        return dataclasses.replace(self.ends(), act_bits=(self.image_bits,))
 
 
 class _QuantLayer(nn.Module):
@@ -85,6 +92,8 @@ class _QuantLayer(nn.Module):
 
     def _quantize_input(self, x: jax.Array, precision: Precision) -> jax.Array:
         bits, mode = self.settings.act_bits, precision.activations
+        if bits == (FULL_BITS,):
+            return x
         if mode == "full" and not self.is_initializing():
             return x  # needs no quantization state: a plain network, a teacher for example
         positive = POSITIVE_STEPS[self.settings.positive_step]
@@ -165,20 +174,32 @@ class QuantConv(_QuantLayer):
     @nn.compact
     def __call__(self, x: jax.Array, precision: Precision = FULL) -> jax.Array:
         """Convolves the quantized input with the quantized kernel."""
-        k = self.kernel_size
-        shape = (k, k, x.shape[-1] // self.groups, self.features)
+        k, channels = self.kernel_size, x.shape[-1]
+        shape = (k, k, channels // self.groups, self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        margin = ((k - 1) // 2, (k - 1) // 2)
-        y = jax.lax.conv_general_dilated(
-            self._quantize_input(x, precision),
-            self._quantize_kernel(kernel, precision),
-            window_strides=(self.stride, self.stride),
-            padding={"torch": (margin, margin), "tf": "SAME"}[self.padding],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        inputs = self._quantize_input(x, precision)
+        kernel = self._quantize_kernel(kernel, precision)
+        padding = tuple(_padding(size, k, self.stride, self.padding) for size in x.shape[1:3])
+        if self.groups == channels == self.features:
+            y = depthwise_conv(inputs, kernel, self.stride, padding)
+        else:
+            y = jax.lax.conv_general_dilated(
+                inputs,
+                kernel,
+                window_strides=(self.stride, self.stride),
+                padding=padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=self.groups,
+            )
         self._record_cost(x, macs=math.prod(y.shape[1:3]) * math.prod(shape))
         return self._add_bias(y)
+
+
+def _padding(size: int, kernel_size: int, stride: int, kind: str) -> tuple[int, int]:
+    if kind == "torch":
+        return (kernel_size - 1) // 2, (kernel_size - 1) // 2
+    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
+    return total // 2, total - total // 2
 
 
 class QuantDense(_QuantLayer):

@@ -19,11 +19,46 @@ from flax import traverse_util
 
 from metamix_jax.errors import UserError
 
+_WITH_SE = "4|5|6|11|12|13|14|15"  # blocks of MobileNet-v3-large with squeeze-and-excite
 # Flax module path, joined by dots -> torch module path; applied in this order.
 MODULE_RULES = (
     (r"\blayer(\d+)_(\d+)\b", r"layer\1.\2"),
     (r"\bdownsample_conv\b", "downsample.0"),
     (r"\bdownsample_bn\b", "downsample.1"),
+    # MobileNet-v2: the first block has no expansion, so its layers move up.
+    (r"^block1\.depthwise$", "features.1.conv.0.0"),
+    (r"^block1\.depthwise_bn$", "features.1.conv.0.1"),
+    (r"^block1\.project$", "features.1.conv.1"),
+    (r"^block1\.project_bn$", "features.1.conv.2"),
+    (r"^block(\d+)\.expand$", r"features.\1.conv.0.0"),
+    (r"^block(\d+)\.expand_bn$", r"features.\1.conv.0.1"),
+    (r"^block(\d+)\.depthwise$", r"features.\1.conv.1.0"),
+    (r"^block(\d+)\.depthwise_bn$", r"features.\1.conv.1.1"),
+    (r"^block(\d+)\.project$", r"features.\1.conv.2"),
+    (r"^block(\d+)\.project_bn$", r"features.\1.conv.3"),
+    (r"^classifier$", "classifier.1"),
+    # MobileNet-v3-large: the same, and the projection follows squeeze-and-excite where there is.
+    (r"^bneck1\.depthwise$", "features.1.block.0.0"),
+    (r"^bneck1\.depthwise_bn$", "features.1.block.0.1"),
+    (r"^bneck1\.project$", "features.1.block.1.0"),
+    (r"^bneck1\.project_bn$", "features.1.block.1.1"),
+    (r"^bneck(\d+)\.expand$", r"features.\1.block.0.0"),
+    (r"^bneck(\d+)\.expand_bn$", r"features.\1.block.0.1"),
+    (r"^bneck(\d+)\.depthwise$", r"features.\1.block.1.0"),
+    (r"^bneck(\d+)\.depthwise_bn$", r"features.\1.block.1.1"),
+    (r"^bneck(\d+)\.se_(fc\d)$", r"features.\1.block.2.\2"),
+    (rf"^bneck({_WITH_SE})\.project$", r"features.\1.block.3.0"),
+    (rf"^bneck({_WITH_SE})\.project_bn$", r"features.\1.block.3.1"),
+    (r"^bneck(\d+)\.project$", r"features.\1.block.2.0"),
+    (r"^bneck(\d+)\.project_bn$", r"features.\1.block.2.1"),
+    (r"^classifier1$", "classifier.0"),
+    (r"^classifier2$", "classifier.3"),
+    (r"^last_conv$", "features.18.0"),  # of MobileNet-v2
+    (r"^last_bn$", "features.18.1"),
+    (r"^head_conv$", "features.16.0"),  # of MobileNet-v3-large
+    (r"^head_bn$", "features.16.1"),
+    (r"^stem$", "features.0.0"),
+    (r"^stem_bn$", "features.0.1"),
 )
 LEAF_NAMES = {
     ("params", "kernel"): "weight",

@@ -329,6 +329,7 @@ def test_unknown_choices_name_the_known(path, config):
         ("weight_training.act_epochs", -0.5, "0 or more"),
         ("weight_training.epochs", -0.5, "0 or more"),
         ("bit_search.budget_weight", -1.0, "0 or more"),
+        ("quant.image_bits", 16, "2 to 8, or 32"),
         ("quant.act_bits", (4,), "two or more different bit-widths from 2 to 8"),
         ("quant.act_bits", (), "two or more different bit-widths from 2 to 8"),
         ("quant.act_bits", (8, 4, 4), "two or more different bit-widths from 2 to 8"),

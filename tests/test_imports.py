@@ -17,7 +17,16 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 # be given its place here.
 ORDER = (
     {"errors"},
-    {"quantizers", "config", "datasets", "metrics", "pretrained", "progress", "sharding"},
+    {
+        "quantizers",
+        "config",
+        "datasets",
+        "depthwise",
+        "metrics",
+        "pretrained",
+        "progress",
+        "sharding",
+    },
     {"layers", "report", "data"},
     {"models"},
     {"cost"},

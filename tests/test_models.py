@@ -140,7 +140,7 @@ def test_first_and_last_layer_are_fixed():
     ("fields", "message"),
     [
         ({"name": "resnet_18"}, r"config\.model\.name='resnet_18'.*did you mean 'resnet18'\?"),
-        ({"name": ""}, r"config\.model\.name=''.*known: cifar_resnet, resnet18"),
+        ({"name": ""}, r"config\.model\.name=''.*known: cifar_resnet, .*resnet18"),
         ({"name": "cifar_resnet", "dept": 20}, r"config\.model\.dept.*did you mean 'depth'\?"),
         ({"name": "cifar_resnet", "settings": 1}, r"config\.model\.settings.*known: depth"),
         ({"name": "cifar_resnet", "num_classes": 1}, r"config\.model\.num_classes.*known: depth"),

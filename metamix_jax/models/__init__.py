@@ -7,9 +7,15 @@ from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.layers import QuantSettings
+from metamix_jax.models.mobilenet import MobileNetV2, MobileNetV3Large
 from metamix_jax.models.resnet import CifarResNet, ResNet18
 
-MODELS = {"cifar_resnet": CifarResNet, "resnet18": ResNet18}
+MODELS = {
+    "cifar_resnet": CifarResNet,
+    "resnet18": ResNet18,
+    "mobilenet_v2": MobileNetV2,
+    "mobilenet_v3_large": MobileNetV3Large,
+}
 _SHARED = {"num_classes", "settings", "parent", "name"}  # not from config.model
 
 

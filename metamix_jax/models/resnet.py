@@ -70,7 +70,7 @@ class CifarResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
         """Returns class scores [n, num_classes] of normalised images [n, h, w, c]."""
         ends = self.settings.ends()
-        x = QuantConv(self.width, ends, signed=True, name="conv1")(x, precision)
+        x = QuantConv(self.width, self.settings.stem(), signed=True, name="conv1")(x, precision)
         x = nn.relu(_batch_norm("bn1", train)(x))
         for stage in range(3):
             for block in range((self.depth - 2) // 6):
@@ -96,7 +96,9 @@ class ResNet18(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
         """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
         ends = self.settings.ends()
-        stem = QuantConv(64, ends, signed=True, kernel_size=7, stride=2, name="conv1")
+        stem = QuantConv(
+            64, self.settings.stem(), signed=True, kernel_size=7, stride=2, name="conv1"
+        )
         x = nn.relu(_batch_norm("bn1", train)(stem(x, precision)))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage in range(4):
