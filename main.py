@@ -53,7 +53,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise UserError(f"{rest[1]!r}: expected flags only, such as --mode=train")
         flags.FLAGS.config.get("seed")  # a file that could not be loaded fails on its first use
         return rest
-    except (flags.Error, UserError) as error:
+    except flags.Error as error:
+        # An exception inside the configuration file comes as text: a mistake in its argument as
+        # one line, a bug in the file with its traceback.
+        mistake = re.search(r"UserError: (.*)", str(error))
+        if "Traceback" in str(error) and not mistake:
+            raise
+        sys.exit(_fail(UserError(mistake[1]) if mistake else error))
+    except UserError as error:
         sys.exit(_fail(error))
     except OSError as error:
         missing = re.search(r"No such file or directory: '(.*)'", str(error))

@@ -6,6 +6,7 @@ here is read somewhere).
 """
 
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,7 +14,7 @@ from metamix_jax.errors import UserError, suggestion
 
 CHOICES = {
     "loss": ("cross_entropy", "distillation", "both"),
-    "data.augment": ("none", "crop_flip", "crop"),
+    "data.augment": ("none", "crop_flip", "crop", "random_resized_crop_flip"),
     "budget.unit": ("fraction", "gbops", "average_act_bits"),
     "search.searcher": ("metamix", "uniform", "none"),
     "quant.init_pass": ("full_precision", "lowest_bits"),
@@ -41,6 +42,7 @@ _RANGES = {
             "bit_meta.learning_rate", "bit_search.epochs", "bit_search.learning_rate",
             "bit_search.budget_weight", "bit_search.weight_decay", "weight_training.act_epochs",
             "weight_training.epochs", "weight_training.learning_rate", "data.in_memory_gib",
+            "data.eval_resize", "data.max_bad_examples",
         ),
     ),
     "0 or more and less than 1": (
@@ -79,8 +81,14 @@ def default() -> ConfigDict:
             "num_classes": 10,
             "mean": (0.0,),  # per channel (or one for all), of pixels in [0, 1]
             "std": (1.0,),
-            "augment": "none",  # "crop_flip": pad by 1/8, random crop, mirror; "crop": no mirror
+            # "crop_flip": pad by 1/8, random crop, mirror; "crop": no mirror;
+            # "random_resized_crop_flip": ImageNet's, of 8 to 100 % of the image.
+            "augment": "none",
+            # Shorter side before the centre crop to image_size, of all but the random resized
+            # crops; 256 is usual for ImageNet at 224; 0 = resized straight to the square.
+            "eval_resize": 0,
             "in_memory_gib": 4.0,  # decoded sets up to this size are read once and kept
+            "max_bad_examples": 0,  # training images that may be damaged (each is replaced)
         }
     )
     config.eval = ConfigDict(
@@ -138,7 +146,7 @@ def default() -> ConfigDict:
     )
     config.bit_search = ConfigDict(
         {
-            "epochs": 1.0,  # each step is followed on the same batch by one of bit-meta
+            "epochs": 1.0,  # each step follows one of bit-meta on the same batch
             "learning_rate": 1e-4,  # of the logits, constant
             "b1": 0.5,
             "b2": 0.999,
@@ -147,6 +155,10 @@ def default() -> ConfigDict:
             # budget_weight * |cost - budget| / cost(uniform 4/4).
             "budget_weight": 13.9,
             "budget_form": "argmax",  # Eq. 4 and 5; "expected": softmax-weighted cost
+            # Ablations. False: no bit-meta steps between those of the search / the search's loss
+            # trains weights and steps too.
+            "alternate": True,
+            "fixed_meta_state": True,
             "commit_batch_stats": False,  # True: this pass also moves the running statistics
         }
     )
@@ -160,27 +172,32 @@ def default() -> ConfigDict:
     return config.lock()
 
 
-def parse_argument(argument: str, **choices: tuple[str, ...]) -> dict[str, str]:
-    """Returns the choices made in a configuration's argument, `key=value,...`.
+def parse_argument(argument: str, **fields: tuple[str, ...] | float) -> dict[str, Any]:
+    """Returns the values set in a configuration's argument, `key=value,...`.
 
     Args:
       argument: what follows the colon in --config=FILE:ARGUMENT.
-      **choices: key -> allowed values, the default first.
+      **fields: key -> allowed texts, the default first; or the default of a number.
 
     Raises:
       UserError: unknown key or value.
     """
-    chosen = {key: values[0] for key, values in choices.items()}
+    values = {key: kind[0] if isinstance(kind, tuple) else kind for key, kind in fields.items()}
     for part in filter(None, argument.split(",")):
-        key, _, value = part.partition("=")
-        if key not in choices:
-            raise UserError(f"--config argument {part!r}: {suggestion(key, choices)}")
-        if value not in choices[key]:
-            raise UserError(
-                f"--config argument {part!r}: expected {key}= {suggestion(value, choices[key])}"
-            )
-        chosen[key] = value
-    return chosen
+        key, _, text = part.partition("=")
+        if key not in fields:
+            raise UserError(f"--config argument {part!r}: {suggestion(key, fields)}")
+        if isinstance(fields[key], tuple):
+            if text not in fields[key]:
+                hint = suggestion(text, fields[key])
+                raise UserError(f"--config argument {part!r}: expected {key}= {hint}")
+            values[key] = text
+        else:
+            try:
+                values[key] = float(text)
+            except ValueError:
+                raise UserError(f"--config argument {part!r}: expected a number") from None
+    return values
 
 
 def validate(config: ConfigDict) -> None:
@@ -214,11 +231,6 @@ def validate(config: ConfigDict) -> None:
         value = config.weight_training.epochs
         _require(value > 0, "weight_training.epochs", value, "more than 0, or nothing would "
                  "quantize the weights")  # fmt: skip
-    if config.search.searcher != "none" and not config.pretrained:
-        _require(
-            config.full_precision.epochs > 0, "full_precision.epochs", config.full_precision.epochs,
-            "more than 0, or config.pretrained naming trained weights to start from",
-        )  # fmt: skip
     for path in ("mean", "std"):
         value = tuple(config.data[path])
         _require(
@@ -226,6 +238,23 @@ def validate(config: ConfigDict) -> None:
             f"data.{path}", value, f"1 or {config.data.channels} numbers, one per channel",
         )  # fmt: skip
     _require(min(config.data.std) > 0, "data.std", tuple(config.data.std), "values above 0")
+    value = config.data.eval_resize
+    _require(
+        value == 0 or value >= config.data.image_size,
+        "data.eval_resize", value, f"0, or at least data.image_size={config.data.image_size}",
+    )  # fmt: skip
+
+
+def validate_start(config: ConfigDict) -> None:
+    """Raises UserError unless training has weights to start from and the teacher it learns from.
+
+    Recipes leave both files to be named on the command line; cost and evaluation need neither.
+    """
+    if config.search.searcher != "none" and not config.pretrained:
+        _require(
+            config.full_precision.epochs > 0, "full_precision.epochs", config.full_precision.epochs,
+            "more than 0, or config.pretrained naming trained weights to start from",
+        )  # fmt: skip
     needs_teacher = config.loss != "cross_entropy"
     _require(
         bool(config.teacher.path) == needs_teacher, "teacher.path", config.teacher.path,

@@ -1,8 +1,9 @@
 """Batches: the order that examples are trained in, their augmentation and normalisation.
 
 A training batch is a pure function of (seed, step): the order is a fixed permutation per epoch and
-augmentation is keyed by (seed, epoch, example). So a resumed run, or one on any number of devices
-and processes, sees the very same global batches, and no iterator state has to be saved.
+augmentation, on the device or while decoding (images.py), is keyed by (seed, epoch, example). So a
+resumed run, or one on any number of devices and processes, sees the very same global batches, and
+no iterator state has to be saved.
 """
 
 import functools
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metamix_jax.datasets import Split
+from metamix_jax.datasets import DECODING_AUGMENT
 from metamix_jax.errors import UserError
+from metamix_jax.splits import Split
 
 
 def train_indices(
@@ -59,7 +61,7 @@ def train_batches(
 
     def load_step(step: int) -> dict[str, np.ndarray]:
         indices, epochs = train_indices(len(split), seed=seed, step=step, batch_size=batch_size)
-        images, labels = split.gather(indices[rows])
+        images, labels = split.gather(indices[rows], epochs[rows], seed)
         index = indices[rows].astype(np.int32)
         return {"image": images, "label": labels, "index": index, "epoch": epochs[rows]}
 
@@ -125,10 +127,13 @@ def augment(
     its place in the batch nor on the device. Padding is 1/8 of the size per side (CIFAR's 4 of 32),
     of pixels with value 0 before normalisation, the usual recipe.
     """
-    if kind == "none":
+    if kind in ("none", DECODING_AUGMENT):
         return images
     if kind not in ("crop", "crop_flip"):
-        raise ValueError(f"augment {kind!r}: expected none, crop or crop_flip")
+        raise ValueError(
+            f"augment {kind!r}: expected none, crop or crop_flip, or {DECODING_AUGMENT}, "
+            "which was done when the image was decoded"
+        )
     _, height, width, channels = images.shape
     top, left = height // 8, width // 8
     # By name: under the "rbg" generator results inside vmap depend on the place in the batch.

@@ -1,87 +1,20 @@
-"""Data sets by name: labelled images that can be read by index, in memory or streamed."""
+"""Data sets by name: scikit-learn's digits, and any image classification data set of TFDS."""
 
-import concurrent.futures
 import dataclasses
 import functools
-import io
 import math
-import os
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError, suggestion
+from metamix_jax.images import RandomResizedCropFlip, Resize
+from metamix_jax.splits import MemorySplit, Split, StreamedSplit, first_line, read_into_memory
 
 DIGITS_HELD_OUT = 360  # of scikit-learn's 1797 digits
-
-
-class Split(Protocol):
-    """Labelled images that can be read by index."""
-
-    def __len__(self) -> int:
-        """Returns the number of examples."""
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns images uint8 [n, h, w, c] and labels int32 [n] of the examples `indices` [n]."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MemorySplit:
-    """A split held decoded in memory: `images` uint8 [n, h, w, c], `labels` int32 [n]."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Split`."""
-        return self.images[indices], self.labels[indices]
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamedSplit:
-    """A split read, decoded and resized to `shape` (h, w, c) anew at each `gather`."""
-
-    records: Sequence[bytes]
-    parse: Callable[[bytes], dict[str, Any]]  # record -> `image` as encoded bytes, `label` as int
-    shape: tuple[int, int, int]
-    name: str  # for error messages
-    pool: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
-        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-    )
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Split`. Raises UserError for damaged files or images and for missing labels."""
-        images = np.empty((len(indices), *self.shape), np.uint8)
-        labels = np.empty(len(indices), np.int32)
-
-        def fill(rows: np.ndarray) -> None:
-            # One read for all rows: record by record costs more than decoding small images does.
-            try:
-                records = self.records.__getitems__(indices[rows].tolist())
-                if not all(records):  # what array_record makes of some files that were cut short
-                    raise RuntimeError("empty records")
-            except RuntimeError as error:  # array_record's word for missing and damaged files
-                raise UserError(
-                    f"{self.name}: cannot be read ({_first_line(error)}); copy the files again"
-                ) from error
-            for row, example in zip(rows, map(self.parse, records), strict=True):
-                where = f"{self.name}, example {indices[row]}"
-                images[row] = _decode(example["image"], self.shape, where)
-                labels[row] = example["label"]
-                if labels[row] < 0:
-                    raise UserError(f"{where}: has no label; choose a labelled split")
-
-        list(self.pool.map(fill, np.array_split(np.arange(len(indices)), os.cpu_count() or 1)))
-        return images, labels
+DECODING_AUGMENT = "random_resized_crop_flip"  # the config.data.augment that is done here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +36,10 @@ def load(config_data: ConfigDict) -> Dataset:
     splits = {key: open_split(key) for key in ("train_split", "eval_split")}
     limit = config_data.in_memory_gib * 2**30
     for key, split in splits.items():
-        if isinstance(split, StreamedSplit) and len(split) * math.prod(split.shape) <= limit:
-            splits[key] = _read(split)
+        # Random crops are not made once and for all.
+        once = isinstance(split, StreamedSplit) and isinstance(split.transform, Resize)
+        if once and len(split) * math.prod(split.transform.shape) <= limit:
+            splits[key] = read_into_memory(split)
     return Dataset(splits["train_split"], splits["eval_split"])
 
 
@@ -112,9 +47,15 @@ def _open_digits(config_data: ConfigDict) -> Callable[[str], Split]:
     import sklearn.datasets
     import sklearn.model_selection
 
-    for key, expected in (("image_size", 8), ("channels", 1), ("num_classes", 10)):
-        if config_data[key] != expected:
-            raise UserError(f"config.data.{key}={config_data[key]}: expected {expected} for digits")
+    expected = {"image_size": 8, "channels": 1, "num_classes": 10, "eval_resize": 0}
+    for key, value in expected.items():
+        if config_data[key] != value:
+            raise UserError(f"config.data.{key}={config_data[key]}: expected {value} for digits")
+    if config_data.augment == DECODING_AUGMENT:
+        raise UserError(
+            f"config.data.augment={config_data.augment!r}: expected none, crop or crop_flip for "
+            "digits, which are not photographs"
+        )
     digits = sklearn.datasets.load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # were 0..16
     labels = digits.target.astype(np.int32)
@@ -137,7 +78,8 @@ def _open_digits(config_data: ConfigDict) -> Callable[[str], Split]:
 def _open_tfds(config_data: ConfigDict) -> Callable[[str], Split]:
     import tensorflow_datasets as tfds
 
-    name, size, channels = config_data.name, config_data.image_size, config_data.channels
+    name, channels = config_data.name, config_data.channels
+    shape = (config_data.image_size, config_data.image_size, channels)
     if channels not in (1, 3):
         raise UserError(f"config.data.channels={channels}: expected 1 (grey) or 3 (RGB)")
     builder = _tfds_builder(name, config_data.data_dir)
@@ -163,7 +105,14 @@ def _open_tfds(config_data: ConfigDict) -> Callable[[str], Split]:
     def open_split(key: str) -> Split:
         what = f"config.data.{key}={config_data[key]!r}"
         records = _tfds_records(builder, config_data[key], what)
-        return StreamedSplit(records, parse, (size, size, channels), f"{name} {config_data[key]}")
+        transform, max_bad_examples = Resize(shape, config_data.eval_resize), None
+        if key == "train_split":
+            max_bad_examples = config_data.max_bad_examples
+            if config_data.augment == DECODING_AUGMENT:
+                transform = RandomResizedCropFlip(shape)
+        return StreamedSplit(
+            records, parse, transform, f"{name} {config_data[key]}", max_bad_examples
+        )
 
     return open_split
 
@@ -177,7 +126,7 @@ def _tfds_records(builder: Any, split: str, what: str) -> Sequence[bytes]:
         examples = known[split].num_examples
     except Exception as error:
         raise UserError(
-            f"{what}: no such split ({_first_line(error)}); {suggestion(split, known)}, or a slice "
+            f"{what}: no such split ({first_line(error)}); {suggestion(split, known)}, or a slice "
             "such as train[:90%]"
         ) from error
     if not examples:
@@ -188,14 +137,12 @@ def _tfds_records(builder: Any, split: str, what: str) -> Sequence[bytes]:
     except NotImplementedError as error:
         raise UserError(
             f"{what}: {builder.data_path} is in a format without random access (tfrecord); expected"
-            " an array_record copy: convert it where TensorFlow is installed with python -m "
-            "tensorflow_datasets.scripts.convert_format --out_file_format=array_record "
-            f"--dataset_version_dir={builder.data_path} --out_dir=NEW_DATA_DIR/"
-            f"{builder.info.full_name}"
+            f" an array_record copy: python -m metamix_jax.convert_tfrecord {builder.data_path} "
+            f"NEW_DATA_DIR/{builder.info.full_name}"
         ) from error
     except Exception as error:  # array_record and the file systems raise many kinds
         raise UserError(
-            f"{what}: cannot be read in {builder.data_path} ({_first_line(error)}); prepare or copy"
+            f"{what}: cannot be read in {builder.data_path} ({first_line(error)}); prepare or copy"
             " the data set again"
         ) from error
 
@@ -217,7 +164,7 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
         builder = tfds.builder(name, data_dir=folder)
     except Exception as error:  # ValueError, AssertionError, ImportError, ... by what is wrong
         raise UserError(
-            f"config.data.name={name!r}: not a data set in {folder} ({_first_line(error)}); {hint}"
+            f"config.data.name={name!r}: not a data set in {folder} ({first_line(error)}); {hint}"
         ) from error
     if not (builder.data_path / "dataset_info.json").exists():
         raise UserError(
@@ -226,40 +173,3 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
             f"{str(folder)!r}).download_and_prepare(file_format='array_record'); {hint}"
         )
     return builder
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _decode(encoded: bytes, shape: tuple[int, int, int], where: str) -> np.ndarray:
-    from PIL import Image
-
-    height, width, channels = shape
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            image = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(
-            f"{where}: its {len(encoded)} bytes are no image that Pillow can decode; "
-            "prepare or copy the data set again"
-        ) from error
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(image).reshape(shape)
-
-
-def _read(split: StreamedSplit, chunk: int = 1024) -> MemorySplit:
-    """Reads all of `split` into memory, with a progress bar where someone watches."""
-    from tqdm import tqdm
-
-    images = np.empty((len(split), *split.shape), np.uint8)
-    labels = np.empty(len(split), np.int32)
-    bar = tqdm(total=len(split), desc=f"reading {split.name}", unit="image", leave=False,
-               disable=None, file=sys.stderr)  # fmt: skip
-    with bar, split.pool:
-        for start in range(0, len(split), chunk):
-            rows = np.arange(start, min(start + chunk, len(split)))
-            images[rows], labels[rows] = split.gather(rows)
-            bar.update(len(rows))
-    return MemorySplit(images, labels)

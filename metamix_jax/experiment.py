@@ -23,8 +23,16 @@ from metamix_jax.searchers import SEARCHERS, knapsack
 from metamix_jax.train_step import TrainState, enter_phase
 
 # Fields that may change when a run goes on: they do not change what is computed.
-HARMLESS = ("checkpoint", "checkpoint_every_steps", "log_every_steps", "eval.batch_size",
-            "eval.every_steps", "data.data_dir", "data.in_memory_gib")  # fmt: skip
+HARMLESS = (
+    "checkpoint",
+    "checkpoint_every_steps",
+    "log_every_steps",
+    "eval.batch_size",
+    "eval.every_steps",
+    "data.data_dir",
+    "data.in_memory_gib",
+    "data.max_bad_examples",
+)
 
 
 @dataclasses.dataclass(frozen=True)

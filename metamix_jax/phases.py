@@ -50,6 +50,8 @@ BIT_META = Update("bit_meta", WEIGHTS | {"act_steps"}, precision=None)
 BIT_SEARCH = Update(
     "bit_search", frozenset({"logits"}), Precision(activations="mixture"), budget_term=True
 )
+# The ablation without a fixed meta-state (Fig. 7a): the same loss trains everything.
+BIT_SEARCH_UNFIXED = dataclasses.replace(BIT_SEARCH, trains=WEIGHTS | {"act_steps", "logits"})
 ACT_TRAINING = Update("act_training", WEIGHTS | {"act_steps"}, _ACTS_CHOSEN)
 WEIGHT_TRAINING = Update("weight_training", WEIGHTS | {"act_steps", "weight_steps"}, _ALL_CHOSEN)
 
@@ -99,7 +101,7 @@ def make_schedule(
     }
     spans, start, calibrated = [], 0, False
     for name in ("full_precision", *searcher_phases):
-        phase = PHASES[name]
+        phase = _ablated(PHASES[name], config)
         # Rounded first: 51 / 390.625 epochs are 51 steps, not 52.
         steps = math.ceil(round(epochs[name] * steps_per_epoch, 6))
         if steps == 0:
@@ -109,6 +111,15 @@ def make_schedule(
         spans.append(Span(phase, start, start + steps, calibrates_acts))
         start += steps
     return tuple(spans)
+
+
+def _ablated(phase: Phase, config: ConfigDict) -> Phase:
+    if phase.name != "bit_search":
+        return phase
+    options = config.bit_search
+    search = BIT_SEARCH if options.fixed_meta_state else BIT_SEARCH_UNFIXED
+    updates = (BIT_META, search) if options.alternate else (search,)
+    return dataclasses.replace(phase, updates=updates)
 
 
 def phase_at(step: int, schedule: Sequence[Span]) -> Span:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from metamix_jax import config as config_lib
 from metamix_jax import cost, datasets, experiment, pretrained, results, sharding
 from metamix_jax import policy as policy_lib
 from metamix_jax.checkpoints import Checkpoints
@@ -58,6 +59,7 @@ class Run:
     def prepare(cls, config: ConfigDict, workdir: Path) -> "Run":
         """Builds and checks everything that a user can get wrong."""
         network = experiment.make_network(config)
+        config_lib.validate_start(config)
         mesh = sharding.make_mesh()
         weights = None
         if config.pretrained:

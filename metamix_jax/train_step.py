@@ -78,14 +78,16 @@ def make_optimizer(update: Update, steps: int, config: ConfigDict) -> optax.Grad
         {name: transforms[name] for name in sorted(update.trains)},
         lambda flat: {path: label(path, leaf) for path, leaf in flat.items()},
     )
-    if update.trains == {"logits"}:
-        return split
-    return optax.chain(optax.clip_by_global_norm(options.clip_norm), split)
+    clip = optax.masked(
+        optax.clip_by_global_norm(options.clip_norm),
+        lambda flat: {path: label(path, leaf) != "logits" for path, leaf in flat.items()},
+    )
+    return optax.chain(clip, split)
 
 
 def _learning_rate(update: Update, steps: int, config: ConfigDict) -> optax.Schedule:
     if update.name in ("bit_meta", "bit_search"):
-        return optax.constant_schedule(config[update.name].learning_rate)
+        return optax.constant_schedule(config.bit_meta.learning_rate)
     section = {"act_training": "weight_training"}.get(update.name, update.name)
     return optax.cosine_decay_schedule(config[section].learning_rate, steps)
 

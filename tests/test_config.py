@@ -13,7 +13,7 @@ from metamix_jax import experiment
 from metamix_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted(ROOT.glob("configs/[!_]*.py"))
 # Arguments of a configuration file, besides none.
 ARGUMENTS = {
     "cifar10_resnet20": [
@@ -295,9 +295,14 @@ def test_every_text_is_a_choice_that_holds_its_default_or_a_name():
         assert value_of(config, path) in allowed
 
 
+def validate(config):
+    config_lib.validate(config)
+    config_lib.validate_start(config)
+
+
 def error_of(config):
     with pytest.raises(UserError) as caught:
-        config_lib.validate(config)
+        validate(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -329,6 +334,8 @@ def test_unknown_choices_name_the_known(path, config):
         ("weight_training.act_epochs", -0.5, "0 or more"),
         ("weight_training.epochs", -0.5, "0 or more"),
         ("bit_search.budget_weight", -1.0, "0 or more"),
+        ("data.eval_resize", 7, "0, or at least data.image_size="),
+        ("data.max_bad_examples", -1, "0 or more"),
         ("quant.image_bits", 16, "2 to 8, or 32"),
         ("quant.act_bits", (4,), "two or more different bit-widths from 2 to 8"),
         ("quant.act_bits", (), "two or more different bit-widths from 2 to 8"),
@@ -408,7 +415,7 @@ def test_values_that_do_not_go_together(changes, message, config):
 def test_valid_combinations(changes, config):
     for path, value in changes.items():
         change(config, path, value)
-    config_lib.validate(config)
+    validate(config)
 
 
 def test_an_unknown_teacher_network_is_named_as_the_teachers(config):

@@ -171,6 +171,21 @@ def test_identity_shortcut_of_odd_width_is_refused_or_pads_zeros(width):
     np.testing.assert_allclose(y.sum(), np.maximum(x[:, ::2, ::2], 0).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters_wanted"), [("resnet50", 25_557_032), ("resnet101", 44_549_160)]
+)
+def test_parameters_of_the_bottleneck_networks(name, parameters_wanted):
+    assert parameters(make(1000, name=name), (224, 224, 3)) == parameters_wanted  # torchvision's
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
+def test_padding_changes_neither_shapes_nor_cost(name):
+    shape = (224, 224, 3)
+    torch, tf = (make(1000, name=name, padding=padding) for padding in ("torch", "tf"))
+    assert shapes_of(torch, shape) == shapes_of(tf, shape)
+    assert layer_costs(torch, shape) == layer_costs(tf, shape)
+
+
 def test_label():
     assert models.label(ConfigDict({"name": "cifar_resnet", "depth": 20})) == "cifar_resnet20"
     assert models.label(ConfigDict({"name": "resnet18"})) == "resnet18"

@@ -8,6 +8,7 @@ from metamix_jax.layers import Precision
 from metamix_jax.phases import (
     BIT_META,
     BIT_SEARCH,
+    BIT_SEARCH_UNFIXED,
     PHASES,
     WEIGHT_TRAINING,
     make_schedule,
@@ -116,3 +117,26 @@ def test_what_trains_in_each_phase():
     }
     assert [name for name, phase in PHASES.items() if phase.needs_policy] == list(NAMES[3:])
     assert [name for name, phase in PHASES.items() if phase.calibrates_weights] == [NAMES[4]]
+
+
+@pytest.mark.parametrize(
+    ("alternate", "fixed", "updates"),
+    [
+        (True, True, (BIT_META, BIT_SEARCH)),
+        (True, False, (BIT_META, BIT_SEARCH_UNFIXED)),
+        (False, True, (BIT_SEARCH,)),
+        (False, False, (BIT_SEARCH_UNFIXED,)),
+    ],
+)
+def test_ablations_change_the_updates_of_the_search_only(alternate, fixed, updates):
+    config = config_lib.default()
+    config.bit_search.alternate, config.bit_search.fixed_meta_state = alternate, fixed
+    schedule = make_schedule(config, SEARCHERS["metamix"].PHASES, 10.0)
+    found = {span.phase.name: span.phase.updates for span in schedule}
+    assert found.pop("bit_search") == updates
+    assert found == {name: PHASES[name].updates for name in found}
+
+
+def test_unfixed_search_trains_what_bit_meta_trains_and_the_logits():
+    assert BIT_SEARCH_UNFIXED.trains == BIT_META.trains | {"logits"}
+    assert BIT_SEARCH_UNFIXED.budget_term

@@ -222,6 +222,20 @@ def test_bit_search_moves_logits_only(
     assert metrics["budget_term"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_unfixed_search_moves_weights_and_steps_too(network, state, images, batch, branches):
+    config = make_config(**{"bit_search.fixed_meta_state": False, "bit_search.alternate": False})
+    span = next(
+        span
+        for span in experiment.make_schedule(config, 10 * config.batch_size)
+        if span.phase.name == "bit_search"
+    )
+    before = train_step.enter_phase(state, span, config)
+    (update,) = span.phase.updates
+    apply_update = compiled(make_update(network.model, update, STEPS, config, network.budget))
+    after, _ = apply_update(before, images, batch["label"], None, branches)
+    assert moved_labels(before, after) == {"kernels", "weights", "act_steps", "logits"}
+
+
 def test_bit_search_sees_the_weights_after_bit_metas_step(
     apply_updates, network, state, images, batch, branches
 ):
@@ -506,9 +520,8 @@ def test_distillation_learns_from_the_teacher_in_evaluation_mode(
 # Calibration -----------------------------------------------------------------------------------
 
 
-def test_calibration_takes_act_steps_from_what_the_layers_get(
-    config, network, fresh, images, batch
-):
+def test_calibration_takes_act_steps_from_what_the_layers_get(config, network, fresh, batch):
+    images = train_step.training_images(batch, config)  # augmented, as in training
     calibrate = train_step.make_calibrate(network.model, span_of("bit_meta"), config)
     state = compiled(calibrate)(fresh, batch, {})
     assert moved_labels(fresh, state) == {"act_steps"}
@@ -668,7 +681,8 @@ def test_reestimated_statistics_are_the_plain_average_over_batches(
     found = evaluator.reestimate(variables, precision)
     assert jax.tree.structure(found) == jax.tree.structure(state.batch_stats)
 
-    # By hand for the stem, whose input and kernel are known: 3 batches, not augmented.
+    # By hand for the stem, whose input and kernel are known: 3 batches, augmented as in
+    # training.
     levels = 127  # 8 bits, signed
 
     def fake_quant(x, step):
@@ -680,9 +694,7 @@ def test_reestimated_statistics_are_the_plain_average_over_batches(
     act_step = np.asarray(state.quant["conv1"]["act_step"])
     means, variances = [], []
     for batch in data.train_batches(dataset.train, seed=0, batch_size=BATCH, start=0, stop=3):
-        images = np.asarray(
-            data.preprocess(batch["image"], mean=config.data.mean, std=config.data.std)
-        )
+        images = np.asarray(train_step.training_images(batch, config))
         padded = np.pad(fake_quant(images, act_step), ((0, 0), (1, 1), (1, 1), (0, 0)))
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
         outputs = np.einsum("nhwcij,ijcf->nhwf", windows, kernel, dtype=np.float64)

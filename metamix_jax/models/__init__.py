@@ -8,11 +8,13 @@ from ml_collections import ConfigDict
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.layers import QuantSettings
 from metamix_jax.models.mobilenet import MobileNetV2, MobileNetV3Large
-from metamix_jax.models.resnet import CifarResNet, ResNet18
+from metamix_jax.models.resnet import CifarResNet, ResNet18, ResNet50, ResNet101
 
 MODELS = {
     "cifar_resnet": CifarResNet,
     "resnet18": ResNet18,
+    "resnet50": ResNet50,
+    "resnet101": ResNet101,
     "mobilenet_v2": MobileNetV2,
     "mobilenet_v3_large": MobileNetV3Large,
 }
@@ -38,6 +40,8 @@ def make(
     for key in set(fields) - known:
         hint = suggestion(key, known) if known else "it takes none"
         raise UserError(f"{source}.{key}: {name} has no such field; {hint}")
+    if fields.get("padding", "torch") not in ("torch", "tf"):
+        raise UserError(f"{source}.padding={fields['padding']!r}: expected torch or tf")
     if name == "cifar_resnet":
         _check_cifar_resnet(fields, source)
     return MODELS[name](num_classes=num_classes, settings=settings, **fields)
