@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError
-from metamix_jax.layers import LayerCost
+from metamix_jax.layers import FULL_BITS, LayerCost, Precision
 
 LayerCosts = Mapping[str, LayerCost]  # layer path -> facts, in network order
 GIGA = 1e9
@@ -46,6 +46,20 @@ def layer_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str
 def bops(costs: LayerCosts, act_bits: Mapping[str, int]) -> int:
     """Returns the bit operations of one image, Eq. 6, with `act_bits` per layer path."""
     return sum(cost.macs * act_bits[path] * cost.weight_bits for path, cost in costs.items())
+
+
+def gbops_at(costs: LayerCosts, act_bits: Mapping[str, int], precision: Precision) -> float:
+    """Returns the GBOPs of a forward pass; what it does not quantize counts as 32 bits."""
+    acts_full, weights_full = precision.activations == "full", precision.weights == "full"
+    return (
+        sum(
+            cost.macs
+            * (FULL_BITS if acts_full else act_bits[path])
+            * (FULL_BITS if weights_full else cost.weight_bits)
+            for path, cost in costs.items()
+        )
+        / GIGA
+    )
 
 
 def uniform_bits(costs: LayerCosts, bits: int) -> dict[str, int]:

@@ -81,13 +81,12 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "step %d (%s): top-1 %.2f %%, top-5 %.2f %%, %d of %d right",
         step, phase.name, counts["top1"], counts["top5"], counts["correct"], counts["examples"],
     )  # fmt: skip
-    act_width, weight_width = precision.activations != "full", precision.weights != "full"
-    gbops = cost.bops(network.costs, bits) / cost.GIGA
+    gbops = cost.gbops_at(network.costs, bits, precision)
     return {
         "mode": "evaluate",
         "checkpoint_step": step,
         **{name: counts[name] for name in ("top1", "top5", "correct", "examples")},
-        "gbops": gbops if act_width and weight_width else None,
+        "gbops": gbops,
     }
 
 

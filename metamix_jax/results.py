@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from metamix_jax import cost
 from metamix_jax import policy as policy_lib
 from metamix_jax.experiment import Network
+from metamix_jax.layers import FULL, FULL_BITS
 from metamix_jax.metrics import read_rows, write_json
 from metamix_jax.phases import Span
 from metamix_jax.report import charts, tables
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_FULL_BITS = 32
 
 
 def write(
@@ -56,7 +56,7 @@ def write(
         "top5": final["top5"],
         "correct": final["correct"],
         "examples": final["examples"],
-        "gbops": policy["gbops"] if policy else _full_precision_gbops(network),
+        "gbops": policy["gbops"] if policy else cost.gbops_at(network.costs, {}, FULL),
         "budget_gbops": policy["budget_gbops"] if policy else None,
         "average_act_bits": _average_act_bits(network, policy),
         "seconds": round(sum(seconds.values()), 1),
@@ -82,16 +82,13 @@ def write(
     if policy:
         charts.bit_chart(policy, workdir / "bits.png", average_act_bits=result["average_act_bits"])
         logging.info("policy:\n%s", tables.policy_table(policy))
+    logging.info("in %s: %s", workdir, ", ".join(sorted(path.name for path in workdir.iterdir())))
     return result
-
-
-def _full_precision_gbops(network: Network) -> float:
-    return sum(layer.macs for layer in network.costs.values()) * _FULL_BITS**2 / cost.GIGA
 
 
 def _average_act_bits(network: Network, policy: Mapping[str, Any] | None) -> float:
     if policy is None:
-        return float(_FULL_BITS)
+        return float(FULL_BITS)
     return cost.average_act_bits(network.costs, policy_lib.act_bits(policy))
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from metamix_jax import cost, models
 from metamix_jax.cost import Budget, chosen_cost, hard_selection, make_budget
 from metamix_jax.errors import UserError
-from metamix_jax.layers import LayerCost, QuantSettings
+from metamix_jax.layers import LayerCost, Precision, QuantSettings
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -238,3 +238,11 @@ def test_csv_round_trip():
         "candidates": BITS, "mbops": 160.0,
     }  # fmt: skip
     assert sum(row["mbops"] for row in table) / 1e3 == pytest.approx(REFERENCE, rel=1e-12)
+
+
+def test_what_is_not_quantized_counts_as_32_bits():
+    costs = {"a": LayerCost(10**9, 1, (8, 4), 4), "b": LayerCost(2 * 10**9, 1, (8,), 8)}
+    bits = {"a": 4, "b": 8}
+    assert cost.gbops_at(costs, bits, Precision("chosen", "quantized")) == 4 * 4 + 2 * 8 * 8
+    assert cost.gbops_at(costs, bits, Precision("chosen")) == (4 + 2 * 8) * 32
+    assert cost.gbops_at(costs, {}, Precision()) == 3 * 32 * 32
