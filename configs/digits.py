@@ -2,7 +2,7 @@
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 
-Hardware, time and result: see README.md, "Results".
+2 CPU cores, half a minute: 99.44 % (358 of 360 held-out digits) at 0.0092 GBOPs, budget 0.0114.
 """
 
 from ml_collections import ConfigDict

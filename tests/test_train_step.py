@@ -568,11 +568,11 @@ def mesh_of(devices):
 
 
 def run_three_steps(name, devices, config, network, state, branches):
-    """Returns the state after three steps and the numbers of each."""
+    """Returns the state and the numbers after each of three steps."""
     mesh = mesh_of(devices)
     generator = np.random.default_rng(3)
     state = sharding.replicate(entered(state, name, config), mesh)
-    step, rows = None, []
+    step, states, rows = None, [], []
     for number in range(3):
         batch = {
             "image": generator.integers(0, 256, (BATCH, 8, 8, 1), np.uint8),
@@ -587,37 +587,39 @@ def run_three_steps(name, devices, config, network, state, branches):
             function = make_train_step(network.model, span_of(name), config, network.budget, None)
             step = compiled(function).lower(*arguments).compile()
         state, metrics = step(*arguments)
+        states.append(state)
         rows.append({key: float(value) for key, value in metrics.items()})
-    return state, rows
+    return states, rows
 
 
 @pytest.mark.parametrize("name", list(PHASES))
-def test_one_and_two_devices_agree_with_one_compilation(name, config, network, state, branches):
-    one, rows_of_one = run_three_steps(name, 1, config, network, state, branches)
-    two, rows_of_two = run_three_steps(name, 2, config, network, state, branches)
+def test_one_and_two_devices_agree_with_one_compilation(name, network, state, branches):
+    # Not Adam: it makes a whole step of the sign of a gradient that is 0 but for rounding.
+    config = make_config(**{"optimizer.name": "sgd"})
+    states_of_one, rows_of_one = run_three_steps(name, 1, config, network, state, branches)
+    states_of_two, rows_of_two = run_three_steps(name, 2, config, network, state, branches)
+    one, two = states_of_one[-1], states_of_two[-1]
     assert two.params["conv1"]["kernel"].sharding.num_devices == 2
     assert int(one.step) == int(two.step) == 3
     moving = set().union({"batch_stats"}, *(update.trains for update in PHASES[name].updates))
     assert moved_labels(state, one) == moved_labels(state, two) == moving
 
-    # Sums over the batch are rounded differently on two devices, by 1e-7. At full precision it
-    # stays at that. With quantizers an activation next to a rounding boundary can land on the other
-    # level, a third of the range at 2 bits, and Adam makes a whole step of a gradient's sign next
-    # to zero. So the first loss, from the same parameters, may differ by such a level or two, later
-    # ones by more, and parameters are compared by the norm of each leaf.
-    first = "bit_meta_loss" if name == "bit_search" else "loss"
-    full = name == "full_precision"
-    for number, (row_of_one, row_of_two) in enumerate(zip(rows_of_one, rows_of_two, strict=True)):
-        tolerance = 1e-5 if full else 2e-2 if number else 1e-3
-        for key in {first, "loss"} if number else {first}:
-            assert row_of_one[key] == pytest.approx(row_of_two[key], rel=tolerance), (number, key)
-    flat_of_one, flat_of_two = leaves(one), leaves(two)
-    change = {
-        path: np.linalg.norm(flat_of_one[path] - flat_of_two[path])
-        / max(np.linalg.norm(flat_of_one[path]), 1e-1)
-        for path in flat_of_one
-    }
-    assert max(change.values()) < (1e-3 if name == "full_precision" else 2e-2), change
+    # Sums over the batch are rounded differently on two devices, by 1e-7, and stay so until that
+    # moves something across a rounding boundary. Of quantized weights, which are few and weigh
+    # much, one does so in the second step: there only the first is compared.
+    steps, tolerance = (1, 1e-3) if name == "weight_training" else (3, 1e-5)
+    for number in range(steps):
+        assert rows_of_one[number].keys() == rows_of_two[number].keys()
+        for key in ("loss", "bit_meta_loss") if name == "bit_search" else ("loss",):
+            wanted = pytest.approx(rows_of_two[number][key], rel=1e-5)
+            assert rows_of_one[number][key] == wanted, (number, key)
+        flat_of_one, flat_of_two = leaves(states_of_one[number]), leaves(states_of_two[number])
+        change = {
+            path: np.linalg.norm(flat_of_one[path] - flat_of_two[path])
+            / max(np.linalg.norm(flat_of_one[path]), 1e-1)
+            for path in flat_of_one
+        }
+        assert max(change.values()) < tolerance, (number, change)
 
 
 # Evaluation ------------------------------------------------------------------------------------
