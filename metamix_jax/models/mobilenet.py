@@ -134,12 +134,7 @@ class MobileNetV2(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
         """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
-
-        def norm(train: bool, name: str) -> nn.BatchNorm:
-            return nn.BatchNorm(
-                use_running_average=not train, momentum=_V2_MOMENTUM, epsilon=_V2_EPSILON, name=name
-            )
-
+        norm = _batch_norm(_V2_MOMENTUM, _V2_EPSILON)
         stem = QuantConv(
             32, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"
         )
@@ -176,12 +171,7 @@ class MobileNetV3Large(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
         """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
-
-        def norm(train: bool, name: str) -> nn.BatchNorm:
-            return nn.BatchNorm(
-                use_running_average=not train, momentum=_V3_MOMENTUM, epsilon=_V3_EPSILON, name=name
-            )
-
+        norm = _batch_norm(_V3_MOMENTUM, _V3_EPSILON)
         stem = QuantConv(
             16, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"
         )
@@ -209,6 +199,15 @@ class MobileNetV3Large(nn.Module):
         ends = self.settings.ends()
         classifier = QuantDense(self.num_classes, ends, shift=HSWISH_SHIFT, name="classifier2")
         return classifier(x, precision)
+
+
+def _batch_norm(momentum: float, epsilon: float) -> Callable[..., nn.BatchNorm]:
+    def norm(train: bool, name: str) -> nn.BatchNorm:
+        return nn.BatchNorm(
+            use_running_average=not train, momentum=momentum, epsilon=epsilon, name=name
+        )
+
+    return norm
 
 
 def _divisible_by_8(channels: float) -> int:
