@@ -1,6 +1,8 @@
 """Command line of metamix_jax: flags, logging, one call.
 
-python main.py --config=configs/digits.py --workdir=DIR [--mode=train|search|cost|evaluate]
+python main.py --config=configs/digits.py --workdir=DIR [--mode=MODE]
+
+MODE: train (default), search, cost, evaluate, calibrate.
 """
 
 import json
@@ -15,7 +17,7 @@ from ml_collections import config_flags
 from metamix_jax.config import default
 from metamix_jax.errors import UserError, suggestion
 
-MODE_NAMES = ("train", "search", "cost", "evaluate")
+MODE_NAMES = ("train", "search", "cost", "evaluate", "calibrate")
 
 DEFAULT_CONFIG = "configs/digits.py"
 

@@ -200,7 +200,7 @@ def report(options: argparse.Namespace, rates: dict, first: dict) -> None:
         )
     for step, value in seconds.items():
         print(f"first batch of {options.batch_size} from step {step:>6}: {value:.3f} s")
-    packages = ["pillow", "numpy", "grain", "array_record"]
+    packages = ["pillow", "opencv-python-headless", "numpy", "grain", "array_record"]
     if options.tensorflow:
         packages.append("tensorflow-cpu")
     versions = {}

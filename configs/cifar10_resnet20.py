@@ -9,7 +9,8 @@ The argument after a colon picks the schedule, `--config=configs/cifar10_resnet2
   cpu            450 and 800 steps, 25 minutes on 2 CPU cores: 86.66 % at 0.6512 GBOPs (budget
                  0.6701) on a JPEG copy of CIFAR-10; see README.md, "Results".
 
-and the network's shortcuts, `shortcut=identity` (default, those weights) or `shortcut=conv`.
+the network's shortcuts, `shortcut=identity` (default, those weights) or `shortcut=conv`, and
+`weight_bits=842` searches the weights' bits too (all nine pairs with the activations').
 Several are separated by commas.
 """
 
@@ -22,7 +23,9 @@ STEPS_PER_EPOCH = 50_000 / 128
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the configuration; `argument` is what follows the colon."""
-    choice = parse_argument(argument, schedule=("gpu", "cpu"), shortcut=("identity", "conv"))
+    choice = parse_argument(
+        argument, schedule=("gpu", "cpu"), shortcut=("identity", "conv"), weight_bits=("4", "842")
+    )
     config = default()
     config.model = ConfigDict(
         {"name": "cifar_resnet", "depth": 20, "width": 16, "shortcut": choice["shortcut"]}
@@ -35,6 +38,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.batch_size = 128
 
     config.quant.act_bits = (8, 4, 2)
+    config.quant.weight_bits = tuple(int(bits) for bits in choice["weight_bits"])
     config.budget.value = 1.0  # of the uniform 4/4 network, 0.6701 GBOPs
     config.eval.bn_reestimate_batches = 20
     config.checkpoint_every_steps = 100
@@ -45,6 +49,9 @@ def get_config(argument: str = "") -> ConfigDict:
         config.bit_search.learning_rate = 2e-3  # 391 steps; see below
         config.weight_training.act_epochs = 18
         config.weight_training.epochs = 72
+        if len(config.quant.weight_bits) > 1:
+            config.weight_training.act_epochs = 0
+            config.weight_training.epochs = 90
         return config
 
     config.bit_meta.epochs = 200 / STEPS_PER_EPOCH
@@ -57,4 +64,12 @@ def get_config(argument: str = "") -> ConfigDict:
     config.bit_search.budget_weight = 3.0
     config.weight_training.act_epochs = 100 / STEPS_PER_EPOCH
     config.weight_training.epochs = 700 / STEPS_PER_EPOCH
+    if len(config.quant.weight_bits) > 1:
+        # Nine passes a step in place of three, so fewer steps; and the meta-state's weights are
+        # quantized already.
+        config.bit_meta.epochs = 60 / STEPS_PER_EPOCH
+        config.bit_search.epochs = 80 / STEPS_PER_EPOCH
+        config.bit_search.learning_rate = 6e-2
+        config.weight_training.act_epochs = 0
+        config.weight_training.epochs = 400 / STEPS_PER_EPOCH
     return config

@@ -18,7 +18,7 @@ CHOICES = {
     "budget.unit": ("fraction", "gbops", "average_act_bits"),
     "search.searcher": ("metamix", "uniform", "none"),
     "quant.init_pass": ("full_precision", "lowest_bits"),
-    "quant.init_rule": ("shifted", "unshifted"),
+    "quant.init_rule": ("shifted", "unshifted", "mse"),
     "quant.positive_step": ("floor", "abs", "softplus"),
     "optimizer.name": ("adam", "sgd"),
     "bit_meta.loss": ("mean", "last"),
@@ -49,7 +49,7 @@ _RANGES = {
         lambda value: 0 <= value < 1,
         ("optimizer.b1", "optimizer.b2", "bit_search.b1", "bit_search.b2"),
     ),
-    "2 to 8": (lambda value: 2 <= value <= 8, ("quant.weight_bits", "quant.first_last_bits")),
+    "2 to 8": (lambda value: 2 <= value <= 8, ("quant.first_last_bits",)),
 }  # fmt: skip
 
 
@@ -103,11 +103,13 @@ def default() -> ConfigDict:
     config.quant = ConfigDict(
         {
             "act_bits": (8, 4, 3),  # candidate activation bit-widths
-            "weight_bits": 4,
+            "weight_bits": (4,),  # one width, or candidates: then each layer chooses a pair
             "first_last_bits": 8,  # activations and weights of the first and last layer
             "image_bits": 8,  # activations of the first layer, the image; 32 = not quantized
             "init_pass": "full_precision",  # "lowest_bits": each layer sees quantized inputs
-            "init_rule": "shifted",  # "unshifted": mean |x| before the hswish shift, sqrt(2^b - 1)
+            # LSQ's 2 mean|x| / sqrt(Qp); "unshifted": mean |x| before the hswish shift, and
+            # Qp = 2^b - 1; "mse": least squared error, for --mode=calibrate above all.
+            "init_rule": "shifted",
             "positive_step": "floor",  # how steps are kept positive
         }
     )
@@ -209,18 +211,26 @@ def validate(config: ConfigDict) -> None:
         for path in paths:
             value = _get(config, path)
             _require(math.isfinite(value) and holds(value), path, value, expected)
-    bits = tuple(config.quant.act_bits)
+    act_bits, weight_bits = tuple(config.quant.act_bits), tuple(config.quant.weight_bits)
+    for path, bits in (("quant.act_bits", act_bits), ("quant.weight_bits", weight_bits)):
+        _require(
+            0 < len(bits) == len(set(bits))
+            and all(isinstance(b, int) and 2 <= b <= 8 for b in bits),
+            path, bits, "one or more different bit-widths from 2 to 8, such as (8, 4, 2)",
+        )  # fmt: skip
     _require(
-        len(bits) >= 2
-        and len(set(bits)) == len(bits)
-        and all(isinstance(b, int) and 2 <= b <= 8 for b in bits),
-        "quant.act_bits", bits, "two or more different bit-widths from 2 to 8, such as (8, 4, 2)",
+        len(act_bits) * len(weight_bits) > 1,
+        "quant.act_bits", act_bits, "two or more, or several quant.weight_bits, to choose from",
     )  # fmt: skip
     value = config.quant.image_bits
     _require(value == 32 or 2 <= value <= 8, "quant.image_bits", value, "2 to 8, or 32")
     if config.search.searcher == "uniform":
         value = config.search.uniform_bits
-        _require(value in bits, "search.uniform_bits", value, f"one of quant.act_bits {bits}")
+        for name, bits in (("act_bits", act_bits), ("weight_bits", weight_bits)):
+            _require(
+                len(bits) == 1 or value in bits,
+                "search.uniform_bits", value, f"one of quant.{name} {bits}",
+            )  # fmt: skip
     if config.search.searcher == "metamix":
         value = config.bit_search.epochs
         _require(value > 0, "bit_search.epochs", value, "more than 0 for searcher metamix")

@@ -1,4 +1,4 @@
-"""MACs, BOPs and budgets.
+"""MACs and BOPs.
 
 Convention, the one that reproduces the figures of MetaMix and of the methods it compares with:
 BOPs of a layer = MACs * activation bits * weight bits, over convolutions and dense layers; biases,
@@ -7,8 +7,8 @@ their own fixed widths.
 """
 
 import csv
-import dataclasses
 import io
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
-from metamix_jax.errors import UserError
-from metamix_jax.layers import FULL_BITS, LayerCost, Precision
+from metamix_jax.precision import FULL_BITS, Bits, LayerCost, Precision
 
 LayerCosts = Mapping[str, LayerCost]  # layer path -> facts, in network order
+Policy = Mapping[str, Bits]  # layer path -> the widths it runs at, all layers
 GIGA = 1e9
 
 
@@ -43,57 +42,84 @@ def layer_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str
     return {path.removesuffix("/cost"): cost for path, cost in _flat(recorded[0]).items()}
 
 
-def bops(costs: LayerCosts, act_bits: Mapping[str, int]) -> int:
-    """Returns the bit operations of one image, Eq. 6, with `act_bits` per layer path."""
-    return sum(cost.macs * act_bits[path] * cost.weight_bits for path, cost in costs.items())
+def bops(costs: LayerCosts, bits: Policy) -> int:
+    """Returns the bit operations of one image, Eq. 6."""
+    return sum(cost.macs * math.prod(bits[path]) for path, cost in costs.items())
 
 
-def gbops_at(costs: LayerCosts, act_bits: Mapping[str, int], precision: Precision) -> float:
+def gbops_at(costs: LayerCosts, bits: Policy, precision: Precision) -> float:
     """Returns the GBOPs of a forward pass; what it does not quantize counts as 32 bits."""
     acts_full, weights_full = precision.activations == "full", precision.weights == "full"
     return (
         sum(
             cost.macs
-            * (FULL_BITS if acts_full else act_bits[path])
-            * (FULL_BITS if weights_full else cost.weight_bits)
+            * (FULL_BITS if acts_full else bits[path].act)
+            * (FULL_BITS if weights_full else bits[path].weight)
             for path, cost in costs.items()
         )
         / GIGA
     )
 
 
-def uniform_bits(costs: LayerCosts, bits: int) -> dict[str, int]:
-    """Returns the policy with `bits` in every searched layer, fixed layers at their own."""
-    return {path: bits if cost.searched else cost.act_bits[0] for path, cost in costs.items()}
+def uniform_bits(costs: LayerCosts, act: int, weight: int | None = None) -> dict[str, Bits]:
+    """Returns the same widths everywhere they are searched, the only candidate elsewhere.
+
+    `weight` is by default the same as `act`.
+    """
+    weight = act if weight is None else weight
+    return {
+        path: Bits(
+            act if len(cost.act_bits) > 1 else cost.act_bits[0],
+            weight if len(cost.weight_bits) > 1 else cost.weight_bits[0],
+        )
+        for path, cost in costs.items()
+    }
+
+
+def widest_bits(costs: LayerCosts) -> dict[str, Bits]:
+    """Returns the candidate of most bit operations of every layer."""
+    return {path: max(cost.candidates, key=math.prod) for path, cost in costs.items()}
+
+
+def narrowest_bits(costs: LayerCosts) -> dict[str, Bits]:
+    """Returns the candidate of fewest bit operations of every layer."""
+    return {path: min(cost.candidates, key=math.prod) for path, cost in costs.items()}
 
 
 def uniform_4_4(costs: LayerCosts) -> int:
     """Returns the BOPs with 4-bit activations and weights in all searched layers."""
     return sum(
-        cost.macs * (16 if cost.searched else cost.act_bits[0] * cost.weight_bits)
+        cost.macs * (16 if cost.searched else math.prod(cost.candidates[0]))
         for cost in costs.values()
     )
 
 
-def average_act_bits(costs: LayerCosts, act_bits: Mapping[str, int]) -> float:
+def average_act_bits(costs: LayerCosts, bits: Policy) -> float:
     """Returns the mean bits of the searched layers, weighted by their input activations."""
-    weights = {path: cost.act_elements for path, cost in costs.items() if cost.searched}
-    return sum(act_bits[path] * weights[path] for path in weights) / sum(weights.values())
+    sizes = {path: cost.act_elements for path, cost in costs.items() if cost.searched}
+    return sum(bits[path].act * sizes[path] for path in sizes) / sum(sizes.values())
+
+
+def average_weight_bits(costs: LayerCosts, bits: Policy) -> float:
+    """Returns the mean weight bits of the searched layers, weighted by their kernels' sizes."""
+    sizes = {path: cost.weight_elements for path, cost in costs.items() if cost.searched}
+    return sum(bits[path].weight * sizes[path] for path in sizes) / sum(sizes.values())
 
 
 def totals(costs: LayerCosts) -> dict[str, Any]:
     """Returns MACs, GBOPs of the uniform networks and the reachable range of GBOPs."""
-    candidates = sorted({8, 4}.union(*(cost.act_bits for cost in costs.values())), reverse=True)
-    extreme = {
-        pick: bops(costs, {path: pick(cost.act_bits) for path, cost in costs.items()}) / GIGA
-        for pick in (min, max)
-    }
+    widths = sorted({8, 4}.union(*(cost.act_bits for cost in costs.values())), reverse=True)
     return {
         "macs": sum(cost.macs for cost in costs.values()),
-        "gbops_uniform": {str(b): bops(costs, uniform_bits(costs, b)) / GIGA for b in candidates},
-        "gbops_min": extreme[min],
-        "gbops_max": extreme[max],
+        "gbops_uniform": {str(b): bops(costs, uniform_bits(costs, b)) / GIGA for b in widths},
+        "gbops_min": bops(costs, narrowest_bits(costs)) / GIGA,
+        "gbops_max": bops(costs, widest_bits(costs)) / GIGA,
     }
+
+
+def branch_gbops(cost: LayerCost) -> tuple[float, ...]:
+    """Returns the GBOPs of a layer at each of its candidates."""
+    return tuple(cost.macs * math.prod(bits) / GIGA for bits in cost.candidates)
 
 
 def rows(costs: LayerCosts, reference_bits: int = 4) -> list[dict[str, Any]]:
@@ -103,13 +129,19 @@ def rows(costs: LayerCosts, reference_bits: int = 4) -> list[dict[str, Any]]:
         {
             "layer": path,
             "macs": cost.macs,
-            "act_bits": bits[path],
-            "weight_bits": cost.weight_bits,
-            "candidates": cost.act_bits,
-            "mbops": cost.macs * bits[path] * cost.weight_bits / 1e6,
+            "act_bits": bits[path].act,
+            "weight_bits": bits[path].weight,
+            "candidates": _candidate_names(cost),
+            "mbops": cost.macs * math.prod(bits[path]) / 1e6,
         }
         for path, cost in costs.items()
     ]
+
+
+def _candidate_names(cost: LayerCost) -> tuple[str, ...]:
+    if len(cost.weight_bits) == 1:
+        return tuple(str(bits) for bits in cost.act_bits)
+    return tuple(f"{bits.act}/{bits.weight}" for bits in cost.candidates)
 
 
 def to_csv(table: list[dict[str, Any]]) -> str:
@@ -117,102 +149,8 @@ def to_csv(table: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=table[0], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, "candidates": " ".join(map(str, row["candidates"]))} for row in table)
+    writer.writerows({**row, "candidates": " ".join(row["candidates"])} for row in table)
     return text.getvalue()
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """A limit on a cost that is linear in the bits of the searched layers.
-
-    The unit is GBOPs or, for budgets in average activation bits, bits.
-    """
-
-    branch_costs: Mapping[str, tuple[float, ...]]  # searched layer -> cost of each candidate
-    fixed_cost: float  # of the layers that are not searched
-    limit: float
-    reference: float  # cost of the uniform 4/4 network
-    unit: str  # "GBOPs" or "average bits"
-
-    def cost(self, act_bits: Mapping[str, int], costs: LayerCosts) -> float:
-        """Returns the cost of a policy in this budget's unit."""
-        chosen = (
-            table[costs[path].act_bits.index(act_bits[path])]
-            for path, table in self.branch_costs.items()
-        )
-        return self.fixed_cost + sum(chosen)
-
-
-def make_budget(costs: LayerCosts, config_budget: ConfigDict) -> Budget:
-    """Returns the budget that `config_budget` (value, unit) asks for.
-
-    Raises:
-      UserError: no policy can meet it, or every policy does by far (above the reachable maximum).
-    """
-    value, unit = config_budget.value, config_budget.unit
-    searched = {path: cost for path, cost in costs.items() if cost.searched}
-    reference = uniform_4_4(costs) / GIGA
-    if unit == "average_act_bits":
-        total = sum(cost.act_elements for cost in searched.values())
-        branch_costs = {
-            path: tuple(cost.act_elements * bits / total for bits in cost.act_bits)
-            for path, cost in searched.items()
-        }
-        budget = Budget(branch_costs, 0.0, value, reference=4.0, unit="average bits")
-    else:
-        branch_costs = {
-            path: tuple(cost.macs * bits * cost.weight_bits / GIGA for bits in cost.act_bits)
-            for path, cost in searched.items()
-        }
-        ends = [cost for cost in costs.values() if not cost.searched]
-        fixed = sum(cost.macs * cost.act_bits[0] * cost.weight_bits for cost in ends) / GIGA
-        limit = value * reference if unit == "fraction" else value
-        budget = Budget(branch_costs, fixed, limit, reference, unit="GBOPs")
-    _require_feasible(budget, config_budget)
-    return budget
-
-
-def _require_feasible(budget: Budget, config_budget: ConfigDict) -> None:
-    least, most = (
-        budget.fixed_cost + sum(pick(table) for table in budget.branch_costs.values())
-        for pick in (min, max)
-    )
-    slack = 1e-9 * most  # a budget given as the rounded figure of a table is meant
-    if least - slack <= budget.limit <= most + slack:
-        return
-    nearest = least if budget.limit < least else most
-    in_config_unit = nearest / budget.reference if config_budget.unit == "fraction" else nearest
-    raise UserError(
-        f"config.budget.value={config_budget.value} ({config_budget.unit}) is "
-        f"{budget.limit:.6g} {budget.unit}, but this network reaches {least:.6g} to {most:.6g} "
-        f"{budget.unit} with its candidate bit-widths; nearest feasible value: "
-        f"{in_config_unit:.12g}"
-    )
-
-
-def chosen_cost(budget: Budget, logits: Mapping[str, jax.Array], form: str = "argmax") -> jax.Array:
-    """Returns the differentiable cost of a search state, in the budget's unit.
-
-    Args:
-      budget: what is counted.
-      logits: searched layer -> [candidates].
-      form: "argmax": the most likely branch's cost with the softmax's Jacobian backward (Eq. 4 and
-        5); "expected": the softmax-weighted mean cost.
-    """
-    total = jnp.float32(budget.fixed_cost)
-    for path, table in budget.branch_costs.items():
-        share = jax.nn.softmax(logits[path])
-        if form == "argmax":
-            share = hard_selection(share)
-        total += jnp.dot(share, jnp.asarray(table, jnp.float32))
-    return total
-
-
-def hard_selection(share: jax.Array) -> jax.Array:
-    """Returns the one-hot of the greatest share, exactly; the gradient is `share`'s (Eq. 5)."""
-    one_hot = jax.nn.one_hot(jnp.argmax(share), share.shape[-1], dtype=share.dtype)
-    # Written so that nothing is rounded: share - share is exactly 0.
-    return jax.lax.stop_gradient(one_hot) + (share - jax.lax.stop_gradient(share))
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from metamix_jax import data, datasets, experiment, sharding
-from metamix_jax.layers import Precision
+from metamix_jax.precision import Precision
 from metamix_jax.train_step import training_images
 
 

@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 
 from metamix_jax import config as config_lib
 from metamix_jax import cost, data, datasets, models, phases, pretrained, sharding
-from metamix_jax.cost import Budget, LayerCosts
+from metamix_jax.budget import Budget, make_budget
+from metamix_jax.cost import LayerCosts
 from metamix_jax.errors import UserError
-from metamix_jax.layers import QuantSettings
 from metamix_jax.metrics import write_json
 from metamix_jax.phases import Span
+from metamix_jax.precision import QuantSettings
 from metamix_jax.searchers import SEARCHERS, knapsack
 from metamix_jax.train_step import TrainState, enter_phase
 
@@ -50,14 +51,10 @@ class Network:
         """The budget in GBOPs; for one in average bits, the most GBOPs it admits."""
         if self.budget is None or self.budget.unit == "GBOPs":
             return self.budget and self.budget.limit
-        gbops = {
-            path: [layer.macs * bits * layer.weight_bits / cost.GIGA for bits in layer.act_bits]
-            for path, layer in self.costs.items()
-            if layer.searched
-        }
+        gbops = {path: cost.branch_gbops(self.costs[path]) for path in self.budget.branch_costs}
         choice = knapsack.maximise(gbops, self.budget.branch_costs, self.budget.limit)
-        bits = {path: self.costs[path].act_bits[index] for path, index in choice.items()}
-        return cost.bops(self.costs, cost.uniform_bits(self.costs, 0) | bits) / cost.GIGA
+        bits = {path: self.costs[path].candidates[index] for path, index in choice.items()}
+        return cost.bops(self.costs, cost.widest_bits(self.costs) | bits) / cost.GIGA
 
 
 def make_network(config: ConfigDict) -> Network:
@@ -70,7 +67,7 @@ def make_network(config: ConfigDict) -> Network:
     options = config.quant
     settings = QuantSettings(
         act_bits=tuple(options.act_bits),
-        weight_bits=options.weight_bits,
+        weight_bits=tuple(options.weight_bits),
         first_last_bits=options.first_last_bits,
         image_bits=options.image_bits,
         init_rule=options.init_rule,
@@ -82,7 +79,7 @@ def make_network(config: ConfigDict) -> Network:
     costs = cost.layer_costs(model, image_shape)
     budget = None
     if config.search.searcher != "none":
-        budget = cost.make_budget(costs, config.budget)
+        budget = make_budget(costs, config.budget)
         if config.search.searcher == "uniform":
             _check_uniform(config, costs, budget)
     return Network(model, models.label(config.model), image_shape, costs, budget)

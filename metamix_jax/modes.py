@@ -4,9 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, experiment, sharding
+from metamix_jax import cost, experiment, pretrained, sharding
 from metamix_jax import policy as policy_lib
 from metamix_jax.errors import UserError
 from metamix_jax.metrics import write_text_atomic
@@ -67,9 +68,9 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     policy = facts["policy"]
     if policy is not None:
         policy_lib.check_policy(policy, network.costs, f"{directory}/{step}")
-        bits = policy_lib.act_bits(policy)
+        bits = policy_lib.layer_bits(policy)
     else:
-        bits = cost.uniform_bits(network.costs, max(config.quant.act_bits))
+        bits = cost.widest_bits(network.costs)
     precision = phase.evaluation.replace(branches=policy_lib.branches(bits, network.costs))
     evaluator = Evaluator(network.model, dataset, config, mesh)
     with waiting(f"evaluating {directory}/{step}"):
@@ -90,4 +91,49 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     }
 
 
-MODES = {"train": train, "search": search, "cost": show_cost, "evaluate": evaluate}
+def calibrate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Judges pretrained weights at every candidate after calibration alone; nothing is trained."""
+    from metamix_jax.evaluate import Evaluator
+    from metamix_jax.precision import FULL, Precision, bit_candidates
+    from metamix_jax.progress import waiting
+    from metamix_jax.train_step import calibrations, make_calibrate
+
+    network = experiment.make_network(config)
+    if not config.pretrained:
+        raise UserError("config.pretrained='': expected trained weights with --mode=calibrate")
+    mesh = sharding.make_mesh()
+    weights, _ = pretrained.load_pretrained(
+        config.pretrained, experiment.abstract_variables(network)
+    )
+    dataset = experiment.load_dataset(config, mesh)
+    state = sharding.replicate(experiment.init_state(config, network, weights), mesh)
+    with waiting("calibrating step sizes"):
+        passes = calibrations(config, acts=True, weights=True)
+        batch = next(iter(experiment.train_batches(config, dataset, mesh, 0, 1)))
+        state = jax.jit(make_calibrate(network.model, passes, config, train=False))(state, batch)
+    evaluator = Evaluator(network.model, dataset, config, mesh)
+    kinds = {"full": FULL}
+    for bits in bit_candidates(config.quant.act_bits, config.quant.weight_bits):
+        branches = policy_lib.branches(cost.uniform_bits(network.costs, *bits), network.costs)
+        kinds[f"{bits.act}/{bits.weight}"] = Precision("chosen", "quantized", branches)
+    rows = []
+    for name, precision in kinds.items():
+        with waiting(f"evaluating at {name}"):
+            variants = {"running": state.variables}
+            if config.eval.bn_reestimate_batches:
+                statistics = evaluator.reestimate(state.variables, precision)
+                variants["re-estimated"] = state.variables | {"batch_stats": statistics}
+            for kind, variables in variants.items():
+                row = {"phase": "calibration", "step": 0, "precision": name, "statistics": kind}
+                rows.append(row | {"weights": precision.weights, **evaluator(variables, precision)})
+    print(tables.accuracy_table(rows))
+    return {"mode": "calibrate", "model": network.label, "evaluations": rows}
+
+
+MODES = {
+    "train": train,
+    "search": search,
+    "cost": show_cost,
+    "evaluate": evaluate,
+    "calibrate": calibrate,
+}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from metamix_jax.layers import FULL, Precision
+from metamix_jax.precision import FULL, Bits, Precision
 
 WEIGHTS = frozenset({"kernels", "weights"})  # labels of train_step.label
 
@@ -22,7 +22,8 @@ class Update:
 
     name: str  # also the key of its optimizer state
     trains: frozenset[str]  # labels of what moves; everything else stays bitwise as it is
-    precision: Precision | None  # None: one pass per candidate bit-width, Eq. 1
+    precision: Precision
+    every_branch: bool = False  # one pass for each branch in place of precision.activations, Eq. 1
     budget_term: bool = False  # adds the BOPs regulariser, Eq. 3 and 4
 
 
@@ -33,7 +34,6 @@ class Phase:
     name: str
     updates: tuple[Update, ...]
     evaluation: Precision  # how the network is judged during and after it
-    calibrates_weights: bool = False
     needs_policy: bool = False
 
     @property
@@ -41,12 +41,17 @@ class Phase:
         """Whether activations are quantized, so that their step sizes must be initialised."""
         return self.evaluation.activations != "full"
 
+    @property
+    def quantizes_weights(self) -> bool:
+        """The same for weights."""
+        return self.evaluation.weights != "full"
+
 
 _ACTS_CHOSEN = Precision(activations="chosen")
 _ALL_CHOSEN = Precision(activations="chosen", weights="quantized")
 
 FULL_PRECISION = Update("full_precision", WEIGHTS, FULL)
-BIT_META = Update("bit_meta", WEIGHTS | {"act_steps"}, precision=None)
+BIT_META = Update("bit_meta", WEIGHTS | {"act_steps"}, FULL, every_branch=True)
 BIT_SEARCH = Update(
     "bit_search", frozenset({"logits"}), Precision(activations="mixture"), budget_term=True
 )
@@ -62,13 +67,7 @@ PHASES = {
         Phase("bit_meta", (BIT_META,), _ACTS_CHOSEN),
         Phase("bit_search", (BIT_META, BIT_SEARCH), _ACTS_CHOSEN),
         Phase("act_training", (ACT_TRAINING,), _ACTS_CHOSEN, needs_policy=True),
-        Phase(
-            "weight_training",
-            (WEIGHT_TRAINING,),
-            _ALL_CHOSEN,
-            calibrates_weights=True,
-            needs_policy=True,
-        ),
+        Phase("weight_training", (WEIGHT_TRAINING,), _ALL_CHOSEN, needs_policy=True),
     )
 }
 
@@ -81,6 +80,7 @@ class Span:
     start: int
     stop: int
     calibrates_acts: bool  # the first phase with quantized activations
+    calibrates_weights: bool  # with quantized weights, and none in the phase before
 
     @property
     def steps(self) -> int:
@@ -99,27 +99,48 @@ def make_schedule(
         "act_training": config.weight_training.act_epochs,
         "weight_training": config.weight_training.epochs,
     }
-    spans, start, calibrated = [], 0, False
+    spans, start, calibrated, weights_quantized = [], 0, False, False
     for name in ("full_precision", *searcher_phases):
-        phase = _ablated(PHASES[name], config)
+        phase = _configured(PHASES[name], config)
         # Rounded first: 51 / 390.625 epochs are 51 steps, not 52.
         steps = math.ceil(round(epochs[name] * steps_per_epoch, 6))
         if steps == 0:
             continue
-        calibrates_acts = phase.quantizes and not calibrated
+        spans.append(
+            Span(
+                phase,
+                start,
+                start + steps,
+                calibrates_acts=phase.quantizes and not calibrated,
+                calibrates_weights=phase.quantizes_weights and not weights_quantized,
+            )
+        )
         calibrated |= phase.quantizes
-        spans.append(Span(phase, start, start + steps, calibrates_acts))
+        weights_quantized = phase.quantizes_weights
         start += steps
     return tuple(spans)
 
 
-def _ablated(phase: Phase, config: ConfigDict) -> Phase:
-    if phase.name != "bit_search":
-        return phase
-    options = config.bit_search
-    search = BIT_SEARCH if options.fixed_meta_state else BIT_SEARCH_UNFIXED
-    updates = (BIT_META, search) if options.alternate else (search,)
-    return dataclasses.replace(phase, updates=updates)
+def _configured(phase: Phase, config: ConfigDict) -> Phase:
+    """Returns a row with the configuration's ablations, and quantized weights if searched."""
+    if phase.name == "bit_search":
+        options = config.bit_search
+        search = BIT_SEARCH if options.fixed_meta_state else BIT_SEARCH_UNFIXED
+        updates = (BIT_META, search) if options.alternate else (search,)
+        phase = dataclasses.replace(phase, updates=updates)
+    if phase.name in ("bit_meta", "bit_search") and len(config.quant.weight_bits) > 1:
+        phase = dataclasses.replace(
+            phase,
+            updates=tuple(map(_with_quantized_weights, phase.updates)),
+            evaluation=phase.evaluation.replace(weights="quantized"),
+        )
+    return phase
+
+
+def _with_quantized_weights(update: Update) -> Update:
+    trains = update.trains | ({"weight_steps"} if "act_steps" in update.trains else set())
+    precision = update.precision.replace(weights="quantized")
+    return dataclasses.replace(update, trains=trains, precision=precision)
 
 
 def phase_at(step: int, schedule: Sequence[Span]) -> Span:
@@ -131,14 +152,16 @@ def phase_at(step: int, schedule: Sequence[Span]) -> Span:
 
 
 def passes(
-    update: Update, act_bits: Sequence[int], branches: Mapping[str, jax.Array]
+    update: Update, candidates: Sequence[Bits], branches: Mapping[str, jax.Array]
 ) -> tuple[Precision, ...]:
     """Returns how the network runs in each forward and backward pass of an update.
 
     Bit-meta goes from the narrowest candidate to the widest, so that the running statistics see
     the widths in the order of the published code.
     """
-    if update.precision is None:
-        narrow_first = sorted(range(len(act_bits)), key=lambda k: act_bits[k])
-        return tuple(Precision(activations=k) for k in narrow_first)
+    if update.every_branch:
+        narrow_first = sorted(
+            range(len(candidates)), key=lambda k: (math.prod(candidates[k]), candidates[k])
+        )
+        return tuple(update.precision.replace(activations=k) for k in narrow_first)
     return (update.precision.replace(branches=branches),)

@@ -9,27 +9,28 @@ import jax
 import jax.numpy as jnp
 
 from metamix_jax import cost as cost_lib
-from metamix_jax.cost import LayerCosts
+from metamix_jax.cost import LayerCosts, Policy
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.metrics import write_json
+from metamix_jax.precision import Bits
 
 FORMAT = 1
 _FIELDS = ("model", "image_size", "searcher", "seed", "budget_gbops", "gbops", "layers")
 
 
-def make_policy(costs: LayerCosts, act_bits: Mapping[str, int], **facts: Any) -> dict[str, Any]:
+def make_policy(costs: LayerCosts, bits: Policy, **facts: Any) -> dict[str, Any]:
     """Returns the policy as the JSON object of policy.json.
 
     Args:
       costs: the network's layers.
-      act_bits: layer path -> activation bits, all layers.
+      bits: the widths of all layers.
       **facts: model, image_size, searcher, seed, budget_gbops.
     """
     layers = {
-        path: {"act_bits": act_bits[path], "weight_bits": cost.weight_bits, "macs": cost.macs}
+        path: {"act_bits": bits[path].act, "weight_bits": bits[path].weight, "macs": cost.macs}
         for path, cost in costs.items()
     }
-    gbops = cost_lib.bops(costs, act_bits) / cost_lib.GIGA
+    gbops = cost_lib.bops(costs, bits) / cost_lib.GIGA
     return {"format": FORMAT, **facts, "gbops": gbops, "layers": layers}
 
 
@@ -66,22 +67,24 @@ def check_policy(policy: Any, costs: LayerCosts, source: str) -> None:
         if path not in policy["layers"]:
             raise UserError(f"{source}: layer {path!r} of the network is missing")
         row = policy["layers"][path]
-        expected = {"act_bits": cost.act_bits, "weight_bits": (cost.weight_bits,)}
+        expected = {"act_bits": cost.act_bits, "weight_bits": cost.weight_bits}
         for field, allowed in expected.items():
             value = row.get(field) if isinstance(row, dict) else None
             if not isinstance(value, int) or value not in allowed:
                 raise UserError(f"{source}: {path}: {field}={value!r}, expected one of {allowed}")
 
 
-def act_bits(policy: Mapping[str, Any]) -> dict[str, int]:
-    """Returns layer path -> activation bits."""
-    return {path: row["act_bits"] for path, row in policy["layers"].items()}
+def layer_bits(policy: Mapping[str, Any]) -> dict[str, Bits]:
+    """Returns the widths of all layers."""
+    return {
+        path: Bits(row["act_bits"], row["weight_bits"]) for path, row in policy["layers"].items()
+    }
 
 
-def branches(bits: Mapping[str, int], costs: LayerCosts) -> dict[str, jax.Array]:
+def branches(bits: Policy, costs: LayerCosts) -> dict[str, jax.Array]:
     """Returns the branch index of every searched layer, for `Precision.branches`."""
     return {
-        path: jnp.int32(cost.act_bits.index(bits[path]))
+        path: jnp.int32(cost.candidates.index(bits[path]))
         for path, cost in costs.items()
         if cost.searched
     }

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 STEP_FLOOR = 1e-6  # smallest step size, in real units per level
+MSE_ELEMENTS = 2**20  # at most so many, evenly spread, decide a step of least squared error
+MSE_TRIES = 48  # steps tried, each 2^(1/8) times smaller than the one before
 
 
 def round_ste(x: jax.Array) -> jax.Array:
@@ -65,23 +67,44 @@ def init_step(
     rule: str = "shifted",
     per_channel: bool = False,
 ) -> jax.Array:
-    """Returns LSQ's data-dependent initial step, 2 * mean|x| / sqrt(Qp), at least STEP_FLOOR.
+    """Returns a step size that suits the data, at least STEP_FLOOR.
+
+    LSQ's is 2 * mean|x| / sqrt(Qp): a start for training, but for bell-shaped data at 8 bits about
+    five times wider than serves it best.
 
     Args:
       x: the data to be quantized.
       bits: bit-width.
       signed: as in `fake_quant`.
       shift: as in `fake_quant`.
-      rule: "shifted" takes |x + shift| and Qp; "unshifted" takes |x| and 2^bits - 1 even when
-        signed (a published code's variant).
+      rule: "shifted" is LSQ's of |x + shift|; "unshifted" takes |x| and Qp = 2^bits - 1 even when
+        signed (a published code's variant); "mse" is the step of least squared error, for
+        calibration without training.
       per_channel: one step per index of the last axis, [x.shape[-1]], instead of a scalar.
     """
+    if rule == "mse":
+        return _least_error_step(x + shift, bits, signed=signed, per_channel=per_channel)
     if rule == "unshifted":
         size, high = jnp.abs(x), (1 << bits) - 1
     else:
         size, high = jnp.abs(x + shift), int_range(bits, signed)[1]
     axes = tuple(range(x.ndim - 1)) if per_channel else None
     return jnp.maximum(2.0 * jnp.mean(size, axis=axes) / high**0.5, STEP_FLOOR)
+
+
+def _least_error_step(x: jax.Array, bits: int, *, signed: bool, per_channel: bool) -> jax.Array:
+    """Returns the best of MSE_TRIES steps, from the one that clips nothing downwards."""
+    rows = x.reshape(-1, x.shape[-1]) if per_channel else x.reshape(-1, 1)
+    rows = rows[:: max(1, rows.size // MSE_ELEMENTS)]
+    widest = jnp.max(jnp.abs(rows), axis=0) / int_range(bits, signed)[1]
+    tries = jnp.maximum(widest * 2.0 ** (-jnp.arange(MSE_TRIES)[:, None] / 8), STEP_FLOOR)
+
+    def error(steps: jax.Array) -> jax.Array:
+        return jnp.mean((fake_quant(rows, steps, bits, signed=signed) - rows) ** 2, axis=0)
+
+    best = jnp.argmin(jax.lax.map(error, tries), axis=0)
+    steps = jnp.take_along_axis(tries, best[None], axis=0)[0]
+    return steps if per_channel else steps[0]
 
 
 class PositiveStep(NamedTuple):

@@ -3,7 +3,7 @@
 import json
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 
 from metamix_jax import cost
 from metamix_jax import policy as policy_lib
+from metamix_jax.cost import LayerCosts, Policy
 from metamix_jax.experiment import Network
-from metamix_jax.layers import FULL, FULL_BITS
 from metamix_jax.metrics import read_rows, write_json
 from metamix_jax.phases import Span
+from metamix_jax.precision import FULL, FULL_BITS
 from metamix_jax.report import charts, tables
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -58,7 +59,8 @@ def write(
         "examples": final["examples"],
         "gbops": policy["gbops"] if policy else cost.gbops_at(network.costs, {}, FULL),
         "budget_gbops": policy["budget_gbops"] if policy else None,
-        "average_act_bits": _average_act_bits(network, policy),
+        "average_act_bits": _average(cost.average_act_bits, network, policy),
+        "average_weight_bits": _average(cost.average_weight_bits, network, policy),
         "seconds": round(sum(seconds.values()), 1),
         "workdir": str(workdir),
     }
@@ -86,10 +88,12 @@ def write(
     return result
 
 
-def _average_act_bits(network: Network, policy: Mapping[str, Any] | None) -> float:
+def _average(
+    average: Callable[[LayerCosts, Policy], float], network: Network, policy: Mapping | None
+) -> float:
     if policy is None:
         return float(FULL_BITS)
-    return cost.average_act_bits(network.costs, policy_lib.act_bits(policy))
+    return average(network.costs, policy_lib.layer_bits(policy))
 
 
 def _search_cost(schedule: Sequence[Span], seconds: Mapping[str, float]) -> dict[str, float]:

@@ -20,15 +20,16 @@ from metamix_jax import cost, datasets, experiment, pretrained, results, shardin
 from metamix_jax import policy as policy_lib
 from metamix_jax.checkpoints import Checkpoints
 from metamix_jax.evaluate import Evaluator
-from metamix_jax.layers import FULL, Precision
 from metamix_jax.metrics import MetricWriter
 from metamix_jax.phases import Phase, Span, phase_at
+from metamix_jax.precision import FULL, Precision, bit_candidates
 from metamix_jax.progress import Progress, waiting
 from metamix_jax.report import tables
 from metamix_jax.searchers import SEARCHERS
 from metamix_jax.train_step import (
     TrainState,
     branch_logits,
+    calibrations,
     enter_phase,
     make_calibrate,
     make_train_step,
@@ -87,7 +88,7 @@ class Run:
         """The policy as the forward pass takes it; nothing before there is one."""
         if self.policy is None:
             return {}
-        return policy_lib.branches(policy_lib.act_bits(self.policy), self.network.costs)
+        return policy_lib.branches(policy_lib.layer_bits(self.policy), self.network.costs)
 
     def init_state(self) -> TrainState:
         """Returns the state before the first step, after a look at what is about to be trained."""
@@ -129,14 +130,19 @@ class Run:
             self.policy = self._decide(state)
             policy_lib.write_policy(self.workdir / "policy.json", self.policy)
             self.progress.message(tables.policy_table(self.policy))
-        if span.calibrates_acts or phase.calibrates_weights:
+        calibrates = calibrations(
+            self.config, acts=span.calibrates_acts, weights=span.calibrates_weights
+        )
+        if calibrates:
             batch = next(iter(self.batches(span.start, span.start + 1)))
-            calibrate = jax.jit(make_calibrate(self.network.model, span, self.config))
+            calibrate = jax.jit(
+                make_calibrate(self.network.model, calibrates, self.config, train=True)
+            )
             with self.progress.pause(), waiting(f"calibrating step sizes for {phase.name}"):
-                state = jax.block_until_ready(calibrate(state, batch, self.branches))
+                state = jax.block_until_ready(calibrate(state, batch))
         # The optimizer states belong to the phase, so its step count and schedule start anew.
         state = sharding.replicate(enter_phase(state, span, self.config), self.mesh)
-        if decides or span.calibrates_acts or phase.calibrates_weights:
+        if decides or calibrates:
             self.evaluate(span.start, state, phase)
         return state
 
@@ -202,10 +208,14 @@ class Run:
             self._evaluate_one(step, state, phase.name, "chosen", precision)
         else:
             costs = self.network.costs
-            for bits in self.config.quant.act_bits:
-                branches = policy_lib.branches(cost.uniform_bits(costs, bits), costs)
+            options = self.config.quant
+            for bits in bit_candidates(options.act_bits, options.weight_bits):
+                name = f"uniform {bits.act}"
+                if len(options.weight_bits) > 1:
+                    name += f"/{bits.weight}"
+                branches = policy_lib.branches(cost.uniform_bits(costs, *bits), costs)
                 precision = phase.evaluation.replace(branches=branches)
-                self._evaluate_one(step, state, phase.name, f"uniform {bits}", precision)
+                self._evaluate_one(step, state, phase.name, name, precision)
 
     def _evaluate_one(
         self, step: int, state: TrainState, phase: str, name: str, precision: Precision

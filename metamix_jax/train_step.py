@@ -1,6 +1,6 @@
 """The training state and the compiled step: what one batch does in one phase."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -11,10 +11,10 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from metamix_jax import cost as cost_lib
 from metamix_jax import data
-from metamix_jax.layers import Precision
-from metamix_jax.phases import Phase, Span, Update, passes
+from metamix_jax.budget import Budget, chosen_cost
+from metamix_jax.phases import Span, Update, passes
+from metamix_jax.precision import Precision, bit_candidates
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -126,7 +126,7 @@ def make_train_step(
     model: nn.Module,
     span: Span,
     config: ConfigDict,
-    budget: cost_lib.Budget | None,
+    budget: Budget | None,
     teacher: nn.Module | None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `step(state, batch, branches, teacher_variables) -> (state, metrics)`, to be jitted.
@@ -166,10 +166,11 @@ def make_update(
     update: Update,
     steps: int,
     config: ConfigDict,
-    budget: cost_lib.Budget | None = None,
+    budget: Budget | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `apply(state, images, labels, soft_targets, branches) -> (state, metrics)`."""
     optimizer = make_optimizer(update, steps, config)
+    candidates = bit_candidates(config.quant.act_bits, config.quant.weight_bits)
     commit = update.name != "bit_search" or config.bit_search.commit_batch_stats
 
     def loss_of(trained, frozen, batch_stats, inputs, precision):
@@ -184,7 +185,7 @@ def make_update(
         if update.budget_term:
             form = config.bit_search.budget_form
             logits = branch_logits({**frozen, **trained})
-            spent = cost_lib.chosen_cost(budget, logits, form)
+            spent = chosen_cost(budget, logits, form)
             gap = jnp.abs(spent - budget.limit) / budget.reference
             metrics |= {"cost": spent, "budget_term": config.bit_search.budget_weight * gap}
             loss += metrics["budget_term"]
@@ -194,7 +195,7 @@ def make_update(
 
     def apply_update(state, images, labels, soft_targets, branches):
         trained, frozen = split_by_label(state, update.trains)
-        runs = passes(update, config.quant.act_bits, branches)
+        runs = passes(update, candidates, branches)
         batch_stats, gradients, rows = state.batch_stats, [], []
         for number, precision in enumerate(runs):
             rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), number)
@@ -235,7 +236,7 @@ def task_loss(
 
 
 def branch_logits(flat: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns searched layer path -> logits [candidates], from a flat dict by path."""
+    """Returns searched layer path -> logits [branches], from a flat dict by path."""
     return {
         path.removeprefix("quant/").removesuffix("/logits"): leaf
         for path, leaf in flat.items()
@@ -244,20 +245,20 @@ def branch_logits(flat: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def make_calibrate(
-    model: nn.Module, span: Span, config: ConfigDict
-) -> Callable[[TrainState, Batch, Mapping[str, jax.Array]], TrainState]:
-    """Returns the function that initialises step sizes from a batch on entering a phase.
+    model: nn.Module, precisions: Sequence[Precision], config: ConfigDict, *, train: bool
+) -> Callable[[TrainState, Batch], TrainState]:
+    """Returns the function that initialises step sizes from a batch, in passes at `precisions`.
 
-    The forward pass normalises with batch statistics and moves no running statistics.
+    `train`: normalises with the batch's statistics instead of the running ones, which stay as they
+    are in either case.
     """
-    precisions = calibrations(span.phase, span.calibrates_acts, config)
 
-    def calibrate(state: TrainState, batch: Batch, branches) -> TrainState:
+    def calibrate(state: TrainState, batch: Batch) -> TrainState:
         images = training_images(batch, config)
         for precision in precisions:
             _, moved = model.apply(
-                state.variables, images, train=True, mutable=["quant", "batch_stats"],
-                precision=precision.replace(branches=branches), rngs={"dropout": state.rng},
+                state.variables, images, train=train, mutable=["quant", "batch_stats"],
+                precision=precision, rngs={"dropout": state.rng},
             )  # fmt: skip
             state = state.replace(quant=moved["quant"])
         return state
@@ -265,10 +266,12 @@ def make_calibrate(
     return calibrate
 
 
-def calibrations(phase: Phase, acts: bool, config: ConfigDict) -> tuple[Precision, ...]:
-    """Returns the calibration passes on entering `phase`."""
+def calibrations(config: ConfigDict, *, acts: bool, weights: bool) -> tuple[Precision, ...]:
+    """Returns the passes that initialise the step sizes of activations and of weights."""
     lowest = "_lowest" if config.quant.init_pass == "lowest_bits" else ""
-    found = [Precision(activations="calibrate" + lowest)] if acts else []
-    if phase.calibrates_weights:
-        found.append(Precision(activations="chosen", weights="calibrate"))
+    found = []
+    if acts:
+        found.append(Precision(activations="calibrate" + lowest))
+    if weights:
+        found.append(Precision(weights="calibrate"))
     return tuple(found)

@@ -21,6 +21,8 @@ ARGUMENTS = {
         for schedule in ("gpu", "cpu")
         for shortcut in ("identity", "conv")
     ]
+    + [f"schedule={schedule},weight_bits=842" for schedule in ("gpu", "cpu")],
+    "resnet18": ["weight_bits=3", "weight_bits=842", "weight_bits=642,act_bits=642,budget=31.1"],
 }
 # Texts that can be anything; what they name is looked up later.
 NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir", "data.train_split",
@@ -95,6 +97,49 @@ def test_files_open_with_their_command(path):
 def test_mistakes_in_the_argument_of_a_file(argument, message):
     with pytest.raises(UserError, match=message):
         load(ROOT / "configs/cifar10_resnet20.py", argument)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "act_bits", "weight_bits"),
+    [
+        ("digits", "", (8, 4, 2), (4,)),
+        ("mbv2", "", (8, 4, 3), (4,)),
+        ("cifar10_resnet20", "", (8, 4, 2), (4,)),
+        ("cifar10_resnet20", "weight_bits=842", (8, 4, 2), (8, 4, 2)),
+        ("resnet18", "", (8, 4, 2), (4,)),
+        ("resnet18", "weight_bits=2,act_bits=642", (6, 4, 2), (2,)),
+        ("resnet18", "weight_bits=642,act_bits=642", (6, 4, 2), (6, 4, 2)),
+    ],
+)
+def test_bits_of_the_files(name, argument, act_bits, weight_bits):
+    config = load(ROOT / f"configs/{name}.py", argument)
+    assert (config.quant.act_bits, config.quant.weight_bits) == (act_bits, weight_bits)
+
+
+@pytest.mark.parametrize("name", ["cifar10_resnet20", "resnet18"])
+def test_files_with_searched_weights_quantize_them_from_the_search_to_the_end(name):
+    config = load(ROOT / f"configs/{name}.py", "weight_bits=842")
+    spans = experiment.make_schedule(config, train_examples=50_000)
+    phases = ["bit_meta", "bit_search", "weight_training"]
+    assert [span.phase.name for span in spans] == phases
+    assert [span.phase.name for span in spans if span.phase.quantizes_weights] == phases
+    assert [span.calibrates_weights for span in spans] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("act_bits", "weight_bits", "number"),
+    [((8, 4), (4,), 2), ((8, 4, 2), (8, 2), 6), ((4,), (8, 4), 2)],
+)
+def test_bits_reach_every_layer_between_the_ends(act_bits, weight_bits, number, config):
+    change(config, "quant.act_bits", act_bits)
+    change(config, "quant.weight_bits", weight_bits)
+    config.budget.value = 1.0
+    first, *searched, last = experiment.make_network(config).costs.values()
+    for layer in searched:
+        assert (layer.act_bits, layer.weight_bits) == (act_bits, weight_bits)
+        assert len(layer.candidates) == number
+    for layer in (first, last):
+        assert (layer.act_bits, layer.weight_bits) == ((8,), (8,))
 
 
 def test_argument_defaults_to_the_first_value():
@@ -295,6 +340,9 @@ def test_every_text_is_a_choice_that_holds_its_default_or_a_name():
         assert value_of(config, path) in allowed
 
 
+BIT_WIDTHS = "one or more different bit-widths from 2 to 8, such as (8, 4, 2)"
+
+
 def validate(config):
     config_lib.validate(config)
     config_lib.validate_start(config)
@@ -337,13 +385,21 @@ def test_unknown_choices_name_the_known(path, config):
         ("data.eval_resize", 7, "0, or at least data.image_size="),
         ("data.max_bad_examples", -1, "0 or more"),
         ("quant.image_bits", 16, "2 to 8, or 32"),
-        ("quant.act_bits", (4,), "two or more different bit-widths from 2 to 8"),
-        ("quant.act_bits", (), "two or more different bit-widths from 2 to 8"),
-        ("quant.act_bits", (8, 4, 4), "two or more different bit-widths from 2 to 8"),
-        ("quant.act_bits", (8, 1), "two or more different bit-widths from 2 to 8"),
-        ("quant.act_bits", (9, 4), "two or more different bit-widths from 2 to 8"),
-        ("quant.weight_bits", 1, "2 to 8"),
-        ("quant.weight_bits", 9, "2 to 8"),
+        ("quant.act_bits", (4,), "two or more, or several quant.weight_bits, to choose from"),
+        ("quant.act_bits", (), BIT_WIDTHS),
+        ("quant.act_bits", (8, 4, 4), BIT_WIDTHS),
+        ("quant.act_bits", (8, 1), BIT_WIDTHS),
+        ("quant.act_bits", (9, 4), BIT_WIDTHS),
+        ("quant.act_bits", (8.0, 4.0), BIT_WIDTHS),
+        ("quant.act_bits", (8, "4"), BIT_WIDTHS),
+        ("quant.weight_bits", (), BIT_WIDTHS),
+        ("quant.weight_bits", (8, 4, 4), BIT_WIDTHS),
+        ("quant.weight_bits", (8, 1), BIT_WIDTHS),
+        ("quant.weight_bits", (9, 4), BIT_WIDTHS),
+        ("quant.weight_bits", (8.0, 4.0), BIT_WIDTHS),
+        ("quant.weight_bits", (8, "4"), BIT_WIDTHS),
+        ("quant.weight_bits", (1,), BIT_WIDTHS),
+        ("quant.weight_bits", (32,), BIT_WIDTHS),
         ("quant.first_last_bits", 16, "2 to 8"),
         ("bit_search.epochs", 0.0, "more than 0 for searcher metamix"),
         ("full_precision.epochs", 0.0, "more than 0, or config.pretrained"),
@@ -365,7 +421,6 @@ def test_unknown_choices_name_the_known(path, config):
         ("bit_search.b2", 1.5, ""),
         ("bit_search.weight_decay", -1.0, ""),
         ("data.mean", (float("nan"),), ""),
-        ("quant.act_bits", (8.0, 4.0), "two or more different bit-widths from 2 to 8"),
     ],
 )
 def test_invalid_values_are_named_with_what_was_expected(path, value, expected, config):
@@ -379,6 +434,27 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
         (
             {"search.searcher": "uniform", "search.uniform_bits": 3},
             "config.search.uniform_bits=3: expected one of quant.act_bits (8, 4, 2)",
+        ),
+        (
+            {
+                "search.searcher": "uniform",
+                "search.uniform_bits": 8,
+                "quant.weight_bits": (4, 2),
+            },
+            "config.search.uniform_bits=8: expected one of quant.weight_bits (4, 2)",
+        ),
+        (
+            {
+                "search.searcher": "uniform",
+                "search.uniform_bits": 4,
+                "quant.act_bits": (4,),
+                "quant.weight_bits": (8, 2),
+            },
+            "config.search.uniform_bits=4: expected one of quant.weight_bits (8, 2)",
+        ),
+        (
+            {"quant.act_bits": (4,), "quant.weight_bits": (2,)},
+            "config.quant.act_bits=(4,): expected two or more, or several quant.weight_bits",
         ),
         (
             {"search.searcher": "none", "full_precision.epochs": 0.0},
@@ -410,6 +486,21 @@ def test_values_that_do_not_go_together(changes, message, config):
         {"search.searcher": "uniform", "search.uniform_bits": 4, "bit_search.epochs": 0.0},
         {"data.mean": (0.1, 0.2, 0.3), "data.std": (1.0,), "data.channels": 3},
         {"quant.act_bits": (2, 3, 4, 5, 6, 7, 8)},
+        {"quant.weight_bits": (8, 4, 2)},
+        {"quant.weight_bits": (3,)},
+        {"quant.act_bits": (4,), "quant.weight_bits": (8, 4, 2)},
+        {
+            "search.searcher": "uniform",
+            "search.uniform_bits": 2,
+            "quant.act_bits": (4,),
+            "quant.weight_bits": (8, 4, 2),
+        },
+        {
+            "search.searcher": "uniform",
+            "search.uniform_bits": 8,
+            "quant.act_bits": (8, 4),
+            "quant.weight_bits": (2,),
+        },
     ],
 )
 def test_valid_combinations(changes, config):

@@ -191,6 +191,7 @@ def test_files_of_a_finished_run(finished):
     assert result["top1"] == 100 * result["correct"] / 360
     assert result["gbops"] <= result["budget_gbops"]
     assert 2 <= result["average_act_bits"] <= 4
+    assert result["average_weight_bits"] == 4
     assert result["workdir"] == str(workdir)
     assert {name: row["steps"] for name, row in summary["phases"].items()} == {
         "full_precision": 16, "bit_meta": 16, "bit_search": 16, "act_training": 16,
@@ -223,11 +224,14 @@ def test_killed_in_every_phase_and_stopped_after_the_search_it_is_the_same_run(
     policy = json.loads((workdir / "policy.json").read_text())
     fields = {
         "mode", "model", "searcher", "top1", "correct", "examples", "gbops", "budget_gbops",
-        "average_act_bits", "seconds", "workdir",
+        "average_act_bits", "average_weight_bits", "seconds", "workdir",
     }  # fmt: skip
     assert fields <= searched.keys()
     assert searched["mode"] == "search" and searched["gbops"] == policy["gbops"]
-    for name in ("model", "searcher", "budget_gbops", "average_act_bits", "gbops", "examples"):
+    for name in (
+        "model", "searcher", "budget_gbops", "average_act_bits", "average_weight_bits", "gbops",
+        "examples",
+    ):  # fmt: skip
         assert searched[name] == result[name]
     assert max(row["step"] for row in rows_of(workdir)) == 48
 
@@ -311,7 +315,8 @@ def test_searcher_uniform(processes, tmp_path):
         "weight_training.act_epochs": 0,
     }
     result = processes.result(command(f"--workdir={tmp_path / 'run'}", **settings))
-    assert result["searcher"] == "uniform" and result["average_act_bits"] == 2
+    assert result["searcher"] == "uniform"
+    assert (result["average_act_bits"], result["average_weight_bits"]) == (2, 4)
     assert max(row["step"] for row in rows_of(tmp_path / "run")) == 32
     policy = json.loads((tmp_path / "run/policy.json").read_text())
     bits = {path: row["act_bits"] for path, row in policy["layers"].items()}
@@ -323,7 +328,8 @@ def test_searcher_none_and_its_network_as_a_teacher(processes, tmp_path):
     settings = {"search.searcher": "none"}
     teacher = tmp_path / "teacher"
     result = processes.result(command(f"--workdir={teacher}", **settings))
-    assert result["searcher"] == "none" and result["average_act_bits"] == 32
+    assert result["searcher"] == "none"
+    assert result["average_act_bits"] == result["average_weight_bits"] == 32
     assert result["budget_gbops"] is None
     assert max(row["step"] for row in rows_of(teacher)) == 16
     assert not (teacher / "policy.json").exists()
@@ -371,6 +377,78 @@ def test_budget_in_average_bits(processes, tmp_path):
     searched = {path: cost.act_elements for path, cost in costs.items() if cost.searched}
     bits = sum(policy["layers"][path]["act_bits"] * n for path, n in searched.items())
     assert bits / sum(searched.values()) == pytest.approx(result["average_act_bits"])
+
+
+# Pairs of activation and weight bits; 3 steps in each of 3 phases, the search's with bit-meta's.
+PAIRS = {
+    "quant.weight_bits": (4, 2),
+    "full_precision.epochs": 0.1,
+    "bit_meta.epochs": 0,
+    "bit_search.epochs": 0.1,
+    "weight_training.act_epochs": 0,
+    "weight_training.epochs": 0.1,
+}
+
+
+def searched_bits(workdir, costs):
+    """Returns layer -> (activation bits, weight bits) of policy.json, without the fixed ends."""
+    layers = json.loads((workdir / "policy.json").read_text())["layers"]
+    assert list(layers) == list(costs)
+    bits = {path: (row["act_bits"], row["weight_bits"]) for path, row in layers.items()}
+    assert bits.pop("conv1") == bits.pop("fc") == (8, 8)
+    return bits
+
+
+def average(bits, sizes):
+    return sum(bits[path] * sizes[path] for path in bits) / sum(sizes[path] for path in bits)
+
+
+def test_search_over_pairs(processes, tmp_path):
+    settings = PAIRS | {"budget.value": 0.7}
+    workdir = tmp_path / "run"
+    result = processes.result(command(f"--workdir={workdir}", **settings))
+    costs = experiment.make_network(tiny_config(**settings)).costs
+    bits = searched_bits(workdir, costs)
+    assert set(bits.values()) <= {(4, 4), (4, 2), (2, 4), (2, 2)}
+    assert len({weight for _, weight in bits.values()}) == 2  # each layer has its own
+    bit_operations = sum(costs[path].macs * act * weight for path, (act, weight) in bits.items())
+    bit_operations += (costs["conv1"].macs + costs["fc"].macs) * 64
+    assert result["gbops"] == pytest.approx(bit_operations / 1e9, rel=1e-12)
+    assert result["gbops"] <= result["budget_gbops"]
+    act_sizes = {path: costs[path].act_elements for path in bits}
+    weight_sizes = {path: costs[path].weight_elements for path in bits}
+    acts, weights = ({path: pair[i] for path, pair in bits.items()} for i in (0, 1))
+    assert result["average_act_bits"] == pytest.approx(average(acts, act_sizes))
+    assert result["average_weight_bits"] == pytest.approx(average(weights, weight_sizes))
+    assert json.loads((workdir / "results.json").read_text()).items() >= result.items()
+
+    rows = rows_of(workdir)
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps == list(range(1, 3 * 3 + 1))
+    judged = {}
+    for row in rows:
+        if row["kind"] == "eval":
+            judged.setdefault(row["phase"], set()).add((row["precision"], row["weights"]))
+    pairs = {(f"uniform {pair}", "quantized") for pair in ("4/4", "4/2", "2/4", "2/2")}
+    assert judged == {
+        "full_precision": {("full", "full")},
+        "bit_search": pairs,
+        "weight_training": {("chosen", "quantized")},
+    }
+
+    found = processes.result(command(f"--workdir={workdir}", "--mode=evaluate", **settings))
+    for name in ("top1", "top5", "correct", "examples", "gbops"):
+        assert found[name] == result[name], name
+
+
+def test_searcher_uniform_with_searched_weights(processes, tmp_path):
+    settings = PAIRS | {"search.searcher": "uniform", "search.uniform_bits": 2}
+    workdir = tmp_path / "run"
+    result = processes.result(command(f"--workdir={workdir}", **settings))
+    costs = experiment.make_network(tiny_config(**settings)).costs
+    assert set(searched_bits(workdir, costs).values()) == {(2, 2)}
+    assert result["average_act_bits"] == result["average_weight_bits"] == 2
+    assert max(row["step"] for row in rows_of(workdir)) == 6
 
 
 # Bad input -------------------------------------------------------------------------------------

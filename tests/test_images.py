@@ -1,6 +1,8 @@
+import concurrent.futures
 import io
 import math
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -118,31 +120,71 @@ def test_crops_of_small_images_are_enlarged():
     assert result.shape == (32, 32, 3)
 
 
+def bilinear(pixels, height, width):
+    """Resizes without antialiasing."""
+
+    def weights(new, old):
+        place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        return np.maximum(0, 1 - abs(place[:, None] - np.arange(old)))
+
+    rows, columns = weights(height, pixels.shape[0]), weights(width, pixels.shape[1])
+    return np.einsum("yh,hwc,xw->yxc", rows, pixels, columns, optimize=True)
+
+
+def test_training_image_of_a_jpeg_is_its_crop_resized_bilinearly():
+    encoded, transform = to_bytes(photograph(320, 260)), RandomResizedCropFlip((160, 170, 3))
+    source = np.asarray(Image.open(io.BytesIO(encoded)))
+    mirrored = 0
+    for index in range(100):
+        result = transform(encoded, seed=2, epoch=1, index=index)
+        assert result.shape == (160, 170, 3) and result.dtype == np.uint8
+        left, top, right, bottom = crop((320, 260), index, epoch=1, seed=2)
+        expected = bilinear(source[top:bottom, left:right], 160, 170)
+        if images._uniform(1, 2, 1, index)[0] < 0.5:
+            mirrored += 1
+            expected = expected[:, ::-1]
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1)  # OpenCV counts in integers
+    assert 30 < mirrored < 70
+
+
+def test_training_images_depend_on_seed_epoch_and_index_alone():
+    encoded, transform = to_bytes(photograph(300, 280)), RandomResizedCropFlip((56, 56, 3))
+    turns = [{"seed": index % 2, "epoch": index % 3, "index": index} for index in range(60)]
+    one_by_one = [transform(encoded, **turn) for turn in turns]
+    assert len({image.tobytes() for image in one_by_one}) == len(turns)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(lambda turn: transform(encoded, **turn), reversed(turns)))
+    np.testing.assert_array_equal(at_once[::-1], one_by_one)
+
+
 def test_decoding_at_reduced_size_changes_little(monkeypatch):
-    source = photograph(1001, 763)  # sides that 2, 4 and 8 do not divide
-    encoded, transform = to_bytes(source, quality=90), RandomResizedCropFlip((64, 64, 3))
-    turns = [{"seed": 0, "epoch": 0, "index": index} for index in range(40)]
-    scales = []
-    draft = Image.Image.draft
+    size = (1001, 763)  # sides that 2, 4 and 8 do not divide
+    encoded, transform = to_bytes(photograph(*size), quality=90), RandomResizedCropFlip((64, 64, 3))
+    source = Image.open(io.BytesIO(encoded))
+    steps = []
+    imdecode = cv2.imdecode
 
-    def note_scale(image, mode, size):
-        result = jpeg_draft(image, mode, size)
-        scales.append(round(1001 / image.width))
-        return result
+    def note_step(*arguments):
+        pixels = imdecode(*arguments)
+        steps.append(round(size[0] / pixels.shape[1]))
+        return pixels
 
-    from PIL import JpegImagePlugin
-
-    jpeg_draft = JpegImagePlugin.JpegImageFile.draft
-    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", note_scale)
-    reduced = [transform(encoded, **turn) for turn in turns]
-    assert set(scales) == {2, 4, 8}
-    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", draft)  # does nothing
-    full = [transform(encoded, **turn) for turn in turns]
-    differences = [mean_difference(*pair) for pair in zip(reduced, full, strict=True)]
+    monkeypatch.setattr(cv2, "imdecode", note_step)
+    differences, shifted = [], []
+    for index in range(40):
+        result = transform(encoded, seed=0, epoch=0, index=index)
+        if images._uniform(1, 0, 0, index)[0] < 0.5:
+            result = result[:, ::-1]
+        step = steps[-1]
+        box = [math.floor(side / step + 0.5) * step for side in crop(size, index)]
+        box[2:] = min(box[2], size[0]), min(box[3], size[1])
+        full = source.resize((64, 64), Image.Resampling.BILINEAR, box)
+        differences.append(mean_difference(result, np.asarray(full)))
+        shifted.append(mean_difference(np.roll(full, 1, axis=1), np.asarray(full)))
+    assert set(steps) == {2, 4, 8}
     assert 0 < max(differences) < 1.5, differences
     # A box that was off by one pixel of the result would show far more.
-    shifted = [np.roll(image, 1, axis=1) for image in full]
-    assert min(mean_difference(*pair) for pair in zip(shifted, full, strict=True)) > 2
+    assert min(shifted) > 5
 
 
 # Evaluation
@@ -201,8 +243,20 @@ def test_grey_networks_get_one_channel(kind, transform):
 
 @pytest.mark.parametrize("transform", [RandomResizedCropFlip, Resize])
 def test_damaged_images(transform):
-    whole = to_bytes(photograph(100, 80))
-    png = to_bytes(photograph(100, 80), "PNG")
-    for damaged in (b"", b"no image", whole[:2], whole[: len(whole) // 2], png[: len(png) // 2]):
+    source = photograph(100, 80)
+    whole, progressive = to_bytes(source), to_bytes(source, progressive=True)
+    halves = [kind[: len(kind) // 2] for kind in (whole, progressive, to_bytes(source, "PNG"))]
+    cuts = [whole[:2], whole[:-2], progressive[:-2], *halves]
+    garbage = halves[0] + np.random.default_rng(0).bytes(len(whole) // 2)
+    for damaged in (b"", b"no image", garbage, *cuts):
         with pytest.raises(images.DamagedImageError):
             transform((16, 16, 3))(damaged, **TURN)
+
+
+@pytest.mark.parametrize("transform", [RandomResizedCropFlip, Resize])
+def test_images_stay_as_stored_whatever_rotation_the_file_asks_for(transform):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be shown turned by 90 degrees
+    encoded = [to_bytes(photograph(100, 60), **options) for options in ({}, {"exif": exif})]
+    results = [transform((16, 16, 3))(image, **TURN) for image in encoded]
+    np.testing.assert_array_equal(*results)

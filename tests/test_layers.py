@@ -6,118 +6,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-
-from metamix_jax.layers import (
-    FULL,
-    HSWISH_SHIFT,
-    Precision,
-    QuantConv,
-    QuantDense,
-    QuantSettings,
+from layer_reference import (
+    CONV_INPUT,
+    DENSE_INPUT,
+    KEYS,
+    NAME,
+    apply,
+    count,
+    init,
+    make_net,
+    reference_conv,
+    reference_quant,
 )
+
+from metamix_jax.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.models import CifarResNet
+from metamix_jax.precision import FULL, Precision, QuantSettings
 from metamix_jax.quantizers import POSITIVE_STEPS
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 ACT_BITS = (8, 4, 2)
 SETTINGS = QuantSettings(act_bits=ACT_BITS)
-KEYS = {"params": jax.random.key(0), "quant": jax.random.key(1)}
-NAME = "layer"
-CONV_INPUT = np.random.default_rng(0).normal(size=(2, 7, 7, 4)).astype(np.float32)
-DENSE_INPUT = np.abs(CONV_INPUT[:, 0, 0])
-
-
-class Net(nn.Module):
-    """One layer under a name, so that it has a path."""
-
-    kind: type = QuantConv
-    options: tuple = ()
-
-    @nn.compact
-    def __call__(self, x, precision=FULL):
-        return self.kind(name=NAME, **dict(self.options))(x, precision)
-
-
-def make_net(kind=QuantConv, **options):
-    options = {"features": 6, "settings": SETTINGS, **options}
-    return Net(kind, tuple(options.items()))
-
-
-def init(net, x, seed=2):
-    """Returns variables with steps of the data's size and logits far from each other."""
-    shapes = jax.eval_shape(net.init, KEYS, x)
-    rng = np.random.default_rng(seed)
-    ranges = {"act_step": (0.1, 0.6), "weight_step": (0.1, 0.6)}
-
-    def draw(path, leaf):
-        low, high = ranges.get(path[-1].key, (-1, 1))
-        return jnp.asarray(rng.uniform(low, high, leaf.shape), jnp.float32)
-
-    collections = {name: shapes[name] for name in ("params", "quant")}
-    return jax.tree.map_with_path(draw, collections)
-
-
-def apply(net, variables, x, activations="full", weights="full", branch=None):
-    branches = None if branch is None else {NAME: branch}
-    return net.apply(variables, x, Precision(activations, weights, branches))
-
-
-def reference_quant(x, step, bits, signed, shift=0.0):
-    low, high = (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    return np.clip(np.rint((x + np.float32(shift)) / step), low, high) * step - np.float32(shift)
-
-
-def reference_conv(x, kernel, stride=1, groups=1, padding="torch"):
-    """A convolution as a sum over kernel positions, one group of channels after the other."""
-    n, height, width, channels = x.shape
-    k, features = kernel.shape[0], kernel.shape[-1]
-    if padding == "torch":
-        margins = [((k - 1) // 2,) * 2] * 2
-    else:
-        totals = [max((-(-size // stride) - 1) * stride + k - size, 0) for size in (height, width)]
-        margins = [(total // 2, total - total // 2) for total in totals]
-    x = np.pad(x, [(0, 0), *margins, (0, 0)])
-    out_h, out_w = ((size - k) // stride + 1 for size in x.shape[1:3])
-    y = np.zeros((n, out_h, out_w, features), np.float32)
-    inputs, outputs = channels // groups, features // groups
-    for group in range(groups):
-        ins = slice(group * inputs, (group + 1) * inputs)
-        outs = slice(group * outputs, (group + 1) * outputs)
-        for i in range(k):
-            for j in range(k):
-                rows = slice(i, i + (out_h - 1) * stride + 1, stride)
-                columns = slice(j, j + (out_w - 1) * stride + 1, stride)
-                y[..., outs] += x[:, rows, columns, ins] @ kernel[i, j, :, outs]
-    return y
-
-
-def count_rounds(jaxpr):
-    """Returns how often `round` occurs in a jaxpr, calls included."""
-    total = 0
-    for equation in jaxpr.eqns:
-        total += equation.primitive.name == "round"
-        for value in equation.params.values():
-            total += sum(count_rounds(inner) for inner in _inner_jaxprs(value))
-    return total
-
-
-def _inner_jaxprs(value):
-    parts = value if isinstance(value, tuple | list) else [value]
-    parts = [getattr(part, "jaxpr", part) for part in parts]
-    return [part for part in parts if hasattr(part, "eqns")]
 
 
 @pytest.fixture(scope="module")
 def conv():
-    net = make_net(signed=True)
+    net = make_net(SETTINGS, signed=True)
     return net, init(net, CONV_INPUT)
 
 
 @pytest.fixture(scope="module")
 def dense():
-    net = make_net(QuantDense, shift=HSWISH_SHIFT)
+    net = make_net(SETTINGS, QuantDense, shift=HSWISH_SHIFT)
     return net, init(net, DENSE_INPUT)
 
 
@@ -138,7 +59,8 @@ def test_every_precision_against_a_reference(kind, activations, weights, request
     inputs = {"full": x, "mixture": sum(p * b for p, b in zip(share, branches, strict=True))}
     inputs |= {"chosen": branches[1], **dict(enumerate(branches))}
     if weights == "quantized":
-        kernel = reference_quant(kernel, quant["weight_step"], SETTINGS.weight_bits, signed=True)
+        (step,), (bits,) = quant["weight_step"], SETTINGS.weight_bits
+        kernel = reference_quant(kernel, step, bits, signed=True)
     if kind == "conv":
         expected = reference_conv(inputs[activations], kernel)
     else:
@@ -196,7 +118,7 @@ def test_padding(padding, kernel_size, stride):
         layer = QuantConv(3, SETTINGS, **options)
         kernel = np.random.default_rng(1).normal(size=(kernel_size, kernel_size, 2, 3))
         kernel = kernel.astype(np.float32)
-        quant = {"act_step": np.ones(3, np.float32), "weight_step": np.ones(3, np.float32)}
+        quant = {"act_step": np.ones(3, np.float32), "weight_step": np.ones((1, 3), np.float32)}
         quant["logits"] = np.zeros(3, np.float32)
         y = layer.apply({"params": {"kernel": kernel}, "quant": quant}, x)
         expected = reference_conv(x, kernel, stride, padding=padding)
@@ -206,7 +128,7 @@ def test_padding(padding, kernel_size, stride):
 @pytest.mark.parametrize(("groups", "features"), [(2, 6), (4, 4), (4, 8)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_grouped_and_depthwise(groups, features, stride):
-    net = make_net(features=features, groups=groups, stride=stride, signed=True)
+    net = make_net(SETTINGS, features=features, groups=groups, stride=stride, signed=True)
     variables = init(net, CONV_INPUT)
     kernel = np.asarray(variables["params"][NAME]["kernel"])
     assert kernel.shape == (3, 3, 4 // groups, features)
@@ -218,7 +140,7 @@ def test_grouped_and_depthwise(groups, features, stride):
 
 
 def test_shift_is_undone_before_the_zero_padding():
-    net = make_net(features=1, shift=HSWISH_SHIFT)
+    net = make_net(SETTINGS, features=1, shift=HSWISH_SHIFT)
     x = np.full((1, 3, 3, 1), -HSWISH_SHIFT, np.float32)
     variables = init(net, x)
     variables["params"][NAME]["kernel"] = jnp.ones((3, 3, 1, 1))
@@ -229,17 +151,16 @@ def test_shift_is_undone_before_the_zero_padding():
 
 def test_collections_of_a_searched_and_a_fixed_layer():
     for settings, logits in ((SETTINGS, {"logits": (3,)}), (SETTINGS.ends(), {})):
-        net = make_net(settings=settings)
+        net = make_net(settings)
         shapes = jax.eval_shape(net.init, KEYS, CONV_INPUT)
         quant = {name: leaf.shape for name, leaf in shapes["quant"][NAME].items()}
-        steps = {"act_step": (len(settings.act_bits),), "weight_step": (6,)}
+        steps = {"act_step": (len(settings.act_bits),), "weight_step": (1, 6)}
         assert quant == steps | logits
         assert shapes["costs"][NAME]["cost"].searched == bool(logits)
-    assert SETTINGS.ends() == dataclasses.replace(SETTINGS, act_bits=(8,), weight_bits=8)
 
 
 def test_fixed_layer_runs_at_its_own_bits_whatever_the_others_do():
-    net = make_net(settings=SETTINGS.ends(), signed=True)
+    net = make_net(SETTINGS.ends(), signed=True)
     variables = init(net, CONV_INPUT)
     step = np.asarray(variables["quant"][NAME]["act_step"][0])
     kernel = np.asarray(variables["params"][NAME]["kernel"])
@@ -250,7 +171,7 @@ def test_fixed_layer_runs_at_its_own_bits_whatever_the_others_do():
 
 
 def test_initial_logits_are_small_random_and_of_the_quant_key():
-    initialise = jax.jit(make_net(QuantDense).init)
+    initialise = jax.jit(make_net(SETTINGS, QuantDense).init)
     logits, other = (
         initialise(KEYS | {"quant": jax.random.key(seed)}, DENSE_INPUT)["quant"][NAME]["logits"]
         for seed in (1, 7)
@@ -263,7 +184,7 @@ def test_initial_logits_are_small_random_and_of_the_quant_key():
 @pytest.mark.parametrize("init_rule", ["shifted", "unshifted"])
 def test_calibrate_writes_steps_and_changes_nothing_else(init_rule, positive_step):
     settings = dataclasses.replace(SETTINGS, init_rule=init_rule, positive_step=positive_step)
-    net = make_net(QuantDense, settings=settings, shift=HSWISH_SHIFT)
+    net = make_net(settings, QuantDense, shift=HSWISH_SHIFT)
     variables = init(net, DENSE_INPUT)
     y, moved = net.apply(variables, DENSE_INPUT, Precision("calibrate"), mutable=["quant"])
     np.testing.assert_array_equal(y, apply(net, variables, DENSE_INPUT))
@@ -288,16 +209,17 @@ def test_calibrate_lowest_passes_the_lowest_branch_on(conv):
     np.testing.assert_array_equal(y, apply(net, variables | moved, CONV_INPUT, lowest))
 
 
-def test_calibrate_weights_writes_their_steps_and_quantizes(conv):
+def test_calibrate_weights_writes_their_steps_and_changes_nothing_else(conv):
     net, variables = conv
     precision = Precision("full", "calibrate")
     y, moved = net.apply(variables, CONV_INPUT, precision, mutable=["quant"])
     kernel = np.asarray(variables["params"][NAME]["kernel"])
     expected = 2 * np.abs(kernel).mean((0, 1, 2)) / 7**0.5
-    after = moved["quant"][NAME]
-    np.testing.assert_allclose(after["weight_step"], expected, rtol=1e-5)
-    np.testing.assert_array_equal(after["act_step"], variables["quant"][NAME]["act_step"])
-    np.testing.assert_array_equal(y, apply(net, variables | moved, CONV_INPUT, weights="quantized"))
+    before, after = variables["quant"][NAME], moved["quant"][NAME]
+    np.testing.assert_allclose(after["weight_step"], expected[None], rtol=1e-5)
+    for name in ("act_step", "logits"):
+        np.testing.assert_array_equal(after[name], before[name])
+    np.testing.assert_array_equal(y, apply(net, variables, CONV_INPUT))
 
 
 def test_calibrating_needs_a_mutable_collection(conv):
@@ -318,7 +240,7 @@ def test_an_unselected_branch_costs_nothing(conv, activations, rounds):
         def run(variables, precision=precision):
             return net.apply(variables, CONV_INPUT, precision, mutable=["quant"])
 
-        assert count_rounds(jax.make_jaxpr(run)(variables).jaxpr) == rounds + of_kernel
+        assert count(jax.make_jaxpr(run)(variables).jaxpr, "round") == rounds + of_kernel
 
 
 def test_a_chosen_network_computes_as_much_as_one_branch():
@@ -334,7 +256,7 @@ def test_a_chosen_network_computes_as_much_as_one_branch():
 
     def rounds(precision):
         run = jax.make_jaxpr(lambda v: model.apply(v, x, precision=precision))
-        return count_rounds(run(variables).jaxpr)
+        return count(run(variables).jaxpr, "round")
 
     layers = 10  # two in each of three blocks, two 1x1 shortcuts, first and last
     assert rounds(FULL) == 0
@@ -343,22 +265,23 @@ def test_a_chosen_network_computes_as_much_as_one_branch():
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "macs", "act_elements"),
+    ("kind", "options", "positions", "weight_elements", "act_elements"),
     [
-        (QuantConv, {}, 7 * 7 * 6 * 9 * 4, 196),
-        (QuantConv, {"stride": 2}, 4 * 4 * 6 * 9 * 4, 196),
-        (QuantConv, {"groups": 2}, 7 * 7 * 6 * 9 * 2, 196),
-        (QuantConv, {"groups": 4, "features": 4, "stride": 2}, 4 * 4 * 4 * 9, 196),
-        (QuantConv, {"kernel_size": 1, "stride": 2}, 4 * 4 * 6 * 4, 196),
-        (QuantConv, {"kernel_size": 5, "padding": "tf", "use_bias": True}, 49 * 6 * 25 * 4, 196),
-        (QuantDense, {"features": 10}, 4 * 10, 4),
+        (QuantConv, {}, 7 * 7, 6 * 9 * 4, 196),
+        (QuantConv, {"stride": 2}, 4 * 4, 6 * 9 * 4, 196),
+        (QuantConv, {"groups": 2}, 7 * 7, 6 * 9 * 2, 196),
+        (QuantConv, {"groups": 4, "features": 4, "stride": 2}, 4 * 4, 4 * 9, 196),
+        (QuantConv, {"kernel_size": 1, "stride": 2}, 4 * 4, 6 * 4, 196),
+        (QuantConv, {"kernel_size": 5, "padding": "tf", "use_bias": True}, 49, 6 * 25 * 4, 196),
+        (QuantDense, {"features": 10}, 1, 4 * 10, 4),
     ],
 )
-def test_cost_by_hand(kind, options, macs, act_elements):
-    net = make_net(kind, **options)
+def test_cost_by_hand(kind, options, positions, weight_elements, act_elements):
+    net = make_net(SETTINGS, kind, **options)
     for batch in (1, 2):
         x = (CONV_INPUT if kind is QuantConv else DENSE_INPUT)[:batch]
         cost = jax.eval_shape(net.init, KEYS, x)["costs"][NAME]["cost"]
-        assert (cost.macs, cost.act_elements) == (macs, act_elements)
-        assert (cost.act_bits, cost.weight_bits) == (ACT_BITS, 4)
+        assert cost.macs == positions * weight_elements
+        assert (cost.weight_elements, cost.act_elements) == (weight_elements, act_elements)
+        assert (cost.act_bits, cost.weight_bits) == (ACT_BITS, (4,))
     assert jax.tree.leaves(cost) == []

@@ -10,8 +10,9 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from metamix_jax import cost, models
-from metamix_jax.layers import FULL, HSWISH_SHIFT, QuantConv, QuantDense, QuantSettings
+from metamix_jax.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.models.mobilenet import V3_LARGE, InvertedResidual
+from metamix_jax.precision import FULL, QuantSettings
 from metamix_jax.pretrained import read_weights, torch_name
 
 DATA = pathlib.Path(__file__).parents[2] / "shared/data"

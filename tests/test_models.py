@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from metamix_jax import models
 from metamix_jax.cost import layer_costs
 from metamix_jax.errors import UserError
-from metamix_jax.layers import FULL, QuantSettings
 from metamix_jax.models.resnet import BasicBlock
+from metamix_jax.precision import FULL, QuantSettings
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -133,7 +133,7 @@ def test_first_and_last_layer_are_fixed():
     costs = layer_costs(make(name="cifar_resnet", depth=8, width=4), (8, 8, 1))
     assert [path for path, cost in costs.items() if not cost.searched] == ["conv1", "fc"]
     for path in ("conv1", "fc"):
-        assert (costs[path].act_bits, costs[path].weight_bits) == ((8,), 8)
+        assert (costs[path].act_bits, costs[path].weight_bits) == ((8,), (8,))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import pytest
 
 from metamix_jax import config as config_lib
-from metamix_jax.layers import Precision
 from metamix_jax.phases import (
     BIT_META,
     BIT_SEARCH,
@@ -15,14 +14,16 @@ from metamix_jax.phases import (
     passes,
     phase_at,
 )
+from metamix_jax.precision import Bits, Precision, bit_candidates
 from metamix_jax.searchers import SEARCHERS
 
 NAMES = ("full_precision", "bit_meta", "bit_search", "act_training", "weight_training")
 
 
-def schedule_of(epochs, steps_per_epoch=10.0, searcher="metamix"):
+def schedule_of(epochs, steps_per_epoch=10.0, searcher="metamix", **overrides):
     """Returns the spans for epochs of (full_precision, bit_meta, bit_search, act, weights)."""
     config = config_lib.default()
+    config.update_from_flattened_dict(overrides)
     for section, value in zip(("full_precision", "bit_meta", "bit_search"), epochs, strict=False):
         config[section].epochs = float(value)
     config.weight_training.act_epochs = float(epochs[3])
@@ -51,6 +52,8 @@ def test_activations_are_calibrated_once_on_the_first_quantized_phase(epochs):
     quantized = [span for span in schedule if span.phase.name != "full_precision"]
     calibrating = [span for span in schedule if span.calibrates_acts]
     assert calibrating == quantized[:1]
+    for_weights = [span.phase.name for span in schedule if span.calibrates_weights]
+    assert for_weights == (["weight_training"] if epochs[4] else [])
 
 
 def test_parts_of_an_epoch_are_rounded_up():
@@ -86,19 +89,132 @@ def test_phase_at_boundaries():
             phase_at(step, schedule)
 
 
+# Searched weights: quantized from bit-meta on.
+PAIRS = {"quant.weight_bits": (8, 4, 2)}
+
+
+def updates_and_weights(span):
+    """Returns (name, what trains, weights) of a span's updates."""
+    return [(u.name, set(u.trains), u.precision.weights) for u in span.phase.updates]
+
+
+def test_rows_of_the_search_with_searched_weights():
+    schedule = schedule_of((1, 1, 1, 1, 1), **PAIRS)
+    spans = {span.phase.name: span for span in schedule}
+    meta = ("bit_meta", {"kernels", "weights", "act_steps", "weight_steps"}, "quantized")
+    assert updates_and_weights(spans["bit_meta"]) == [meta]
+    search = ("bit_search", {"logits"}, "quantized")
+    assert updates_and_weights(spans["bit_search"]) == [meta, search]
+    for name in ("bit_meta", "bit_search"):
+        assert spans[name].phase.evaluation == Precision("chosen", "quantized")
+        assert spans[name].phase.quantizes_weights
+        (meta_update, *search_updates) = spans[name].phase.updates
+        assert meta_update.every_branch and not meta_update.budget_term
+        for update in search_updates:
+            assert update.precision == Precision("mixture", "quantized")
+            assert update.budget_term and not update.every_branch
+    # The others are as they were.
+    for name in ("full_precision", "act_training", "weight_training"):
+        assert spans[name].phase == PHASES[name]
+    assert not spans["act_training"].phase.quantizes_weights
+
+
+@pytest.mark.parametrize("weight_bits", [(4,), (8,)])
+def test_rows_of_the_search_with_one_weight_width(weight_bits):
+    schedule = schedule_of((1, 1, 1, 1, 1), **{"quant.weight_bits": weight_bits})
+    assert [span.phase for span in schedule] == list(PHASES.values())
+
+
+@pytest.mark.parametrize("alternate", [True, False])
+@pytest.mark.parametrize("weight_bits", [(4,), (8, 4, 2)])
+def test_unfixed_search_quantizes_and_trains_searched_weights(weight_bits, alternate):
+    overrides = {"bit_search.fixed_meta_state": False, "bit_search.alternate": alternate}
+    schedule = schedule_of((1, 1, 1, 1, 1), **{"quant.weight_bits": weight_bits}, **overrides)
+    (span,) = [span for span in schedule if span.phase.name == "bit_search"]
+    trains = {"kernels", "weights", "act_steps"}
+    weights = "full"
+    if len(weight_bits) > 1:
+        trains, weights = trains | {"weight_steps"}, "quantized"
+    meta = [("bit_meta", trains, weights)] if alternate else []
+    search = ("bit_search", trains | {"logits"}, weights)
+    assert updates_and_weights(span) == [*meta, search]
+
+
+@pytest.mark.parametrize("epochs", list(itertools.product((0, 1), repeat=5)))
+def test_searched_weights_are_calibrated_where_they_come_to_be_quantized(epochs):
+    schedule = schedule_of(epochs, **PAIRS)
+    expected, quantized_before = [], False
+    for name in names(schedule):
+        quantized = name in ("bit_meta", "bit_search", "weight_training")
+        if quantized and not quantized_before:
+            expected.append(name)
+        quantized_before = quantized
+    assert [span.phase.name for span in schedule if span.calibrates_weights] == expected
+    calibrating = [span for span in schedule if span.calibrates_acts]
+    assert calibrating == [span for span in schedule if span.phase.name != "full_precision"][:1]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "calibrating"),
+    [
+        ((1, 1, 1, 1, 1), ["bit_meta", "weight_training"]),  # act_training has full weights
+        ((1, 1, 1, 0, 1), ["bit_meta"]),
+        ((1, 0, 1, 0, 1), ["bit_search"]),
+        ((1, 0, 1, 1, 1), ["bit_search", "weight_training"]),
+        ((1, 0, 0, 1, 1), ["weight_training"]),
+        ((0, 1, 1, 1, 0), ["bit_meta"]),
+    ],
+)
+def test_recalibration_of_searched_weights_by_hand(epochs, calibrating):
+    schedule = schedule_of(epochs, **PAIRS)
+    assert [span.phase.name for span in schedule if span.calibrates_weights] == calibrating
+
+
+def test_searcher_uniform_calibrates_searched_weights_once():
+    schedule = schedule_of((1, 1, 1, 1, 1), searcher="uniform", **PAIRS)
+    assert [span.phase.name for span in schedule if span.calibrates_acts] == ["act_training"]
+    assert [span.phase.name for span in schedule if span.calibrates_weights] == ["weight_training"]
+    assert [span.phase for span in schedule] == [PHASES[name] for name in names(schedule)]
+
+
 @pytest.mark.parametrize("act_bits", [(8, 4, 2), (2, 4, 8), (4, 8, 2, 3)])
-def test_bit_meta_passes_go_from_narrow_to_wide(act_bits):
-    runs = passes(BIT_META, act_bits, {})
+@pytest.mark.parametrize("weight", [4, 2])
+def test_bit_meta_passes_go_from_narrow_to_wide(act_bits, weight):
+    candidates = bit_candidates(act_bits, (weight,))
+    runs = passes(BIT_META, candidates, {})
     assert [act_bits[run.activations] for run in runs] == sorted(act_bits)
     assert {run.weights for run in runs} == {"full"}
 
 
+@pytest.mark.parametrize("weight_bits", [(8, 4, 2), (2, 8, 4)])
+@pytest.mark.parametrize("act_bits", [(8, 4, 2), (4, 2, 8)])
+def test_bit_meta_passes_of_pairs_go_from_few_bit_operations_to_many(act_bits, weight_bits):
+    (span,) = schedule_of((0, 1, 0, 0, 0), **PAIRS)
+    (update,) = span.phase.updates
+    candidates = bit_candidates(act_bits, weight_bits)
+    runs = passes(update, candidates, {})
+    # Of equal products the narrower activations first.
+    order = [(2, 2), (2, 4), (4, 2), (2, 8), (4, 4), (8, 2), (4, 8), (8, 4), (8, 8)]
+    assert [candidates[run.activations] for run in runs] == order
+    assert {run.weights for run in runs} == {"quantized"}
+
+
+def test_bit_meta_passes_of_weights_alone():
+    candidates = bit_candidates((4,), (8, 2, 4))
+    runs = passes(BIT_META, candidates, {})
+    assert [candidates[run.activations] for run in runs] == [(4, 2), (4, 4), (4, 8)]
+
+
 def test_other_updates_make_one_pass():
     branches = {"layer": jnp.int32(1)}
-    (run,) = passes(WEIGHT_TRAINING, (8, 4), branches)
+    candidates = (Bits(8, 4), Bits(4, 4))
+    (run,) = passes(WEIGHT_TRAINING, candidates, branches)
     assert run == Precision("chosen", "quantized", branches)
-    (run,) = passes(BIT_SEARCH, (8, 4), {})
+    (run,) = passes(BIT_SEARCH, candidates, {})
     assert (run.activations, run.weights) == ("mixture", "full")
+    search = schedule_of((0, 0, 1, 0, 0), **PAIRS)[0].phase.updates[-1]
+    (run,) = passes(search, bit_candidates((8, 4), (8, 4)), {})
+    assert (run.activations, run.weights) == ("mixture", "quantized")
 
 
 def test_what_trains_in_each_phase():
@@ -116,7 +232,8 @@ def test_what_trains_in_each_phase():
         "weight_training": [("weight_training", weights | {"act_steps", "weight_steps"}, False)],
     }
     assert [name for name, phase in PHASES.items() if phase.needs_policy] == list(NAMES[3:])
-    assert [name for name, phase in PHASES.items() if phase.calibrates_weights] == [NAMES[4]]
+    assert [name for name, phase in PHASES.items() if phase.quantizes] == list(NAMES[1:])
+    assert [name for name, phase in PHASES.items() if phase.quantizes_weights] == [NAMES[4]]
 
 
 @pytest.mark.parametrize(

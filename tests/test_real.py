@@ -8,7 +8,7 @@ import pytest
 from configs import cifar10_resnet20, mbv2, resnet18
 from metamix_jax import data, datasets, experiment, pretrained, sharding
 from metamix_jax.evaluate import Evaluator
-from metamix_jax.layers import FULL
+from metamix_jax.precision import FULL
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 WEIGHTS = "resnet20-12fca82f.th"

@@ -71,10 +71,10 @@ def test_budget_line(budget, end):
 
 def test_cost_table():
     rows = [
-        {"layer": "stem", "macs": 1_000_000, "act_bits": 8, "weight_bits": 8, "candidates": (8,),
+        {"layer": "stem", "macs": 1_000_000, "act_bits": 8, "weight_bits": 8, "candidates": ("8",),
          "mbops": 64.0},
         {"layer": "conv", "macs": 11_250_000, "act_bits": 4, "weight_bits": 4,
-         "candidates": (8, 4, 3), "mbops": 180.0},
+         "candidates": ("8", "4", "3"), "mbops": 180.0},
     ]  # fmt: skip
     lines = tables.cost_table(rows, TOTALS).splitlines()
     assert cells(lines[2]) == ["stem", "1.000", "8", "8", "fixed", "64.00"]
@@ -82,6 +82,18 @@ def test_cost_table():
     assert cells(lines[5]) == ["total", "12.250", "", "", "", "244.00"]
     assert lines[6] == "uniform activations: 0.4320 at 8 bits, 0.2560 at 4 bits (GBOPs)"
     assert lines[7] == "reachable budgets: 0.1680 to 0.4320 GBOPs"
+
+
+def test_cost_table_of_pairs():
+    rows = [
+        {"layer": "stem", "macs": 1_000_000, "act_bits": 8, "weight_bits": 8,
+         "candidates": ("8",), "mbops": 64.0},
+        {"layer": "conv", "macs": 11_250_000, "act_bits": 4, "weight_bits": 4,
+         "candidates": ("8/4", "8/2", "4/4", "4/2"), "mbops": 180.0},
+    ]  # fmt: skip
+    lines = tables.cost_table(rows, TOTALS).splitlines()
+    assert cells(lines[2]) == ["stem", "1.000", "8", "8", "fixed", "64.00"]
+    assert cells(lines[3]) == ["conv", "11.250", "4", "4", "8/4 8/2 4/4 4/2", "180.00"]
 
 
 def test_accuracy_table():

@@ -6,34 +6,45 @@ import pytest
 from ml_collections import ConfigDict
 
 from metamix_jax import cost
-from metamix_jax.cost import make_budget
-from metamix_jax.layers import LayerCost
+from metamix_jax.budget import make_budget
+from metamix_jax.precision import Bits, LayerCost
 from metamix_jax.searchers import SEARCHERS, knapsack, metamix, uniform
 
 BITS = (8, 4, 2)
+FIXED = {"first": Bits(8, 8), "last": Bits(8, 8)}
+# act_bits, weight_bits
+ACTIVATIONS, PAIRS, WEIGHTS = (BITS, (4,)), (BITS, BITS), ((4,), BITS)
+SEARCHED = ("activations", "pairs", "weights")
 
 
-def random_costs(rng, layers=4):
+def random_costs(rng, layers=4, searched=ACTIVATIONS):
     """Returns a network of hand-made layers, its first and last ones fixed at 8/8."""
-    fixed = {"act_bits": (8,), "weight_bits": 8}
-    searched = {"act_bits": BITS, "weight_bits": 4}
     names = ["first", *(f"layer{i}" for i in range(layers)), "last"]
-    return {
-        name: LayerCost(
+    costs = {}
+    for name in names:
+        act_bits, weight_bits = ((8,), (8,)) if name in FIXED else searched
+        costs[name] = LayerCost(
             macs=int(rng.integers(10**5, 10**7)),
             act_elements=int(rng.integers(100, 10_000)),
-            **(fixed if name in ("first", "last") else searched),
+            weight_elements=int(rng.integers(100, 10_000)),
+            act_bits=act_bits,
+            weight_bits=weight_bits,
         )
-        for name in names
-    }
+    return costs
 
 
 def random_logits(rng, costs):
     return {
-        path: rng.normal(size=len(layer.act_bits)).astype(np.float32)
+        path: rng.normal(size=len(layer.candidates)).astype(np.float32)
         for path, layer in costs.items()
         if layer.searched
     }
+
+
+def argmax_of(logits, costs):
+    """Returns the most likely bits of every layer."""
+    picks = {path: int(np.argmax(row)) for path, row in logits.items()}
+    return FIXED | {path: costs[path].candidates[k] for path, k in picks.items()}
 
 
 def budget_of(costs, value, unit="gbops"):
@@ -97,14 +108,14 @@ def test_knapsack_without_a_feasible_choice():
         knapsack.maximise({"layer": (0.0, 1.0)}, {"layer": (2.0, 3.0)}, 1.0)
 
 
+@pytest.mark.parametrize("searched", [ACTIVATIONS, PAIRS, WEIGHTS], ids=SEARCHED)
 @pytest.mark.parametrize("unit", ["gbops", "average_act_bits"])
 @pytest.mark.parametrize("seed", range(4))
-def test_argmax_inside_the_budget_is_kept(seed, unit):
+def test_argmax_inside_the_budget_is_kept(seed, unit, searched):
     rng = np.random.default_rng(seed)
-    costs = random_costs(rng)
+    costs = random_costs(rng, searched=searched)
     logits = random_logits(rng, costs)
-    argmax = {path: BITS[int(np.argmax(row))] for path, row in logits.items()}
-    argmax |= {"first": 8, "last": 8}
+    argmax = argmax_of(logits, costs)
     spent = cost.bops(costs, argmax) / 1e9
     if unit == "average_act_bits":
         spent = cost.average_act_bits(costs, argmax)
@@ -112,34 +123,45 @@ def test_argmax_inside_the_budget_is_kept(seed, unit):
     assert metamix.choose(logits, costs, budget_of(costs, spent, unit), ConfigDict()) == argmax
 
 
-@pytest.mark.parametrize("unit", ["gbops", "average_act_bits"])
+@pytest.mark.parametrize(
+    ("searched", "unit"),
+    [
+        (ACTIVATIONS, "gbops"),
+        (ACTIVATIONS, "average_act_bits"),
+        (PAIRS, "gbops"),
+        (PAIRS, "average_act_bits"),
+        (WEIGHTS, "gbops"),
+    ],
+)
 @pytest.mark.parametrize("seed", range(4))
-def test_argmax_above_the_budget_is_projected_to_the_most_probable_inside(seed, unit, caplog):
+def test_argmax_above_the_budget_is_projected_to_the_most_probable_inside(
+    seed, searched, unit, caplog
+):
     rng = np.random.default_rng(100 + seed)
-    costs = random_costs(rng)
+    costs = random_costs(rng, searched=searched)
     logits = random_logits(rng, costs)
     for row in logits.values():
         row[0] += 3  # towards 8 bits everywhere
-    most = budget_of(costs, 4.0, "average_act_bits")
     if unit == "gbops":
         totals = cost.totals(costs)
         value = 0.6 * totals["gbops_min"] + 0.4 * totals["gbops_max"]
         budget = budget_of(costs, value)
     else:
-        budget = most
+        budget = budget_of(costs, 4.0, "average_act_bits")
+    argmax = argmax_of(logits, costs)
+    assert budget.cost(argmax, costs) > budget.limit
     with caplog.at_level(logging.INFO):
         chosen = metamix.choose(logits, costs, budget, ConfigDict())
     assert list(sorted(chosen)) == sorted(costs)
-    assert (chosen["first"], chosen["last"]) == (8, 8)
+    assert {path: chosen[path] for path in FIXED} == FIXED
     assert budget.cost(chosen, costs) <= budget.limit * (1 + 1e-9)
     shares = log_shares(logits)
-    value = total(shares, {path: BITS.index(chosen[path]) for path in shares})
+    value = total(shares, {path: costs[path].candidates.index(chosen[path]) for path in shares})
     room = budget.limit - budget.fixed_cost
     assert value == pytest.approx(best_value(shares, budget.branch_costs, room), abs=1e-5)
     # The log says what was changed.
-    argmax = {path: BITS[int(np.argmax(row))] for path, row in logits.items()}
     for path in logits:
-        note = f"{path} {argmax[path]}->{chosen[path]}"
+        note = "{} {}/{}->{}/{}".format(path, *argmax[path], *chosen[path])
         assert (note in caplog.text) == (argmax[path] != chosen[path])
 
 
@@ -152,6 +174,19 @@ def test_budget_at_the_least_cost_leaves_the_narrowest_policy():
         assert chosen == cost.uniform_bits(costs, 2)
 
 
+def test_budget_at_the_least_cost_leaves_the_narrowest_pairs():
+    rng = np.random.default_rng(0)
+    costs = random_costs(rng, layers=12, searched=PAIRS)
+    logits = random_logits(rng, costs)
+    budget = budget_of(costs, cost.totals(costs)["gbops_min"])
+    assert metamix.choose(logits, costs, budget, ConfigDict()) == cost.uniform_bits(costs, 2, 2)
+    # A budget of activation bits leaves each layer its likeliest weight bits.
+    budget = budget_of(costs, 2.0, "average_act_bits")
+    chosen = metamix.choose(logits, costs, budget, ConfigDict())
+    narrow = {path: Bits(2, BITS[int(np.argmax(row[-3:]))]) for path, row in logits.items()}
+    assert chosen == FIXED | narrow
+
+
 def test_ties_go_to_the_first_candidate():
     costs = random_costs(np.random.default_rng(0))
     budget = budget_of(costs, cost.totals(costs)["gbops_max"])
@@ -159,14 +194,16 @@ def test_ties_go_to_the_first_candidate():
     assert metamix.choose(logits, costs, budget, ConfigDict()) == cost.uniform_bits(costs, 8)
     logits["layer0"] = np.float32([0, 1, 1])
     chosen = metamix.choose(logits, costs, budget, ConfigDict())
-    assert chosen == cost.uniform_bits(costs, 8) | {"layer0": 4}
+    assert chosen == cost.uniform_bits(costs, 8) | {"layer0": Bits(4, 4)}
 
 
 def test_uniform_takes_the_configured_bits():
-    costs = random_costs(np.random.default_rng(0))
-    config = ConfigDict({"search": {"uniform_bits": 4}})
-    budget = budget_of(costs, 1.0, "fraction")
-    assert uniform.choose({}, costs, budget, config) == cost.uniform_bits(costs, 4)
+    config = ConfigDict({"search": {"uniform_bits": 2}})
+    for searched, pair in ((ACTIVATIONS, (2, 4)), (PAIRS, (2, 2)), (WEIGHTS, (4, 2))):
+        costs = random_costs(np.random.default_rng(0), searched=searched)
+        budget = budget_of(costs, 1.0, "fraction")
+        expected = {path: Bits(*pair) for path in costs} | FIXED
+        assert uniform.choose({}, costs, budget, config) == expected
 
 
 def test_every_searcher_has_phases_and_choose():

@@ -1,7 +1,6 @@
-"""What one batch does in each phase, recomputed by hand; evaluation, calibration, devices."""
+"""What one batch does in each phase, recomputed by hand; calibration, devices."""
 
 import collections.abc
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +8,29 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from tiny_network import (
+    BATCH,
+    BITS,
+    STEPS,
+    calibrated_state,
+    compiled,
+    entered,
+    fresh_state,
+    leaves,
+    make_batch,
+    make_branches,
+    make_config,
+    mesh_of,
+    moved_labels,
+    softmax,
+    span_of,
+)
 
-from configs import digits
-from metamix_jax import data, datasets, experiment, sharding, train_step
-from metamix_jax.evaluate import Evaluator
-from metamix_jax.layers import FULL, Precision
-from metamix_jax.phases import PHASES, Phase, Span, Update
+from metamix_jax import data, experiment, sharding, train_step
+from metamix_jax.phases import PHASES, Phase, Update
+from metamix_jax.precision import FULL, Precision
 from metamix_jax.quantizers import init_step
 from metamix_jax.train_step import make_optimizer, make_train_step, make_update
-
-BATCH = 16
-STEPS = 10  # length of every phase
-BITS = (8, 2)  # candidates; index 1 is the narrower one
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,21 +38,6 @@ def optax_arithmetic():
     """Allows optax to mix its int32 step counts with floats, where tests forbid that."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-def compiled(function):
-    """Returns `function` jitted with little optimization: compiling is most of the time here."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def make_config(**overrides):
-    config = digits.get_config()
-    config.model.width = 4
-    config.batch_size = BATCH
-    config.quant.act_bits = BITS
-    config.eval.batch_size = 16
-    config.update_from_flattened_dict(overrides)
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +52,7 @@ def network(config):
 
 @pytest.fixture(scope="module")
 def batch():
-    generator = np.random.default_rng(0)
-    return {
-        "image": generator.integers(0, 256, (BATCH, 8, 8, 1), np.uint8),
-        "label": generator.integers(0, 10, BATCH, np.int32),
-        "index": np.arange(BATCH, dtype=np.int32),
-        "epoch": np.zeros(BATCH, np.int32),
-    }
+    return make_batch()
 
 
 @pytest.fixture(scope="module")
@@ -73,51 +62,17 @@ def images(config, batch):
 
 @pytest.fixture(scope="module")
 def branches(network):
-    searched = [path for path, cost in network.costs.items() if cost.searched]
-    return {path: jnp.int32(i % len(BITS)) for i, path in enumerate(searched)}
-
-
-def span_of(name):
-    return Span(PHASES[name], 0, STEPS, calibrates_acts=True)
+    return make_branches(network)
 
 
 @pytest.fixture(scope="module")
 def fresh(config, network):
-    return experiment.init_state(config, network)
+    return fresh_state(config, network)
 
 
 @pytest.fixture(scope="module")
-def state(config, network, fresh, batch, branches):
-    """Calibrated steps for activations and weights; logits apart enough to be no tie."""
-    calibrate = train_step.make_calibrate(network.model, span_of("weight_training"), config)
-    state = compiled(calibrate)(fresh, batch, branches)
-    flat = traverse_util.flatten_dict(state.quant, sep="/")
-    for number, path in enumerate(sorted(path for path in flat if path.endswith("logits"))):
-        flat[path] = flat[path] + jnp.float32([0.3, 0.1]) * (-1) ** number
-    return state.replace(quant=traverse_util.unflatten_dict(flat, sep="/"))
-
-
-def entered(state, name, config):
-    return train_step.enter_phase(state.replace(opt_states={}), span_of(name), config)
-
-
-def leaves(state):
-    """Path -> array of params, batch_stats and quant."""
-    return {
-        path: np.asarray(leaf)
-        for path, leaf in traverse_util.flatten_dict(state.variables, sep="/").items()
-    }
-
-
-def moved_labels(before, after):
-    """Returns what kinds of leaves are not bitwise as they were."""
-    old, new = leaves(before), leaves(after)
-    assert old.keys() == new.keys()
-    return {
-        "batch_stats" if path.startswith("batch_stats") else train_step.label(path, old[path])
-        for path in old
-        if old[path].tobytes() != new[path].tobytes()
-    }
+def state(config, network, batch):
+    return calibrated_state(config, network, batch)
 
 
 def recorded_gradient(monkeypatch, network, config, update, state, images, labels, branches):
@@ -471,11 +426,6 @@ def test_compiled_program_does_not_depend_on_the_order_of_a_set(config):
 # Losses ----------------------------------------------------------------------------------------
 
 
-def softmax(scores):
-    powers = np.exp(scores - scores.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
 @pytest.mark.parametrize("kind", ["cross_entropy", "distillation", "both"])
 def test_task_loss(kind):
     generator = np.random.default_rng(1)
@@ -520,10 +470,22 @@ def test_distillation_learns_from_the_teacher_in_evaluation_mode(
 # Calibration -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("lowest", [False, True])
+def test_calibration_passes(lowest):
+    config = make_config(**{"quant.init_pass": "lowest_bits" if lowest else "full_precision"})
+    acts = Precision("calibrate_lowest" if lowest else "calibrate")
+    weights = Precision(weights="calibrate")
+    expected = {(0, 0): (), (1, 0): (acts,), (0, 1): (weights,), (1, 1): (acts, weights)}
+    for (has_acts, has_weights), passes in expected.items():
+        found = train_step.calibrations(config, acts=bool(has_acts), weights=bool(has_weights))
+        assert found == passes
+
+
 def test_calibration_takes_act_steps_from_what_the_layers_get(config, network, fresh, batch):
     images = train_step.training_images(batch, config)  # augmented, as in training
-    calibrate = train_step.make_calibrate(network.model, span_of("bit_meta"), config)
-    state = compiled(calibrate)(fresh, batch, {})
+    passes = train_step.calibrations(config, acts=True, weights=False)
+    calibrate = train_step.make_calibrate(network.model, passes, config, train=True)
+    state = compiled(calibrate)(fresh, batch)
     assert moved_labels(fresh, state) == {"act_steps"}
 
     stem = init_step(images, 8, signed=True)
@@ -540,31 +502,25 @@ def test_calibration_takes_act_steps_from_what_the_layers_get(config, network, f
     np.testing.assert_allclose(state.quant["layer1_0"]["conv1"]["act_step"], expected, rtol=1e-4)
 
 
-def test_weight_calibration_fills_weight_steps_only(config, network, state, batch, branches):
+def test_weight_calibration_fills_weight_steps_only(config, network, state, batch):
     before = state.replace(
         quant=jax.tree.map_with_path(
             lambda path, leaf: jnp.ones_like(leaf) if path[-1].key == "weight_step" else leaf,
             state.quant,
         )
     )
-    span = dataclasses.replace(span_of("weight_training"), calibrates_acts=False)
-    calibrate = train_step.make_calibrate(network.model, span, config)
-    after = compiled(calibrate)(before, batch, branches)
+    passes = train_step.calibrations(config, acts=False, weights=True)
+    calibrate = train_step.make_calibrate(network.model, passes, config, train=True)
+    after = compiled(calibrate)(before, batch)
     assert moved_labels(before, after) == {"weight_steps"}
 
     kernel = np.float64(state.params["layer1_0"]["conv2"]["kernel"])
     expected = 2 * np.mean(np.abs(kernel), axis=(0, 1, 2)) / np.sqrt(7)  # 4 bits: 7 levels a side
-    np.testing.assert_allclose(after.quant["layer1_0"]["conv2"]["weight_step"], expected, rtol=1e-6)
+    found = after.quant["layer1_0"]["conv2"]["weight_step"]
+    np.testing.assert_allclose(found, expected[None], rtol=1e-6)
 
 
 # Devices ---------------------------------------------------------------------------------------
-
-
-def mesh_of(devices):
-    axis_types = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh(
-        (devices,), ("data",), devices=jax.devices()[:devices], axis_types=axis_types
-    )
 
 
 def run_three_steps(name, devices, config, network, state, branches):
@@ -574,13 +530,8 @@ def run_three_steps(name, devices, config, network, state, branches):
     state = sharding.replicate(entered(state, name, config), mesh)
     step, states, rows = None, [], []
     for number in range(3):
-        batch = {
-            "image": generator.integers(0, 256, (BATCH, 8, 8, 1), np.uint8),
-            "label": generator.integers(0, 10, BATCH, np.int32),
-            "index": np.arange(BATCH, dtype=np.int32) + BATCH * number,
-            "epoch": np.zeros(BATCH, np.int32),
-        }
-        arguments = (state, sharding.shard_batch(batch, mesh), branches, {})
+        batch = sharding.shard_batch(make_batch(generator, number), mesh)
+        arguments = (state, batch, branches, {})
         if step is None:
             # Compiled once, as a run does it: from then on other shapes, types or placements of
             # what a step returns would be an error, not a second compilation.
@@ -620,90 +571,6 @@ def test_one_and_two_devices_agree_with_one_compilation(name, network, state, br
             for path in flat_of_one
         }
         assert max(change.values()) < tolerance, (number, change)
-
-
-# Evaluation ------------------------------------------------------------------------------------
-
-EXAMPLES = 37  # not a multiple of the batch of 16
-
-
-@pytest.fixture(scope="module")
-def dataset():
-    generator = np.random.default_rng(2)
-    split = datasets.MemorySplit(
-        generator.integers(0, 256, (EXAMPLES, 8, 8, 1), np.uint8),
-        generator.integers(0, 10, EXAMPLES, np.int32),
-    )
-    return datasets.Dataset(split, split)
-
-
-def test_evaluation_counts_every_example_once(config, network, state, dataset):
-    split = dataset.evaluation
-    whole = data.preprocess(split.images, mean=config.data.mean, std=config.data.std)
-    scores = np.asarray(compiled(network.model.apply)(state.variables, whole))
-    order = np.argsort(-scores, axis=-1)
-    right = order[:, 0] == split.labels
-    right_top5 = (order[:, :5] == split.labels[:, None]).any(-1)
-    log_shares = np.log(softmax(np.float64(scores)))
-    for devices in (1, 2):
-        evaluator = Evaluator(network.model, dataset, config, mesh_of(devices))
-        found = evaluator(sharding.replicate(state.variables, mesh_of(devices)), FULL)
-        assert found["correct"] == right.sum()
-        assert found["examples"] == EXAMPLES
-        assert found["top1"] == 100 * right.sum() / EXAMPLES
-        assert found["top5"] == 100 * right_top5.sum() / EXAMPLES
-        expected = -np.mean(log_shares[np.arange(EXAMPLES), split.labels])
-        assert found["loss"] == pytest.approx(expected, rel=1e-5)
-
-
-def test_one_compilation_serves_every_policy(config, network, state, branches, dataset):
-    evaluator = Evaluator(network.model, dataset, config, mesh_of(1))
-    for shift in (0, 1):
-        policy = {path: (branch + shift) % len(BITS) for path, branch in branches.items()}
-        precision = Precision(activations="chosen", branches=policy)
-        assert evaluator(state.variables, precision)["examples"] == EXAMPLES
-    assert evaluator._count._cache_size() == 1
-
-
-def test_scores_that_are_not_numbers_count_as_wrong(config, network, state, dataset):
-    broken = jax.tree.map(lambda leaf: leaf * jnp.float32(np.nan), state.params)
-    evaluator = Evaluator(network.model, dataset, config, mesh_of(1))
-    found = evaluator(state.variables | {"params": broken}, FULL)
-    assert (found["correct"], found["top1"], found["top5"]) == (0, 0.0, 0.0)
-    assert found["examples"] == EXAMPLES
-
-
-def test_reestimated_statistics_are_the_plain_average_over_batches(
-    network, state, branches, dataset
-):
-    config = make_config(**{"eval.bn_reestimate_batches": 3})
-    evaluator = Evaluator(network.model, dataset, config, mesh_of(2))
-    precision = Precision(activations="chosen", weights="quantized", branches=branches)
-    variables = sharding.replicate(state.variables, mesh_of(2))
-    found = evaluator.reestimate(variables, precision)
-    assert jax.tree.structure(found) == jax.tree.structure(state.batch_stats)
-
-    # By hand for the stem, whose input and kernel are known: 3 batches, augmented as in
-    # training.
-    levels = 127  # 8 bits, signed
-
-    def fake_quant(x, step):
-        return np.clip(np.round(x / step), -levels, levels) * step
-
-    kernel = fake_quant(
-        np.asarray(state.params["conv1"]["kernel"]), np.asarray(state.quant["conv1"]["weight_step"])
-    )
-    act_step = np.asarray(state.quant["conv1"]["act_step"])
-    means, variances = [], []
-    for batch in data.train_batches(dataset.train, seed=0, batch_size=BATCH, start=0, stop=3):
-        images = np.asarray(train_step.training_images(batch, config))
-        padded = np.pad(fake_quant(images, act_step), ((0, 0), (1, 1), (1, 1), (0, 0)))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
-        outputs = np.einsum("nhwcij,ijcf->nhwf", windows, kernel, dtype=np.float64)
-        means.append(outputs.mean((0, 1, 2)))
-        variances.append(outputs.var((0, 1, 2)))
-    np.testing.assert_allclose(found["bn1"]["mean"], np.mean(means, axis=0), rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(found["bn1"]["var"], np.mean(variances, axis=0), rtol=1e-3)
 
 
 def test_phase_rows_name_known_labels():

@@ -6,9 +6,9 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError, suggestion
-from metamix_jax.layers import QuantSettings
 from metamix_jax.models.mobilenet import MobileNetV2, MobileNetV3Large
 from metamix_jax.models.resnet import CifarResNet, ResNet18, ResNet50, ResNet101
+from metamix_jax.precision import QuantSettings
 
 MODELS = {
     "cifar_resnet": CifarResNet,

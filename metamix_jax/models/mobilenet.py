@@ -11,14 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from metamix_jax.layers import (
-    FULL,
-    HSWISH_SHIFT,
-    Precision,
-    QuantConv,
-    QuantDense,
-    QuantSettings,
-)
+from metamix_jax.layers import HSWISH_SHIFT, QuantConv, QuantDense
+from metamix_jax.precision import FULL, Precision, QuantSettings
 
 DROPOUT = 0.2
 _V2_MOMENTUM, _V2_EPSILON = 0.9, 1e-5

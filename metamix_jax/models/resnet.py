@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from metamix_jax.layers import FULL, Precision, QuantConv, QuantDense, QuantSettings
+from metamix_jax.layers import QuantConv, QuantDense
+from metamix_jax.precision import FULL, Precision, QuantSettings
 
 BN_MOMENTUM = 0.9
 

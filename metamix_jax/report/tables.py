@@ -63,7 +63,7 @@ def cost_table(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> 
         searched = len(row["candidates"]) > 1
         table.add_row(
             row["layer"], f"{row['macs'] / MEGA:,.3f}", str(row["act_bits"]),
-            str(row["weight_bits"]), " ".join(map(str, row["candidates"])) if searched else "fixed",
+            str(row["weight_bits"]), " ".join(row["candidates"]) if searched else "fixed",
             f"{row['mbops']:,.2f}",
         )  # fmt: skip
     uniform = ", ".join(f"{v:.4f} at {bits} bits" for bits, v in totals["gbops_uniform"].items())

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from metamix_jax.cost import Budget, LayerCosts, uniform_bits
+from metamix_jax.budget import Budget
+from metamix_jax.cost import LayerCosts
+from metamix_jax.precision import Bits
 from metamix_jax.searchers import knapsack
 
 PHASES = ("bit_meta", "bit_search", "act_training", "weight_training")
@@ -15,25 +17,28 @@ PHASES = ("bit_meta", "bit_search", "act_training", "weight_training")
 
 def choose(
     logits: Mapping[str, jax.Array], costs: LayerCosts, budget: Budget, config: ConfigDict
-) -> dict[str, int]:
-    """Returns layer path -> activation bits: the argmax of the logits, inside the budget.
+) -> dict[str, Bits]:
+    """Returns layer path -> bits: the argmax of the logits, inside the budget.
 
     The search loss is two-sided (Eq. 4), so the argmax can end above the budget; the most probable
     policy inside it (multiple-choice knapsack over log-probabilities) then takes its place.
     """
     del config
-    bits = uniform_bits(costs, 0)  # fixed layers at their own; the searched ones follow
-    argmax = bits | {
-        path: costs[path].act_bits[int(np.argmax(np.asarray(row)))] for path, row in logits.items()
+    # Fixed layers have one candidate; the searched ones follow.
+    fixed = {path: cost.candidates[0] for path, cost in costs.items()}
+    argmax = fixed | {
+        path: costs[path].candidates[int(np.argmax(np.asarray(row)))]
+        for path, row in logits.items()
     }
     spent = budget.cost(argmax, costs)
     if spent <= budget.limit * (1 + 1e-9):
         return argmax
     log_shares = {path: np.asarray(jax.nn.log_softmax(row), float) for path, row in logits.items()}
     choice = knapsack.maximise(log_shares, budget.branch_costs, budget.limit - budget.fixed_cost)
-    projected = bits | {path: costs[path].act_bits[index] for path, index in choice.items()}
+    projected = fixed | {path: costs[path].candidates[index] for path, index in choice.items()}
     changed = [
-        f"{path} {argmax[path]}->{projected[path]}"
+        f"{path} {argmax[path].act}/{argmax[path].weight}->"
+        f"{projected[path].act}/{projected[path].weight}"
         for path in logits
         if argmax[path] != projected[path]
     ]

@@ -1,0 +1,86 @@
+"""Bit-widths: what a layer may run at, what it runs at in a forward pass, what that costs."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+from flax import struct
+
+FULL_BITS = 32  # a width that means "not quantized"
+
+
+class Bits(NamedTuple):
+    """The bit-widths a layer runs at; a branch stands for one."""
+
+    act: int
+    weight: int
+
+
+def bit_candidates(act_bits: Sequence[int], weight_bits: Sequence[int]) -> tuple[Bits, ...]:
+    """Returns all pairs in branch order: of one activation width first, each weight width."""
+    return tuple(Bits(*pair) for pair in itertools.product(act_bits, weight_bits))
+
+
+@struct.dataclass
+class Precision:
+    """How all quantized layers run in one forward pass.
+
+    activations: "full" (not quantized); an int k (branch k everywhere); "mixture" (softmax over the
+      branches, Eq. 2); "chosen" (branch `branches[layer path]`, other branches cost nothing);
+      "calibrate" (not quantized, step sizes initialised from what passes); "calibrate_lowest"
+      (the same, but the lowest width's output is passed on).
+    weights: "full", "quantized" (where several widths are candidates: at the branch of the
+      activations) or "calibrate" (not quantized, step sizes initialised).
+    branches: layer path -> index of the chosen branch, int32 scalars; may be traced.
+    """
+
+    activations: str | int = struct.field(pytree_node=False, default="full")
+    weights: str = struct.field(pytree_node=False, default="full")
+    branches: Mapping[str, jax.Array] | None = None
+
+
+FULL = Precision()
+
+
+@struct.dataclass
+class LayerCost:
+    """Static facts of one quantized layer, per image; a pytree without leaves."""
+
+    macs: int = struct.field(pytree_node=False)  # multiply-accumulates
+    act_elements: int = struct.field(pytree_node=False)  # input activations
+    weight_elements: int = struct.field(pytree_node=False)  # of the kernel
+    act_bits: tuple[int, ...] = struct.field(pytree_node=False)  # candidates; one entry = fixed
+    weight_bits: tuple[int, ...] = struct.field(pytree_node=False)  # the same
+
+    @property
+    def candidates(self) -> tuple[Bits, ...]:
+        """What each branch stands for."""
+        return bit_candidates(self.act_bits, self.weight_bits)
+
+    @property
+    def searched(self) -> bool:
+        """Whether bit-widths are to be chosen for this layer."""
+        return len(self.candidates) > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSettings:
+    """What a network's layers have in common; fields as in config.quant."""
+
+    act_bits: tuple[int, ...] = (8, 4, 3)
+    weight_bits: tuple[int, ...] = (4,)
+    first_last_bits: int = 8
+    image_bits: int = 8
+    init_rule: str = "shifted"
+    positive_step: str = "floor"
+
+    def ends(self) -> "QuantSettings":
+        """Returns the settings of the last layer: fixed, not searched."""
+        bits = self.first_last_bits
+        return dataclasses.replace(self, act_bits=(bits,), weight_bits=(bits,))
+
+    def stem(self) -> "QuantSettings":
+        """Returns the settings of the first layer, whose activations are the image."""
+        return dataclasses.replace(self.ends(), act_bits=(self.image_bits,))
