@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from metamix_jax import cost, experiment
 from metamix_jax import policy as policy_lib
-from metamix_jax.train_step import enter_phase, make_train_step
+from metamix_jax.state import enter_phase
+from metamix_jax.train_step import make_train_step
 
 PHASES = ("full_precision", "bit_meta", "bit_search", "weight_training")
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from metamix_jax import sharding
 from metamix_jax.errors import UserError
-from metamix_jax.train_step import TrainState
+from metamix_jax.state import TrainState
 
 DIRECTORY = "checkpoints"
 _ITEMS = ("params", "batch_stats", "quant", "training", "facts")

@@ -1,56 +1,15 @@
-"""Every configuration field with its default and meaning, and the checks made before any work.
+"""Every configuration field with its default and meaning; validate.py checks the values.
 
 A file in `configs/` starts from `default()` and overrides. The ConfigDict is locked: a key that is
 not here cannot be set, so no key is ever silently unread (tests/test_config.py holds that each key
 here is read somewhere).
 """
 
-import math
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError, suggestion
-
-CHOICES = {
-    "loss": ("cross_entropy", "distillation", "both"),
-    "data.augment": ("none", "crop_flip", "crop", "random_resized_crop_flip"),
-    "budget.unit": ("fraction", "gbops", "average_act_bits"),
-    "search.searcher": ("metamix", "uniform", "none"),
-    "quant.init_pass": ("full_precision", "lowest_bits"),
-    "quant.init_rule": ("shifted", "unshifted", "mse"),
-    "quant.positive_step": ("floor", "abs", "softplus"),
-    "optimizer.name": ("adam", "sgd"),
-    "bit_meta.loss": ("mean", "last"),
-    "bit_search.budget_form": ("argmax", "expected"),
-}
-
-_RANGES = {
-    "more than 0": (
-        lambda value: value > 0,
-        (
-            "batch_size", "log_every_steps", "checkpoint_every_steps", "data.image_size",
-            "data.channels", "data.num_classes", "eval.batch_size", "budget.value",
-            "optimizer.eps", "optimizer.clip_norm",
-        ),
-    ),
-    "0 or more": (
-        lambda value: value >= 0,
-        (
-            "eval.every_steps", "eval.bn_reestimate_batches", "optimizer.weight_decay",
-            "full_precision.epochs", "full_precision.learning_rate", "bit_meta.epochs",
-            "bit_meta.learning_rate", "bit_search.epochs", "bit_search.learning_rate",
-            "bit_search.budget_weight", "bit_search.weight_decay", "weight_training.act_epochs",
-            "weight_training.epochs", "weight_training.learning_rate", "data.in_memory_gib",
-            "data.eval_resize", "data.max_bad_examples",
-        ),
-    ),
-    "0 or more and less than 1": (
-        lambda value: 0 <= value < 1,
-        ("optimizer.b1", "optimizer.b2", "bit_search.b1", "bit_search.b2"),
-    ),
-    "2 to 8": (lambda value: 2 <= value <= 8, ("quant.first_last_bits",)),
-}  # fmt: skip
 
 
 def default() -> ConfigDict:
@@ -123,8 +82,14 @@ def default() -> ConfigDict:
     )
     config.search = ConfigDict(
         {
-            "searcher": "metamix",  # "uniform": no search; "none": full-precision training only
+            # "uniform", "random": no search; "file": the policy of another run; "none":
+            # full-precision training only.
+            "searcher": "metamix",
             "uniform_bits": 4,  # of searcher "uniform"
+            # Further budgets, searched beside budget.value on the same meta-state; their policies
+            # are written for searcher "file".
+            "budgets": (),
+            "policy": "",  # of searcher "file": policy.json of the same network, any resolution
         }
     )
     config.optimizer = ConfigDict(
@@ -164,6 +129,14 @@ def default() -> ConfigDict:
             "commit_batch_stats": False,  # True: this pass also moves the running statistics
         }
     )
+    # Searcher "asga". Reconstructed from descriptions of it: no code has been published.
+    config.asga = ConfigDict(
+        {
+            "start_radius": 0.05,  # of the first perturbation of the weights
+            "max_radius": 0.1,  # afterwards ln(surrogate gap + 1), up to this
+            "alignment": 1e-3,  # of the gradients: a step downhill within the perturbation
+        }
+    )
     config.weight_training = ConfigDict(
         {
             "act_epochs": 18.0,  # stage 1: activations quantized, full-precision weights
@@ -200,84 +173,3 @@ def parse_argument(argument: str, **fields: tuple[str, ...] | float) -> dict[str
             except ValueError:
                 raise UserError(f"--config argument {part!r}: expected a number") from None
     return values
-
-
-def validate(config: ConfigDict) -> None:
-    """Raises UserError for values that cannot work; needs no data and no devices."""
-    for path, allowed in CHOICES.items():
-        value = _get(config, path)
-        _require(value in allowed, path, value, f"one of {', '.join(allowed)}")
-    for expected, (holds, paths) in _RANGES.items():
-        for path in paths:
-            value = _get(config, path)
-            _require(math.isfinite(value) and holds(value), path, value, expected)
-    act_bits, weight_bits = tuple(config.quant.act_bits), tuple(config.quant.weight_bits)
-    for path, bits in (("quant.act_bits", act_bits), ("quant.weight_bits", weight_bits)):
-        _require(
-            0 < len(bits) == len(set(bits))
-            and all(isinstance(b, int) and 2 <= b <= 8 for b in bits),
-            path, bits, "one or more different bit-widths from 2 to 8, such as (8, 4, 2)",
-        )  # fmt: skip
-    _require(
-        len(act_bits) * len(weight_bits) > 1,
-        "quant.act_bits", act_bits, "two or more, or several quant.weight_bits, to choose from",
-    )  # fmt: skip
-    value = config.quant.image_bits
-    _require(value == 32 or 2 <= value <= 8, "quant.image_bits", value, "2 to 8, or 32")
-    if config.search.searcher == "uniform":
-        value = config.search.uniform_bits
-        for name, bits in (("act_bits", act_bits), ("weight_bits", weight_bits)):
-            _require(
-                len(bits) == 1 or value in bits,
-                "search.uniform_bits", value, f"one of quant.{name} {bits}",
-            )  # fmt: skip
-    if config.search.searcher == "metamix":
-        value = config.bit_search.epochs
-        _require(value > 0, "bit_search.epochs", value, "more than 0 for searcher metamix")
-    if config.search.searcher == "none":
-        value = config.full_precision.epochs
-        _require(value > 0, "full_precision.epochs", value, "more than 0 for searcher none")
-    else:
-        value = config.weight_training.epochs
-        _require(value > 0, "weight_training.epochs", value, "more than 0, or nothing would "
-                 "quantize the weights")  # fmt: skip
-    for path in ("mean", "std"):
-        value = tuple(config.data[path])
-        _require(
-            len(value) in (1, config.data.channels) and all(map(math.isfinite, value)),
-            f"data.{path}", value, f"1 or {config.data.channels} numbers, one per channel",
-        )  # fmt: skip
-    _require(min(config.data.std) > 0, "data.std", tuple(config.data.std), "values above 0")
-    value = config.data.eval_resize
-    _require(
-        value == 0 or value >= config.data.image_size,
-        "data.eval_resize", value, f"0, or at least data.image_size={config.data.image_size}",
-    )  # fmt: skip
-
-
-def validate_start(config: ConfigDict) -> None:
-    """Raises UserError unless training has weights to start from and the teacher it learns from.
-
-    Recipes leave both files to be named on the command line; cost and evaluation need neither.
-    """
-    if config.search.searcher != "none" and not config.pretrained:
-        _require(
-            config.full_precision.epochs > 0, "full_precision.epochs", config.full_precision.epochs,
-            "more than 0, or config.pretrained naming trained weights to start from",
-        )  # fmt: skip
-    needs_teacher = config.loss != "cross_entropy"
-    _require(
-        bool(config.teacher.path) == needs_teacher, "teacher.path", config.teacher.path,
-        f"{'a weight file or a workdir' if needs_teacher else 'nothing'} with loss={config.loss!r}",
-    )  # fmt: skip
-
-
-def _get(config: ConfigDict, path: str):
-    for key in path.split("."):
-        config = config[key]
-    return config
-
-
-def _require(condition: bool, path: str, value, expected: str) -> None:
-    if not condition:
-        raise UserError(f"config.{path}={value!r}: expected {expected}")

@@ -108,7 +108,8 @@ def average_weight_bits(costs: LayerCosts, bits: Policy) -> float:
 
 def totals(costs: LayerCosts) -> dict[str, Any]:
     """Returns MACs, GBOPs of the uniform networks and the reachable range of GBOPs."""
-    widths = sorted({8, 4}.union(*(cost.act_bits for cost in costs.values())), reverse=True)
+    candidates = (cost.act_bits + cost.weight_bits for cost in costs.values() if cost.searched)
+    widths = sorted({8, 4}.union(*candidates), reverse=True)
     return {
         "macs": sum(cost.macs for cost in costs.values()),
         "gbops_uniform": {str(b): bops(costs, uniform_bits(costs, b)) / GIGA for b in widths},

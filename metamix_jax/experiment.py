@@ -12,7 +12,6 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import config as config_lib
 from metamix_jax import cost, data, datasets, models, phases, pretrained, sharding
 from metamix_jax.budget import Budget, make_budget
 from metamix_jax.cost import LayerCosts
@@ -21,7 +20,9 @@ from metamix_jax.metrics import write_json
 from metamix_jax.phases import Span
 from metamix_jax.precision import QuantSettings
 from metamix_jax.searchers import SEARCHERS, knapsack
-from metamix_jax.train_step import TrainState, enter_phase
+from metamix_jax.searchers.file import read_bits
+from metamix_jax.state import TrainState, enter_phase, further_searches
+from metamix_jax.validate import validate
 
 # Fields that may change when a run goes on: they do not change what is computed.
 HARMLESS = (
@@ -45,14 +46,19 @@ class Network:
     image_shape: tuple[int, int, int]
     costs: LayerCosts
     budget: Budget | None  # None with searcher "none"
+    further_budgets: Mapping[str, Budget]  # searched beside it, by the keys of their states
 
     @property
     def budget_gbops(self) -> float | None:
-        """The budget in GBOPs; for one in average bits, the most GBOPs it admits."""
-        if self.budget is None or self.budget.unit == "GBOPs":
-            return self.budget and self.budget.limit
-        gbops = {path: cost.branch_gbops(self.costs[path]) for path in self.budget.branch_costs}
-        choice = knapsack.maximise(gbops, self.budget.branch_costs, self.budget.limit)
+        """The budget in GBOPs; see `budget_in_gbops`."""
+        return self.budget and self.budget_in_gbops(self.budget)
+
+    def budget_in_gbops(self, budget: Budget) -> float:
+        """Returns a budget in GBOPs; for one in average bits, the most GBOPs it admits."""
+        if budget.unit == "GBOPs":
+            return budget.limit
+        gbops = {path: cost.branch_gbops(self.costs[path]) for path in budget.branch_costs}
+        choice = knapsack.maximise(gbops, budget.branch_costs, budget.limit)
         bits = {path: self.costs[path].candidates[index] for path, index in choice.items()}
         return cost.bops(self.costs, cost.widest_bits(self.costs) | bits) / cost.GIGA
 
@@ -63,7 +69,7 @@ def make_network(config: ConfigDict) -> Network:
     Raises:
       UserError: invalid configuration or a budget that cannot be met.
     """
-    config_lib.validate(config)
+    validate(config)
     options = config.quant
     settings = QuantSettings(
         act_bits=tuple(options.act_bits),
@@ -82,7 +88,14 @@ def make_network(config: ConfigDict) -> Network:
         budget = make_budget(costs, config.budget)
         if config.search.searcher == "uniform":
             _check_uniform(config, costs, budget)
-    return Network(model, models.label(config.model), image_shape, costs, budget)
+        elif config.search.searcher == "file":
+            read_bits(config.search.policy, costs, budget)
+    further_budgets = {
+        key: make_budget(costs, ConfigDict({"value": value, "unit": config.budget.unit}))
+        for key, value in further_searches(config).items()
+    }
+    label = models.label(config.model)
+    return Network(model, label, image_shape, costs, budget, further_budgets)
 
 
 def _check_uniform(config: ConfigDict, costs: LayerCosts, budget: Budget) -> None:

@@ -57,11 +57,9 @@ class _QuantLayer(nn.Module):
             shares = jax.nn.softmax(logits.value).reshape(widths)
             if precision.weights != "quantized":
                 shares = shares.sum(axis=1, keepdims=True)
+            inputs = [quantized_input(i) for i in range(widths[0])]
             products = (
-                multiply(
-                    sum(shares[i, j] * quantized_input(i) for i in range(widths[0])),
-                    quantized_kernel(j),
-                )
+                multiply(sum(shares[i, j] * x for i, x in enumerate(inputs)), quantized_kernel(j))
                 for j in range(shares.shape[1])
             )
             return functools.reduce(operator.add, products)

@@ -93,10 +93,10 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def calibrate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Judges pretrained weights at every candidate after calibration alone; nothing is trained."""
+    from metamix_jax.calibrate import calibrations, make_calibrate
     from metamix_jax.evaluate import Evaluator
     from metamix_jax.precision import FULL, Precision, bit_candidates
     from metamix_jax.progress import waiting
-    from metamix_jax.train_step import calibrations, make_calibrate
 
     network = experiment.make_network(config)
     if not config.pretrained:

@@ -6,14 +6,15 @@ searcher names the rows it needs; the loop in train.py knows none of them.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from metamix_jax.precision import FULL, Bits, Precision
+from metamix_jax.precision import FULL, Bits, Precision, bit_candidates
 
-WEIGHTS = frozenset({"kernels", "weights"})  # labels of train_step.label
+WEIGHTS = frozenset({"kernels", "weights"})  # labels of optimizer.label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Update:
     precision: Precision
     every_branch: bool = False  # one pass for each branch in place of precision.activations, Eq. 1
     budget_term: bool = False  # adds the BOPs regulariser, Eq. 3 and 4
+    sharpness_aware: bool = False  # a second gradient where the loss is about greatest, ASGA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,10 @@ BIT_SEARCH = Update(
 )
 # The ablation without a fixed meta-state (Fig. 7a): the same loss trains everything.
 BIT_SEARCH_UNFIXED = dataclasses.replace(BIT_SEARCH, trains=WEIGHTS | {"act_steps", "logits"})
+JOINT_SEARCH = dataclasses.replace(BIT_SEARCH_UNFIXED, name="joint_search")
+SHARPNESS_SEARCH = dataclasses.replace(
+    BIT_SEARCH_UNFIXED, name="sharpness_search", sharpness_aware=True
+)
 ACT_TRAINING = Update("act_training", WEIGHTS | {"act_steps"}, _ACTS_CHOSEN)
 WEIGHT_TRAINING = Update("weight_training", WEIGHTS | {"act_steps", "weight_steps"}, _ALL_CHOSEN)
 
@@ -66,6 +72,8 @@ PHASES = {
         Phase("full_precision", (FULL_PRECISION,), FULL),
         Phase("bit_meta", (BIT_META,), _ACTS_CHOSEN),
         Phase("bit_search", (BIT_META, BIT_SEARCH), _ACTS_CHOSEN),
+        Phase("joint_search", (JOINT_SEARCH,), _ACTS_CHOSEN),
+        Phase("sharpness_search", (SHARPNESS_SEARCH,), _ACTS_CHOSEN),
         Phase("act_training", (ACT_TRAINING,), _ACTS_CHOSEN, needs_policy=True),
         Phase("weight_training", (WEIGHT_TRAINING,), _ALL_CHOSEN, needs_policy=True),
     )
@@ -91,11 +99,20 @@ class Span:
 def make_schedule(
     config: ConfigDict, searcher_phases: Sequence[str], steps_per_epoch: float
 ) -> tuple[Span, ...]:
-    """Returns the spans of all phases of more than 0 epochs, in order."""
+    """Returns the spans of all phases of more than 0 epochs, in order.
+
+    Searches without a meta-state get as many forward passes as MetaMix's two phases together.
+    """
+    branches = len(bit_candidates(config.quant.act_bits, config.quant.weight_bits))
+    passes_of_metamix = config.bit_meta.epochs * branches + config.bit_search.epochs * (
+        branches + 1
+    )
     epochs = {
         "full_precision": config.full_precision.epochs,
         "bit_meta": config.bit_meta.epochs,
         "bit_search": config.bit_search.epochs,
+        "joint_search": passes_of_metamix,
+        "sharpness_search": passes_of_metamix / 2,
         "act_training": config.weight_training.act_epochs,
         "weight_training": config.weight_training.epochs,
     }
@@ -128,7 +145,8 @@ def _configured(phase: Phase, config: ConfigDict) -> Phase:
         search = BIT_SEARCH if options.fixed_meta_state else BIT_SEARCH_UNFIXED
         updates = (BIT_META, search) if options.alternate else (search,)
         phase = dataclasses.replace(phase, updates=updates)
-    if phase.name in ("bit_meta", "bit_search") and len(config.quant.weight_bits) > 1:
+    searching = phase.quantizes and not phase.needs_policy
+    if searching and len(config.quant.weight_bits) > 1:
         phase = dataclasses.replace(
             phase,
             updates=tuple(map(_with_quantized_weights, phase.updates)),
@@ -152,9 +170,18 @@ def phase_at(step: int, schedule: Sequence[Span]) -> Span:
 
 
 def passes(
-    update: Update, candidates: Sequence[Bits], branches: Mapping[str, jax.Array]
+    update: Update,
+    candidates: Sequence[Bits],
+    branches: Mapping[str, jax.Array],
+    searched: Iterable[str],
 ) -> tuple[Precision, ...]:
     """Returns how the network runs in each forward and backward pass of an update.
+
+    Args:
+      update: a row's update.
+      candidates: what the branches stand for.
+      branches: the policy's, where there is one.
+      searched: paths of the searched layers.
 
     Bit-meta goes from the narrowest candidate to the widest, so that the running statistics see
     the widths in the order of the published code.
@@ -163,5 +190,11 @@ def passes(
         narrow_first = sorted(
             range(len(candidates)), key=lambda k: (math.prod(candidates[k]), candidates[k])
         )
-        return tuple(update.precision.replace(activations=k) for k in narrow_first)
+        return tuple(
+            # As a chosen branch, and not as a fixed one, so that one compiled pass serves all.
+            update.precision.replace(
+                activations="chosen", branches={path: np.int32(k) for path in searched}
+            )
+            for k in narrow_first
+        )
     return (update.precision.replace(branches=branches),)

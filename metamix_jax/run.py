@@ -5,36 +5,33 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from clu import parameter_overview
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import config as config_lib
 from metamix_jax import cost, datasets, experiment, pretrained, results, sharding
 from metamix_jax import policy as policy_lib
+from metamix_jax.budget import Budget
+from metamix_jax.calibrate import calibrations, make_calibrate
 from metamix_jax.checkpoints import Checkpoints
 from metamix_jax.evaluate import Evaluator
 from metamix_jax.metrics import MetricWriter
-from metamix_jax.phases import Phase, Span, phase_at
+from metamix_jax.phases import BIT_SEARCH, Phase, Span, phase_at
 from metamix_jax.precision import FULL, Precision, bit_candidates
 from metamix_jax.progress import Progress, waiting
 from metamix_jax.report import tables
 from metamix_jax.searchers import SEARCHERS
-from metamix_jax.train_step import (
-    TrainState,
-    branch_logits,
-    calibrations,
-    enter_phase,
-    make_calibrate,
-    make_train_step,
-    split_by_label,
-)
+from metamix_jax.searchers.context import SearchContext
+from metamix_jax.state import TrainState, branch_logits, enter_phase, split_by_label, swap_search
+from metamix_jax.train_step import make_train_step, training_images
+from metamix_jax.validate import validate_start
 
 
 @dataclasses.dataclass
@@ -60,7 +57,7 @@ class Run:
     def prepare(cls, config: ConfigDict, workdir: Path) -> "Run":
         """Builds and checks everything that a user can get wrong."""
         network = experiment.make_network(config)
-        config_lib.validate_start(config)
+        validate_start(config)
         mesh = sharding.make_mesh()
         weights = None
         if config.pretrained:
@@ -147,33 +144,53 @@ class Run:
         return state
 
     def _decide(self, state: TrainState) -> dict[str, Any]:
-        config, network = self.config, self.network
-        logits = {
-            path: jax.device_get(row)
-            for path, row in branch_logits(split_by_label(state, {"logits"})[0]).items()
-        }
-        searcher = SEARCHERS[config.search.searcher]
-        bits = searcher.choose(logits, network.costs, network.budget, config)
+        """Returns the policy; writes those of further budgets to policies/."""
+        budgets = self.network.further_budgets if BIT_SEARCH.name in state.opt_states else {}
+        for key, budget in budgets.items():
+            policy = self._choose(swap_search(state, key), budget)
+            (self.workdir / "policies").mkdir(exist_ok=True)
+            policy_lib.write_policy(self.workdir / "policies" / f"{key}.json", policy)
+        return self._choose(state, self.network.budget)
+
+    def _choose(self, state: TrainState, budget: Budget) -> dict[str, Any]:
+        config, network, name = self.config, self.network, self.config.search.searcher
+        context = SearchContext(
+            model=network.model,
+            costs=network.costs,
+            budget=budget,
+            config=config,
+            variables=state.variables,
+            logits={
+                path: jax.device_get(row)
+                for path, row in branch_logits(split_by_label(state, {"logits"})[0]).items()
+            },
+            batches=lambda count: (
+                (training_images(batch, config), batch["label"]) for batch in self.batches(0, count)
+            ),
+        )
+        with self.progress.pause(), waiting(f"choosing bits by {name}"):
+            bits = SEARCHERS[name].choose(context)
         return policy_lib.make_policy(
             network.costs,
             bits,
             model=network.label,
             image_size=config.data.image_size,
-            searcher=config.search.searcher,
+            searcher=name,
             seed=config.seed,
-            budget_gbops=network.budget_gbops,
+            budget_gbops=network.budget_in_gbops(budget),
         )
 
-    def compile_step(self, state: TrainState, span: Span) -> Any:
-        """Returns the compiled training step of a phase."""
-        budget = self.network.budget
-        step = make_train_step(self.network.model, span, self.config, budget, self.teacher)
+    def make_step(self, state: TrainState, span: Span) -> Callable[..., Any]:
+        """Returns the training step of a phase, compiled by a step on a copy of the state."""
+        network = self.network
+        step = make_train_step(
+            network.model, span, self.config, network.budget, self.teacher, network.further_budgets
+        )
         batch = next(iter(self.batches(span.start, span.start + 1)))
         with self.progress.pause(), waiting(f"compiling {span.phase.name}"):
-            lowered = jax.jit(step, donate_argnums=0).lower(
-                state, batch, self.branches, self.teacher_variables
-            )
-            return lowered.compile()
+            copy = jax.tree.map(jnp.copy, state)
+            jax.block_until_ready(step(copy, batch, self.branches, self.teacher_variables))
+        return step
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
         """Yields the global batches of steps start, ..., stop - 1 on the devices."""

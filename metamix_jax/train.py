@@ -12,7 +12,8 @@ from metamix_jax.metrics import MetricWriter
 from metamix_jax.phases import phase_at
 from metamix_jax.progress import Progress
 from metamix_jax.run import Run
-from metamix_jax.train_step import TrainState, make_train_step
+from metamix_jax.state import TrainState
+from metamix_jax.train_step import make_train_step
 
 __all__ = ["TrainState", "make_train_step", "train_and_evaluate"]
 
@@ -58,7 +59,7 @@ def train_and_evaluate(
             for span in schedule:
                 if step >= span.stop:
                     continue
-                train_step, batches = run.compile_step(state, span), run.batches(step, span.stop)
+                train_step, batches = run.make_step(state, span), run.batches(step, span.stop)
                 progress.description, metrics = span.phase.name, None
                 for batch in batches:
                     with run.clock(span.phase):

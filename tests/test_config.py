@@ -11,6 +11,9 @@ from ml_collections import ConfigDict
 from metamix_jax import config as config_lib
 from metamix_jax import experiment
 from metamix_jax.errors import UserError
+from metamix_jax.validate import CHOICES
+from metamix_jax.validate import validate as check_validate
+from metamix_jax.validate import validate_start as check_validate_start
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/[!_]*.py"))
@@ -26,7 +29,7 @@ ARGUMENTS = {
 }
 # Texts that can be anything; what they name is looked up later.
 NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir", "data.train_split",
-         "data.eval_split", "teacher.path", "teacher.model.name"}  # fmt: skip
+         "search.policy", "data.eval_split", "teacher.path", "teacher.model.name"}  # fmt: skip
 CASES = [(path, argument) for path in CONFIGS for argument in ["", *ARGUMENTS.get(path.stem, [])]]
 
 
@@ -73,7 +76,7 @@ def leaves(tree, prefix=""):
 def test_files_load_validate_and_build_their_network(path, argument):
     config = load(path, argument)
     assert config.is_locked
-    config_lib.validate(config)
+    check_validate(config)
     network = experiment.make_network(config)
     assert sum(layer.macs for layer in network.costs.values()) > 0
     assert network.label.startswith(config.model.name)
@@ -335,8 +338,8 @@ def value_of(config, path):
 def test_every_text_is_a_choice_that_holds_its_default_or_a_name():
     config = config_lib.default()
     texts = {path for path in leaves(config) if isinstance(value_of(config, path), str)}
-    assert texts == set(config_lib.CHOICES) | NAMES
-    for path, allowed in config_lib.CHOICES.items():
+    assert texts == set(CHOICES) | NAMES
+    for path, allowed in CHOICES.items():
         assert value_of(config, path) in allowed
 
 
@@ -344,8 +347,8 @@ BIT_WIDTHS = "one or more different bit-widths from 2 to 8, such as (8, 4, 2)"
 
 
 def validate(config):
-    config_lib.validate(config)
-    config_lib.validate_start(config)
+    check_validate(config)
+    check_validate_start(config)
 
 
 def error_of(config):
@@ -355,10 +358,10 @@ def error_of(config):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", config_lib.CHOICES)
+@pytest.mark.parametrize("path", CHOICES)
 def test_unknown_choices_name_the_known(path, config):
     change(config, path, "something")
-    known = ", ".join(config_lib.CHOICES[path])
+    known = ", ".join(CHOICES[path])
     assert error_of(config) == f"config.{path}='something': expected one of {known}"
 
 

@@ -17,6 +17,7 @@ from metamix_jax.phases import (
 from metamix_jax.precision import Bits, Precision, bit_candidates
 from metamix_jax.searchers import SEARCHERS
 
+SEARCHED = ["first/layer", "second"]
 NAMES = ("full_precision", "bit_meta", "bit_search", "act_training", "weight_training")
 
 
@@ -29,6 +30,14 @@ def schedule_of(epochs, steps_per_epoch=10.0, searcher="metamix", **overrides):
     config.weight_training.act_epochs = float(epochs[3])
     config.weight_training.epochs = float(epochs[4])
     return make_schedule(config, SEARCHERS[searcher].PHASES, steps_per_epoch)
+
+
+def branch_of(run):
+    """Returns the branch of a pass that runs all searched layers at one."""
+    assert run.activations == "chosen"
+    assert list(run.branches) == SEARCHED
+    (branch,) = set(run.branches.values())
+    return branch
 
 
 def names(schedule):
@@ -122,7 +131,7 @@ def test_rows_of_the_search_with_searched_weights():
 @pytest.mark.parametrize("weight_bits", [(4,), (8,)])
 def test_rows_of_the_search_with_one_weight_width(weight_bits):
     schedule = schedule_of((1, 1, 1, 1, 1), **{"quant.weight_bits": weight_bits})
-    assert [span.phase for span in schedule] == list(PHASES.values())
+    assert [span.phase for span in schedule] == [PHASES[name] for name in NAMES]
 
 
 @pytest.mark.parametrize("alternate", [True, False])
@@ -181,8 +190,8 @@ def test_searcher_uniform_calibrates_searched_weights_once():
 @pytest.mark.parametrize("weight", [4, 2])
 def test_bit_meta_passes_go_from_narrow_to_wide(act_bits, weight):
     candidates = bit_candidates(act_bits, (weight,))
-    runs = passes(BIT_META, candidates, {})
-    assert [act_bits[run.activations] for run in runs] == sorted(act_bits)
+    runs = passes(BIT_META, candidates, {}, SEARCHED)
+    assert [act_bits[branch_of(run)] for run in runs] == sorted(act_bits)
     assert {run.weights for run in runs} == {"full"}
 
 
@@ -192,28 +201,28 @@ def test_bit_meta_passes_of_pairs_go_from_few_bit_operations_to_many(act_bits, w
     (span,) = schedule_of((0, 1, 0, 0, 0), **PAIRS)
     (update,) = span.phase.updates
     candidates = bit_candidates(act_bits, weight_bits)
-    runs = passes(update, candidates, {})
+    runs = passes(update, candidates, {}, SEARCHED)
     # Of equal products the narrower activations first.
     order = [(2, 2), (2, 4), (4, 2), (2, 8), (4, 4), (8, 2), (4, 8), (8, 4), (8, 8)]
-    assert [candidates[run.activations] for run in runs] == order
+    assert [candidates[branch_of(run)] for run in runs] == order
     assert {run.weights for run in runs} == {"quantized"}
 
 
 def test_bit_meta_passes_of_weights_alone():
     candidates = bit_candidates((4,), (8, 2, 4))
-    runs = passes(BIT_META, candidates, {})
-    assert [candidates[run.activations] for run in runs] == [(4, 2), (4, 4), (4, 8)]
+    runs = passes(BIT_META, candidates, {}, SEARCHED)
+    assert [candidates[branch_of(run)] for run in runs] == [(4, 2), (4, 4), (4, 8)]
 
 
 def test_other_updates_make_one_pass():
     branches = {"layer": jnp.int32(1)}
     candidates = (Bits(8, 4), Bits(4, 4))
-    (run,) = passes(WEIGHT_TRAINING, candidates, branches)
+    (run,) = passes(WEIGHT_TRAINING, candidates, branches, SEARCHED)
     assert run == Precision("chosen", "quantized", branches)
-    (run,) = passes(BIT_SEARCH, candidates, {})
+    (run,) = passes(BIT_SEARCH, candidates, {}, SEARCHED)
     assert (run.activations, run.weights) == ("mixture", "full")
     search = schedule_of((0, 0, 1, 0, 0), **PAIRS)[0].phase.updates[-1]
-    (run,) = passes(search, bit_candidates((8, 4), (8, 4)), {})
+    (run,) = passes(search, bit_candidates((8, 4), (8, 4)), {}, SEARCHED)
     assert (run.activations, run.weights) == ("mixture", "quantized")
 
 
@@ -228,11 +237,13 @@ def test_what_trains_in_each_phase():
         "full_precision": [("full_precision", weights, False)],
         "bit_meta": [meta],
         "bit_search": [meta, ("bit_search", {"logits"}, True)],
+        "joint_search": [("joint_search", weights | {"act_steps", "logits"}, True)],
+        "sharpness_search": [("sharpness_search", weights | {"act_steps", "logits"}, True)],
         "act_training": [("act_training", weights | {"act_steps"}, False)],
         "weight_training": [("weight_training", weights | {"act_steps", "weight_steps"}, False)],
     }
     assert [name for name, phase in PHASES.items() if phase.needs_policy] == list(NAMES[3:])
-    assert [name for name, phase in PHASES.items() if phase.quantizes] == list(NAMES[1:])
+    assert [name for name, phase in PHASES.items() if not phase.quantizes] == [NAMES[0]]
     assert [name for name, phase in PHASES.items() if phase.quantizes_weights] == [NAMES[4]]
 
 
@@ -257,3 +268,12 @@ def test_ablations_change_the_updates_of_the_search_only(alternate, fixed, updat
 def test_unfixed_search_trains_what_bit_meta_trains_and_the_logits():
     assert BIT_SEARCH_UNFIXED.trains == BIT_META.trains | {"logits"}
     assert BIT_SEARCH_UNFIXED.budget_term
+
+
+def test_searches_without_a_meta_state_make_as_many_passes():
+    # 2 epochs of three passes and 1 of four; a sharpness-aware step makes two.
+    epochs = (0, 2, 1, 1, 1)
+    joint, sharp = (schedule_of(epochs, searcher=name)[0] for name in ("joint", "asga"))
+    assert (joint.phase.name, joint.steps) == ("joint_search", 100)
+    assert (sharp.phase.name, sharp.steps) == ("sharpness_search", 50)
+    assert joint.calibrates_acts and sharp.calibrates_acts

@@ -80,7 +80,7 @@ def test_cost_table():
     assert cells(lines[2]) == ["stem", "1.000", "8", "8", "fixed", "64.00"]
     assert cells(lines[3]) == ["conv", "11.250", "4", "4", "8 4 3", "180.00"]
     assert cells(lines[5]) == ["total", "12.250", "", "", "", "244.00"]
-    assert lines[6] == "uniform activations: 0.4320 at 8 bits, 0.2560 at 4 bits (GBOPs)"
+    assert lines[6] == "uniform networks: 0.4320 at 8 bits, 0.2560 at 4 bits (GBOPs)"
     assert lines[7] == "reachable budgets: 0.1680 to 0.4320 GBOPs"
 
 

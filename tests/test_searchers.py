@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from metamix_jax import cost
+from metamix_jax import cost, policy
 from metamix_jax.budget import make_budget
+from metamix_jax.errors import UserError
 from metamix_jax.precision import Bits, LayerCost
-from metamix_jax.searchers import SEARCHERS, knapsack, metamix, uniform
+from metamix_jax.searchers import SEARCHERS, file, knapsack, metamix, random, uniform
+from metamix_jax.searchers.context import SearchContext
 
 BITS = (8, 4, 2)
 FIXED = {"first": Bits(8, 8), "last": Bits(8, 8)}
@@ -49,6 +51,11 @@ def argmax_of(logits, costs):
 
 def budget_of(costs, value, unit="gbops"):
     return make_budget(costs, ConfigDict({"value": value, "unit": unit}))
+
+
+def choose(searcher, logits, costs, budget, config):
+    """Returns the choice of a searcher that looks at the logits alone."""
+    return searcher.choose(SearchContext(None, costs, budget, config, {}, logits, None))
 
 
 def all_choices(values):
@@ -120,7 +127,7 @@ def test_argmax_inside_the_budget_is_kept(seed, unit, searched):
     if unit == "average_act_bits":
         spent = cost.average_act_bits(costs, argmax)
     # At the limit itself too, whatever order the sums are made in.
-    assert metamix.choose(logits, costs, budget_of(costs, spent, unit), ConfigDict()) == argmax
+    assert choose(metamix, logits, costs, budget_of(costs, spent, unit), ConfigDict()) == argmax
 
 
 @pytest.mark.parametrize(
@@ -151,7 +158,7 @@ def test_argmax_above_the_budget_is_projected_to_the_most_probable_inside(
     argmax = argmax_of(logits, costs)
     assert budget.cost(argmax, costs) > budget.limit
     with caplog.at_level(logging.INFO):
-        chosen = metamix.choose(logits, costs, budget, ConfigDict())
+        chosen = choose(metamix, logits, costs, budget, ConfigDict())
     assert list(sorted(chosen)) == sorted(costs)
     assert {path: chosen[path] for path in FIXED} == FIXED
     assert budget.cost(chosen, costs) <= budget.limit * (1 + 1e-9)
@@ -170,7 +177,7 @@ def test_budget_at_the_least_cost_leaves_the_narrowest_policy():
     costs = random_costs(rng, layers=12)
     for unit, least in (("gbops", cost.totals(costs)["gbops_min"]), ("average_act_bits", 2.0)):
         budget = budget_of(costs, least, unit)
-        chosen = metamix.choose(random_logits(rng, costs), costs, budget, ConfigDict())
+        chosen = choose(metamix, random_logits(rng, costs), costs, budget, ConfigDict())
         assert chosen == cost.uniform_bits(costs, 2)
 
 
@@ -179,10 +186,10 @@ def test_budget_at_the_least_cost_leaves_the_narrowest_pairs():
     costs = random_costs(rng, layers=12, searched=PAIRS)
     logits = random_logits(rng, costs)
     budget = budget_of(costs, cost.totals(costs)["gbops_min"])
-    assert metamix.choose(logits, costs, budget, ConfigDict()) == cost.uniform_bits(costs, 2, 2)
+    assert choose(metamix, logits, costs, budget, ConfigDict()) == cost.uniform_bits(costs, 2, 2)
     # A budget of activation bits leaves each layer its likeliest weight bits.
     budget = budget_of(costs, 2.0, "average_act_bits")
-    chosen = metamix.choose(logits, costs, budget, ConfigDict())
+    chosen = choose(metamix, logits, costs, budget, ConfigDict())
     narrow = {path: Bits(2, BITS[int(np.argmax(row[-3:]))]) for path, row in logits.items()}
     assert chosen == FIXED | narrow
 
@@ -191,9 +198,9 @@ def test_ties_go_to_the_first_candidate():
     costs = random_costs(np.random.default_rng(0))
     budget = budget_of(costs, cost.totals(costs)["gbops_max"])
     logits = {path: np.zeros(3, np.float32) for path in costs if path not in ("first", "last")}
-    assert metamix.choose(logits, costs, budget, ConfigDict()) == cost.uniform_bits(costs, 8)
+    assert choose(metamix, logits, costs, budget, ConfigDict()) == cost.uniform_bits(costs, 8)
     logits["layer0"] = np.float32([0, 1, 1])
-    chosen = metamix.choose(logits, costs, budget, ConfigDict())
+    chosen = choose(metamix, logits, costs, budget, ConfigDict())
     assert chosen == cost.uniform_bits(costs, 8) | {"layer0": Bits(4, 4)}
 
 
@@ -203,10 +210,55 @@ def test_uniform_takes_the_configured_bits():
         costs = random_costs(np.random.default_rng(0), searched=searched)
         budget = budget_of(costs, 1.0, "fraction")
         expected = {path: Bits(*pair) for path in costs} | FIXED
-        assert uniform.choose({}, costs, budget, config) == expected
+        assert choose(uniform, {}, costs, budget, config) == expected
 
 
 def test_every_searcher_has_phases_and_choose():
     for searcher in SEARCHERS.values():
         assert searcher.PHASES
         assert callable(searcher.choose)
+
+
+@pytest.mark.parametrize("fraction", [0.55, 0.7, 1.0, 1.5, 1.9])
+@pytest.mark.parametrize("searched", [ACTIVATIONS, PAIRS], ids=["activations", "pairs"])
+def test_random_spends_the_budget_and_depends_on_the_seed_alone(fraction, searched):
+    costs = random_costs(np.random.default_rng(1), layers=30, searched=searched)
+    totals = cost.totals(costs)
+    value = totals["gbops_min"] + fraction / 2 * (totals["gbops_max"] - totals["gbops_min"])
+    budget = budget_of(costs, value)
+    found = [choose(random, {}, costs, budget, ConfigDict({"seed": seed})) for seed in (0, 0, 1, 2)]
+    for bits in found:
+        assert 0.99 * value <= budget.cost(bits, costs) <= value * (1 + 1e-9)
+    assert found[0] == found[1]
+    assert len({tuple(bits.values()) for bits in found}) == 3
+
+
+def test_random_prefers_no_policy_of_equal_cost():
+    costs = {name: LayerCost(10**6, 10, 10, BITS, (4,)) for name in "abc"}
+    # One layer at 4 bits and two at 2: 3 policies of the same cost.
+    budget = budget_of(costs, 1e6 * (16 + 8 + 8) / 1e9)
+    draws = [random.draw(budget, np.random.default_rng(seed)) for seed in range(300)]
+    assert {tuple(sorted(draw.values())) for draw in draws} == {(1, 2, 2)}
+    counts = np.bincount([list(draw.values()).index(1) for draw in draws])
+    assert counts.min() > 70  # 100 each, give or take four standard deviations
+
+
+def test_random_says_so_where_nothing_costs_about_the_budget():
+    costs = {"a": LayerCost(10**6, 10, 10, (8, 2), (4,))}
+    with pytest.raises(UserError, match="take another config.budget.value"):
+        random.draw(budget_of(costs, 0.02), np.random.default_rng(0))
+
+
+def test_file_takes_the_policy_of_another_resolution_and_minds_the_budget(tmp_path):
+    small, large = (random_costs(np.random.default_rng(seed)) for seed in (0, 1))
+    bits = cost.uniform_bits(small, 4) | {"layer0": Bits(2, 4)}
+    facts = {"model": "m", "image_size": 8, "searcher": "asga", "seed": 0, "budget_gbops": None}
+    path = tmp_path / "policy.json"
+    policy.write_policy(path, policy.make_policy(small, bits, **facts))
+    budget = budget_of(large, 1.0, "fraction")
+    config = ConfigDict({"search": {"policy": str(path)}})
+    assert choose(file, {}, large, budget, config) == bits
+    with pytest.raises(UserError, match=r"costs .* GBOPs in this network, above the budget of"):
+        file.read_bits(str(path), large, budget_of(large, cost.totals(large)["gbops_min"]))
+    with pytest.raises(UserError, match="not a readable policy file"):
+        file.read_bits(str(tmp_path / "none.json"), large, budget)

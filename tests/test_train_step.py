@@ -27,10 +27,15 @@ from tiny_network import (
 )
 
 from metamix_jax import data, experiment, sharding, train_step
+from metamix_jax import update as update_module
+from metamix_jax.calibrate import calibrations, make_calibrate
+from metamix_jax.optimizer import label, make_optimizer
 from metamix_jax.phases import PHASES, Phase, Update
 from metamix_jax.precision import FULL, Precision
 from metamix_jax.quantizers import init_step
-from metamix_jax.train_step import make_optimizer, make_train_step, make_update
+from metamix_jax.state import enter_phase, split_by_label
+from metamix_jax.train_step import make_train_step
+from metamix_jax.update import make_update, task_loss
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,7 +87,7 @@ def recorded_gradient(monkeypatch, network, config, update, state, images, label
         lambda gradient, _, trained: (jax.tree.map(jnp.zeros_like, trained), gradient),
     )
     with monkeypatch.context() as patch:
-        patch.setattr(train_step, "make_optimizer", lambda *_: recorder)
+        patch.setattr(update_module, "make_optimizer", lambda *_: recorder)
         apply_update = make_update(network.model, update, STEPS, config, network.budget)
     state = state.replace(opt_states={update.name: None})
     after, metrics = compiled(apply_update)(state, images, labels, None, branches)
@@ -102,7 +107,7 @@ def test_bit_meta_gradient_is_the_mean_of_one_pass_per_width(
     monkeypatch, config, network, state, images, batch, branches
 ):
     update = PHASES["bit_meta"].updates[0]
-    trained, frozen = train_step.split_by_label(state, update.trains)
+    trained, frozen = split_by_label(state, update.trains)
 
     def loss_of(trained, batch_stats, branch):
         tree = traverse_util.unflatten_dict({**frozen, **trained}, sep="/")
@@ -184,7 +189,7 @@ def test_unfixed_search_moves_weights_and_steps_too(network, state, images, batc
         for span in experiment.make_schedule(config, 10 * config.batch_size)
         if span.phase.name == "bit_search"
     )
-    before = train_step.enter_phase(state, span, config)
+    before = enter_phase(state, span, config)
     (update,) = span.phase.updates
     apply_update = compiled(make_update(network.model, update, STEPS, config, network.budget))
     after, _ = apply_update(before, images, batch["label"], None, branches)
@@ -237,7 +242,7 @@ KERNEL, DENSE, SCALE, ACT_STEP, WEIGHT_STEP, LOGITS = TRAINED
 
 def one_label(path):
     """Returns an update that trains the leaf at `path` only."""
-    return frozenset({train_step.label(path, TRAINED[path])})
+    return frozenset({label(path, TRAINED[path])})
 
 
 def adam(gradients, rate, b1, b2, eps):
@@ -266,7 +271,7 @@ def optimize(update, paths, config, steps=1, length=STEPS):
 
 
 def test_labels():
-    assert [train_step.label(path, leaf) for path, leaf in TRAINED.items()] == [
+    assert [label(path, leaf) for path, leaf in TRAINED.items()] == [
         "kernels",
         "weights",
         "weights",
@@ -414,7 +419,7 @@ def test_compiled_program_does_not_depend_on_the_order_of_a_set(config):
     # must compile the same program, and a compilation cache must find that of an earlier run.
     programs = set()
     trained = {path: jnp.asarray(leaf) for path, leaf in TRAINED.items() if path != LOGITS}
-    labels = sorted({train_step.label(path, leaf) for path, leaf in trained.items()})
+    labels = sorted({label(path, leaf) for path, leaf in trained.items()})
     for order in (labels, labels[::-1]):
         optimizer = make_optimizer(Update("bit_meta", OrderedLabels(order), None), STEPS, config)
         programs.add(
@@ -438,7 +443,7 @@ def test_task_loss(kind):
         "distillation": -np.mean(np.sum(soft_targets * log_shares, axis=-1)),
     }
     expected = parts["cross_entropy"] + parts["distillation"] if kind == "both" else parts[kind]
-    found = train_step.task_loss(jnp.asarray(scores), labels, jnp.asarray(soft_targets), kind)
+    found = task_loss(jnp.asarray(scores), labels, jnp.asarray(soft_targets), kind)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -477,14 +482,14 @@ def test_calibration_passes(lowest):
     weights = Precision(weights="calibrate")
     expected = {(0, 0): (), (1, 0): (acts,), (0, 1): (weights,), (1, 1): (acts, weights)}
     for (has_acts, has_weights), passes in expected.items():
-        found = train_step.calibrations(config, acts=bool(has_acts), weights=bool(has_weights))
+        found = calibrations(config, acts=bool(has_acts), weights=bool(has_weights))
         assert found == passes
 
 
 def test_calibration_takes_act_steps_from_what_the_layers_get(config, network, fresh, batch):
     images = train_step.training_images(batch, config)  # augmented, as in training
-    passes = train_step.calibrations(config, acts=True, weights=False)
-    calibrate = train_step.make_calibrate(network.model, passes, config, train=True)
+    passes = calibrations(config, acts=True, weights=False)
+    calibrate = make_calibrate(network.model, passes, config, train=True)
     state = compiled(calibrate)(fresh, batch)
     assert moved_labels(fresh, state) == {"act_steps"}
 
@@ -509,8 +514,8 @@ def test_weight_calibration_fills_weight_steps_only(config, network, state, batc
             state.quant,
         )
     )
-    passes = train_step.calibrations(config, acts=False, weights=True)
-    calibrate = train_step.make_calibrate(network.model, passes, config, train=True)
+    passes = calibrations(config, acts=False, weights=True)
+    calibrate = make_calibrate(network.model, passes, config, train=True)
     after = compiled(calibrate)(before, batch)
     assert moved_labels(before, after) == {"weight_steps"}
 
@@ -574,7 +579,7 @@ def test_one_and_two_devices_agree_with_one_compilation(name, network, state, br
 
 
 def test_phase_rows_name_known_labels():
-    known = {train_step.label(path, leaf) for path, leaf in TRAINED.items()}
+    known = {label(path, leaf) for path, leaf in TRAINED.items()}
     for phase in PHASES.values():
         assert isinstance(phase, Phase)
         for update in phase.updates:

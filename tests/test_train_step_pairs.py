@@ -18,10 +18,12 @@ from tiny_network import (
     moved_labels,
 )
 
-from metamix_jax import data, experiment, train_step
+from metamix_jax import data, experiment
+from metamix_jax.calibrate import calibrations, make_calibrate
 from metamix_jax.precision import Bits, Precision
 from metamix_jax.quantizers import init_step
-from metamix_jax.train_step import make_update
+from metamix_jax.state import enter_phase, split_by_label
+from metamix_jax.update import make_update
 
 PAIRS = (Bits(8, 4), Bits(8, 2), Bits(2, 4), Bits(2, 2))
 NARROW_FIRST = (3, 2, 1, 0)
@@ -72,7 +74,7 @@ def images(config, batch):
 
 @pytest.fixture(scope="module")
 def state(config, network, batch, span):
-    return train_step.enter_phase(calibrated_state(config, network, batch), span, config)
+    return enter_phase(calibrated_state(config, network, batch), span, config)
 
 
 def stepped(name, config, network, span, state, images, batch):
@@ -110,7 +112,7 @@ def test_bit_meta_moves_all_but_the_logits(state, after_bit_meta, network):
 def test_bit_meta_gradient_is_the_mean_of_one_pass_per_pair(
     config, network, span, state, images, batch, after_bit_meta
 ):
-    trained, frozen = train_step.split_by_label(state, span.phase.updates[0].trains)
+    trained, frozen = split_by_label(state, span.phase.updates[0].trains)
     searched = [path for path, cost in network.costs.items() if cost.searched]
 
     def loss_of(trained, batch_stats, branch):
@@ -135,7 +137,7 @@ def test_bit_meta_gradient_is_the_mean_of_one_pass_per_pair(
     mean = {path: sum(gradient[path] for gradient in gradients) / len(PAIRS) for path in trained}
 
     after, metrics = after_bit_meta
-    moved, _ = train_step.split_by_label(after, span.phase.updates[0].trains)
+    moved, _ = split_by_label(after, span.phase.updates[0].trains)
     rate = config.bit_meta.learning_rate
     found = {path: np.asarray((trained[path] - moved[path]) / rate) for path in trained}
     assert distance(found, mean) < 1e-2
@@ -184,8 +186,8 @@ def test_bit_search_moves_logits_only(config, network, span, state, images, batc
 
 def test_calibration_fills_the_steps_of_all_weight_widths(config, network):
     fresh = fresh_state(config, network)
-    passes = train_step.calibrations(config, acts=False, weights=True)
-    calibrate = train_step.make_calibrate(network.model, passes, config, train=True)
+    passes = calibrations(config, acts=False, weights=True)
+    calibrate = make_calibrate(network.model, passes, config, train=True)
     after = compiled(calibrate)(fresh, make_batch())
     assert moved_labels(fresh, after) == {"weight_steps"}
     for layer, widths in (("conv1", (4, 2)), ("conv2", (4, 2))):

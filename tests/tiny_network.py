@@ -6,8 +6,11 @@ import numpy as np
 from flax import traverse_util
 
 from configs import digits
-from metamix_jax import experiment, train_step
+from metamix_jax import experiment
+from metamix_jax.calibrate import calibrations, make_calibrate
+from metamix_jax.optimizer import label
 from metamix_jax.phases import PHASES, Span
+from metamix_jax.state import enter_phase
 
 BATCH = 16
 STEPS = 10  # length of every phase
@@ -56,8 +59,8 @@ def fresh_state(config, network):
 
 def calibrated_state(config, network, batch):
     """Returns a state with calibrated steps and with logits apart enough to be no tie."""
-    passes = train_step.calibrations(config, acts=True, weights=True)
-    calibrate = train_step.make_calibrate(network.model, passes, config, train=True)
+    passes = calibrations(config, acts=True, weights=True)
+    calibrate = make_calibrate(network.model, passes, config, train=True)
     state = compiled(calibrate)(fresh_state(config, network), batch)
     flat = traverse_util.flatten_dict(state.quant, sep="/")
     for number, path in enumerate(sorted(path for path in flat if path.endswith("logits"))):
@@ -72,7 +75,7 @@ def span_of(name):
 
 
 def entered(state, name, config):
-    return train_step.enter_phase(state.replace(opt_states={}), span_of(name), config)
+    return enter_phase(state.replace(opt_states={}), span_of(name), config)
 
 
 def leaves(state):
@@ -88,7 +91,7 @@ def moved_labels(before, after):
     old, new = leaves(before), leaves(after)
     assert old.keys() == new.keys()
     return {
-        "batch_stats" if path.startswith("batch_stats") else train_step.label(path, old[path])
+        "batch_stats" if path.startswith("batch_stats") else label(path, old[path])
         for path in old
         if old[path].tobytes() != new[path].tobytes()
     }

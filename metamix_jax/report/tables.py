@@ -68,7 +68,7 @@ def cost_table(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> 
         )  # fmt: skip
     uniform = ", ".join(f"{v:.4f} at {bits} bits" for bits, v in totals["gbops_uniform"].items())
     return (
-        f"{_text(table)}uniform activations: {uniform} (GBOPs)\n"
+        f"{_text(table)}uniform networks: {uniform} (GBOPs)\n"
         f"reachable budgets: {totals['gbops_min']:.4f} to {totals['gbops_max']:.4f} GBOPs\n"
     )
 

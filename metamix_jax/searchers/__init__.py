@@ -1,8 +1,15 @@
 """Searchers by name: modules with `PHASES` (rows of phases.py, in order) and `choose`.
 
-`choose(logits, costs, budget, config)` returns the bit-widths of every layer.
+`choose(context)` returns the bit-widths of every layer (context.py says what it has to go by).
 """
 
-from metamix_jax.searchers import metamix, uniform
+from metamix_jax.searchers import asga, file, joint, metamix, random, uniform
 
-SEARCHERS = {"metamix": metamix, "uniform": uniform}
+SEARCHERS = {
+    "metamix": metamix,
+    "joint": joint,
+    "asga": asga,
+    "random": random,
+    "uniform": uniform,
+    "file": file,
+}

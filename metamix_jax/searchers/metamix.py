@@ -1,29 +1,24 @@
 """MetaMix: bit-meta training, bit-search on the frozen meta-state, policy by argmax."""
 
 import logging
-from collections.abc import Mapping
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from metamix_jax.budget import Budget
-from metamix_jax.cost import LayerCosts
 from metamix_jax.precision import Bits
 from metamix_jax.searchers import knapsack
+from metamix_jax.searchers.context import SearchContext
 
 PHASES = ("bit_meta", "bit_search", "act_training", "weight_training")
 
 
-def choose(
-    logits: Mapping[str, jax.Array], costs: LayerCosts, budget: Budget, config: ConfigDict
-) -> dict[str, Bits]:
+def choose(context: SearchContext) -> dict[str, Bits]:
     """Returns layer path -> bits: the argmax of the logits, inside the budget.
 
     The search loss is two-sided (Eq. 4), so the argmax can end above the budget; the most probable
     policy inside it (multiple-choice knapsack over log-probabilities) then takes its place.
     """
-    del config
+    logits, costs, budget = context.logits, context.costs, context.budget
     # Fixed layers have one candidate; the searched ones follow.
     fixed = {path: cost.candidates[0] for path, cost in costs.items()}
     argmax = fixed | {

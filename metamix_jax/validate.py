@@ -1,0 +1,147 @@
+"""Checks of a configuration before any work; they need no data and no devices."""
+
+import math
+
+from ml_collections import ConfigDict
+
+from metamix_jax.errors import UserError
+
+CHOICES = {
+    "loss": ("cross_entropy", "distillation", "both"),
+    "data.augment": ("none", "crop_flip", "crop", "random_resized_crop_flip"),
+    "budget.unit": ("fraction", "gbops", "average_act_bits"),
+    "search.searcher": ("metamix", "joint", "asga", "random", "uniform", "file", "none"),
+    "quant.init_pass": ("full_precision", "lowest_bits"),
+    "quant.init_rule": ("shifted", "unshifted", "mse"),
+    "quant.positive_step": ("floor", "abs", "softplus"),
+    "optimizer.name": ("adam", "sgd"),
+    "bit_meta.loss": ("mean", "last"),
+    "bit_search.budget_form": ("argmax", "expected"),
+}
+
+_RANGES = {
+    "more than 0": (
+        lambda value: value > 0,
+        (
+            "batch_size", "log_every_steps", "checkpoint_every_steps", "data.image_size",
+            "data.channels", "data.num_classes", "eval.batch_size", "budget.value",
+            "optimizer.eps", "optimizer.clip_norm",
+        ),
+    ),
+    "0 or more": (
+        lambda value: value >= 0,
+        (
+            "eval.every_steps", "eval.bn_reestimate_batches", "optimizer.weight_decay",
+            "full_precision.epochs", "full_precision.learning_rate", "bit_meta.epochs",
+            "bit_meta.learning_rate", "bit_search.epochs", "bit_search.learning_rate",
+            "bit_search.budget_weight", "bit_search.weight_decay", "weight_training.act_epochs",
+            "weight_training.epochs", "weight_training.learning_rate", "data.in_memory_gib",
+            "data.eval_resize", "data.max_bad_examples", "asga.start_radius", "asga.max_radius",
+            "asga.alignment",
+        ),
+    ),
+    "0 or more and less than 1": (
+        lambda value: 0 <= value < 1,
+        ("optimizer.b1", "optimizer.b2", "bit_search.b1", "bit_search.b2"),
+    ),
+    "2 to 8": (lambda value: 2 <= value <= 8, ("quant.first_last_bits",)),
+}  # fmt: skip
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for values that cannot work; needs no data and no devices."""
+    for path, allowed in CHOICES.items():
+        value = _get(config, path)
+        _require(value in allowed, path, value, f"one of {', '.join(allowed)}")
+    for expected, (holds, paths) in _RANGES.items():
+        for path in paths:
+            value = _get(config, path)
+            _require(math.isfinite(value) and holds(value), path, value, expected)
+    act_bits, weight_bits = tuple(config.quant.act_bits), tuple(config.quant.weight_bits)
+    for path, bits in (("quant.act_bits", act_bits), ("quant.weight_bits", weight_bits)):
+        _require(
+            0 < len(bits) == len(set(bits))
+            and all(isinstance(b, int) and 2 <= b <= 8 for b in bits),
+            path, bits, "one or more different bit-widths from 2 to 8, such as (8, 4, 2)",
+        )  # fmt: skip
+    _require(
+        len(act_bits) * len(weight_bits) > 1,
+        "quant.act_bits", act_bits, "two or more, or several quant.weight_bits, to choose from",
+    )  # fmt: skip
+    value = config.quant.image_bits
+    _require(value == 32 or 2 <= value <= 8, "quant.image_bits", value, "2 to 8, or 32")
+    if config.search.searcher == "uniform":
+        value = config.search.uniform_bits
+        for name, bits in (("act_bits", act_bits), ("weight_bits", weight_bits)):
+            _require(
+                len(bits) == 1 or value in bits,
+                "search.uniform_bits", value, f"one of quant.{name} {bits}",
+            )  # fmt: skip
+    searcher = config.search.searcher
+    if searcher in ("metamix", "joint", "asga"):
+        value = config.bit_search.epochs
+        _require(value > 0, "bit_search.epochs", value, f"more than 0 for searcher {searcher}")
+    value = tuple(config.search.budgets)
+    alone = searcher == "metamix" and config.bit_search.fixed_meta_state
+    _require(
+        not value or (alone and not config.bit_search.commit_batch_stats),
+        "search.budgets", value, "none, but with searcher metamix and a fixed meta-state",
+    )  # fmt: skip
+    _require(
+        all(isinstance(v, float | int) and 0 < v != config.budget.value for v in value)
+        and len({f"{v:g}" for v in value}) == len(value),
+        "search.budgets", value, "different values above 0, other than budget.value",
+    )  # fmt: skip
+    value = config.search.policy
+    _require(
+        bool(value) == (searcher == "file"),
+        "search.policy", value, f"{'a policy.json' if searcher == 'file' else 'nothing'} with "
+        f"searcher {searcher}",
+    )  # fmt: skip
+    if config.search.searcher == "none":
+        value = config.full_precision.epochs
+        _require(value > 0, "full_precision.epochs", value, "more than 0 for searcher none")
+    else:
+        value = config.weight_training.epochs
+        _require(value > 0, "weight_training.epochs", value, "more than 0, or nothing would "
+                 "quantize the weights")  # fmt: skip
+    for path in ("mean", "std"):
+        value = tuple(config.data[path])
+        _require(
+            len(value) in (1, config.data.channels) and all(map(math.isfinite, value)),
+            f"data.{path}", value, f"1 or {config.data.channels} numbers, one per channel",
+        )  # fmt: skip
+    _require(min(config.data.std) > 0, "data.std", tuple(config.data.std), "values above 0")
+    value = config.data.eval_resize
+    _require(
+        value == 0 or value >= config.data.image_size,
+        "data.eval_resize", value, f"0, or at least data.image_size={config.data.image_size}",
+    )  # fmt: skip
+
+
+def validate_start(config: ConfigDict) -> None:
+    """Raises UserError unless training has weights to start from and the teacher it learns from.
+
+    Recipes leave both files to be named on the command line; cost and evaluation need neither.
+    """
+    if config.search.searcher != "none" and not config.pretrained:
+        _require(
+            config.full_precision.epochs > 0, "full_precision.epochs", config.full_precision.epochs,
+            "more than 0, or config.pretrained naming trained weights to start from",
+        )  # fmt: skip
+    needs_teacher = config.loss != "cross_entropy"
+    _require(
+        bool(config.teacher.path) == needs_teacher, "teacher.path", config.teacher.path,
+        f"{'a weight file or a workdir' if needs_teacher else 'nothing'} with loss={config.loss!r}",
+    )  # fmt: skip
+
+
+def _get(config: ConfigDict, path: str):
+    for key in path.split("."):
+        config = config[key]
+    return config
+
+
+def _require(condition: bool, path: str, value, expected: str) -> None:
+    if not condition:
+        raise UserError(f"config.{path}={value!r}: expected {expected}")
