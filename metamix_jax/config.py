@@ -129,6 +129,14 @@ def default() -> ConfigDict:
             "commit_batch_stats": False,  # True: this pass also moves the running statistics
         }
     )
+    # --mode=compare: every method (compare.METHODS) at every budget (in budget.unit), every seed.
+    config.compare = ConfigDict(
+        {
+            "methods": ("metamix", "joint", "random", "uniform"),
+            "budgets": (1.0,),
+            "seeds": (0, 1, 2),
+        }
+    )
     # Searcher "asga". Reconstructed from descriptions of it: no code has been published.
     config.asga = ConfigDict(
         {

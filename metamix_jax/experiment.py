@@ -167,7 +167,7 @@ def load_teacher(
     model = models.make(
         config.teacher.model, config.data.num_classes, QuantSettings(), "config.teacher.model"
     )
-    teacher = Network(model, "", image_shape, {}, None)
+    teacher = Network(model, "", image_shape, costs={}, budget=None, further_budgets={})
     shapes = abstract_variables(teacher)
     target = {name: shapes[name] for name in ("params", "batch_stats")}
     path = Path(config.teacher.path)

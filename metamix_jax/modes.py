@@ -12,6 +12,7 @@ from metamix_jax import policy as policy_lib
 from metamix_jax.errors import UserError
 from metamix_jax.metrics import write_text_atomic
 from metamix_jax.report import tables
+from metamix_jax.report.html import write_report
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -130,10 +131,24 @@ def calibrate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return {"mode": "calibrate", "model": network.label, "evaluations": rows}
 
 
+def report(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Writes report.html anew from the files of a finished run; `config` plays no part."""
+    return {"mode": "report", "workdir": str(workdir), "report": str(write_report(workdir))}
+
+
+def compare(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs several methods, budgets and seeds and sets them side by side."""
+    from metamix_jax.compare import compare as compare_methods
+
+    return compare_methods(config, workdir)
+
+
 MODES = {
     "train": train,
     "search": search,
     "cost": show_cost,
     "evaluate": evaluate,
     "calibrate": calibrate,
+    "compare": compare,
+    "report": report,
 }

@@ -28,6 +28,10 @@ class Update:
     budget_term: bool = False  # adds the BOPs regulariser, Eq. 3 and 4
     sharpness_aware: bool = False  # a second gradient where the loss is about greatest, ASGA
 
+    def passes(self, branches: int) -> int:
+        """Returns how many forward and backward passes a step makes."""
+        return branches if self.every_branch else 1 + self.sharpness_aware
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:

@@ -1,4 +1,4 @@
-"""What came out of a run: results.json, the pictures, the tables and the RESULT line."""
+"""What came out of a run: results.json, the pictures, the report, the tables, the RESULT line."""
 
 import json
 import logging
@@ -17,10 +17,12 @@ from metamix_jax.cost import LayerCosts, Policy
 from metamix_jax.experiment import Network
 from metamix_jax.metrics import read_rows, write_json
 from metamix_jax.phases import Span
-from metamix_jax.precision import FULL, FULL_BITS
+from metamix_jax.precision import FULL, FULL_BITS, bit_candidates
 from metamix_jax.report import charts, tables
+from metamix_jax.report.html import write_report
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+CHOICE = "choosing bits"  # beside the phases, where time is kept
 
 
 def write(
@@ -33,10 +35,10 @@ def write(
     seconds: Mapping[str, float],
     search_end: int | None,
 ) -> dict[str, Any]:
-    """Writes results.json and the pictures, logs the tables and returns the RESULT line's content.
+    """Writes what people read, logs the tables and returns the RESULT line's content.
 
     Args:
-      workdir: holds metrics.jsonl.
+      workdir: holds config.json, metrics.jsonl and, with a policy, policy.json.
       config: the run's configuration.
       network: what was trained.
       schedule: all phases.
@@ -70,7 +72,9 @@ def write(
             span.phase.name: {"steps": span.steps, "seconds": seconds.get(span.phase.name, 0.0)}
             for span in schedule
         },
-        "search_cost": _search_cost(schedule, seconds),
+        "search_cost": _search_cost(
+            schedule, seconds, len(bit_candidates(config.quant.act_bits, config.quant.weight_bits))
+        ),
         "evaluations": evaluations,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"python": platform.python_version()}
@@ -84,6 +88,7 @@ def write(
     if policy:
         charts.bit_chart(policy, workdir / "bits.png", average_act_bits=result["average_act_bits"])
         logging.info("policy:\n%s", tables.policy_table(policy))
+    write_report(workdir)
     logging.info("in %s: %s", workdir, ", ".join(sorted(path.name for path in workdir.iterdir())))
     return result
 
@@ -96,11 +101,16 @@ def _average(
     return average(network.costs, policy_lib.layer_bits(policy))
 
 
-def _search_cost(schedule: Sequence[Span], seconds: Mapping[str, float]) -> dict[str, float]:
-    spans = [span for span in schedule if span.phase.name in ("bit_meta", "bit_search")]
-    spent = sum(seconds.get(span.phase.name, 0.0) for span in spans)
+def _search_cost(
+    schedule: Sequence[Span], seconds: Mapping[str, float], branches: int
+) -> dict[str, float]:
+    spans = [span for span in schedule if span.phase.quantizes and not span.phase.needs_policy]
+    spent = sum(seconds.get(name, 0.0) for name in [CHOICE, *(span.phase.name for span in spans)])
     return {
         "steps": sum(span.steps for span in spans),
+        "forward_passes": sum(  # with a backward pass each
+            span.steps * update.passes(branches) for span in spans for update in span.phase.updates
+        ),
         "seconds": spent,
         "device_hours": spent * jax.device_count() / 3600,
     }

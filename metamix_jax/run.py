@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import parameter_overview
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -160,15 +161,12 @@ class Run:
             budget=budget,
             config=config,
             variables=state.variables,
-            logits={
-                path: jax.device_get(row)
-                for path, row in branch_logits(split_by_label(state, {"logits"})[0]).items()
-            },
+            logits=_logits(state),
             batches=lambda count: (
                 (training_images(batch, config), batch["label"]) for batch in self.batches(0, count)
             ),
         )
-        with self.progress.pause(), waiting(f"choosing bits by {name}"):
+        with self.progress.pause(), waiting(f"choosing bits by {name}"), self.clock(results.CHOICE):
             bits = SEARCHERS[name].choose(context)
         return policy_lib.make_policy(
             network.costs,
@@ -197,17 +195,26 @@ class Run:
         return experiment.train_batches(self.config, self.dataset, self.mesh, start, stop)
 
     @contextlib.contextmanager
-    def clock(self, phase: Phase) -> Iterator[None]:
-        """Adds the time spent inside to the phase."""
+    def clock(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to that of a phase, or of results.CHOICE."""
         started = time.monotonic()
         yield
         spent = time.monotonic() - started
-        self.seconds[phase.name] = self.seconds.get(phase.name, 0.0) + spent
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
-    def log(self, step: int, phase: Phase, metrics: Mapping[str, jax.Array]) -> None:
-        """Writes the step's numbers; raises FloatingPointError where one is not finite."""
+    def log(
+        self, step: int, phase: Phase, metrics: Mapping[str, jax.Array], state: TrainState
+    ) -> None:
+        """Writes the step's numbers, and the logits where they are trained.
+
+        Raises:
+          FloatingPointError: a number is not finite.
+        """
         numbers = {name: value.item() for name, value in metrics.items()}
         self.writer.write(step, {"phase": phase.name, "kind": "train", **numbers})
+        if any("logits" in update.trains for update in phase.updates):
+            logits = {path: row.tolist() for path, row in _logits(state).items()}
+            self.writer.write(step, {"phase": phase.name, "kind": "logits", "logits": logits})
         self.writer.write_speed(step, phase.name, self.progress.images_per_second)
         broken = [name for name, value in numbers.items() if not math.isfinite(value)]
         if broken:
@@ -276,3 +283,9 @@ class Run:
             seconds=self.seconds,
             search_end=first_step if stop_after_search else None,
         )
+
+
+def _logits(state: TrainState) -> dict[str, np.ndarray]:
+    """Returns searched layer -> logits [branches]."""
+    logits = branch_logits(split_by_label(state, {"logits"})[0])
+    return {path: jax.device_get(row) for path, row in logits.items()}

@@ -62,7 +62,7 @@ def train_and_evaluate(
                 train_step, batches = run.make_step(state, span), run.batches(step, span.stop)
                 progress.description, metrics = span.phase.name, None
                 for batch in batches:
-                    with run.clock(span.phase):
+                    with run.clock(span.phase.name):
                         before = metrics
                         state, metrics = train_step(
                             state, batch, run.branches, run.teacher_variables
@@ -72,7 +72,7 @@ def train_and_evaluate(
                         step += 1
                         progress.update(step, **{k: metrics[k] for k in metrics if "loss" in k})
                         if step % config.log_every_steps == 0 or step == span.stop:
-                            run.log(step, span.phase, metrics)
+                            run.log(step, span.phase, metrics, state)
                     ends = step == span.stop
                     if ends or (config.eval.every_steps and step % config.eval.every_steps == 0):
                         run.evaluate(step, state, span.phase)

@@ -183,6 +183,7 @@ def test_files_of_a_finished_run(finished):
     names = {path.name for path in workdir.iterdir()}
     assert names >= {
         "config.json", "policy.json", "metrics.jsonl", "tensorboard", "checkpoints", "results.json",
+        "bits.png", "learning_curves.png", "report.html",
     }  # fmt: skip
     summary = json.loads((workdir / "results.json").read_text())
     assert summary.items() >= result.items()
@@ -203,8 +204,15 @@ def test_files_of_a_finished_run(finished):
     rows = rows_of(workdir)
     steps = [row["step"] for row in rows if row["kind"] == "train"]
     assert steps == list(range(1, TOTAL + 1))
+    logits = [row for row in rows if row["kind"] == "logits"]
+    assert [row["step"] for row in logits] == list(range(33, 49))
+    assert set(logits[0]["logits"]) == {
+        path for path, layer in policy["layers"].items() if layer["act_bits"] < 8
+    }
+    assert all(len(row) == 2 for row in logits[0]["logits"].values())
     keys = [
-        (row["step"], row["phase"], row.get("precision"), row.get("statistics")) for row in rows
+        (row["step"], row["kind"], row["phase"], row.get("precision"), row.get("statistics"))
+        for row in rows
     ]
     assert len(set(keys)) == len(keys)
 

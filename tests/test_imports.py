@@ -44,6 +44,7 @@ ORDER = (
     {"evaluate", "results"},
     {"run"},
     {"train"},
+    {"compare"},
     {"modes"},
     {"main"},
 )

@@ -122,6 +122,38 @@ def test_chart_title_names_its_average():
     assert "average activation bits 3.83" in charts._title(POLICY, 3.83)
 
 
+def test_bit_chart_of_odd_networks(tmp_path):
+    rows = {
+        "$image$": {"act_bits": 32, "weight_bits": 8, "macs": 10},  # not quantized
+        r"$\nothing{$": {"act_bits": 4, "weight_bits": 4, "macs": 10},  # no formula either
+    }
+    charts.bit_chart({**POLICY, "layers": rows}, tmp_path / "bits.png")
+    assert (tmp_path / "bits.png").exists()
+
+
+def test_layer_rows():
+    rows = tables.layer_rows(POLICY)
+    assert [row["layer"] for row in rows] == list(POLICY["layers"])
+    assert [row["fixed"] for row in rows] == [True, False, False, True]
+    assert [row["bops"] for row in rows] == [64_000_000, 120_000_000, 8_000_000, 16_000_000]
+    assert sum(row["share"] for row in rows) == pytest.approx(100)
+
+
+def test_accuracies_by_statistics():
+    evaluations = [
+        {"step": 9, "phase": "bit_meta", "precision": precision, "weights": "full",
+         "statistics": statistics, "top1": top1}
+        for precision, statistics, top1 in (
+            ("uniform 8", "running", 1.0), ("uniform 8", "re-estimated", 2.0),
+            ("uniform 4", "running", 3.0),
+        )
+    ]  # fmt: skip
+    rows = tables.by_statistics(evaluations)
+    assert [row["precision"] for row in rows] == ["uniform 8", "uniform 4"]
+    found = [{k: e["top1"] for k, e in row["by_statistics"].items()} for row in rows]
+    assert found == [{"running": 1.0, "re-estimated": 2.0}, {"running": 3.0}]
+
+
 @pytest.mark.parametrize("rows", [metric_rows(), []])
 def test_learning_curves(tmp_path, rows):
     path = tmp_path / "curves.png"

@@ -1,26 +1,29 @@
-"""Charts as PNG files, drawn on matplotlib figures of their own (no pyplot, no global state)."""
+"""Charts as PNG files and SVG, on matplotlib figures of their own (no pyplot, no global state)."""
 
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from metamix_jax.metrics import write_bytes_atomic
-from metamix_jax.report.tables import bops, budget_line
+from metamix_jax.report.tables import budget_line, layer_rows
 
 DPI = 120
 # Light, so that black hatches show on all of them; the hatch alone tells the bit-widths apart.
 _COLOURS = {
     2: "#fff3c4", 3: "#fdcc8a", 4: "#fc9f67", 5: "#f28e9b", 6: "#cf9bd0", 7: "#a9c4ea",
-    8: "#7fabd8",
+    8: "#7fabd8", 32: "#ffffff",
 }  # fmt: skip
-_HATCHES = {2: "", 3: "..", 4: "//", 5: "xx", 6: "\\\\", 7: "oo", 8: "++"}
+# 32: an image that is not quantized; its bar leaves the chart.
+_HATCHES = {2: "", 3: "..", 4: "//", 5: "xx", 6: "\\\\", 7: "oo", 8: "++", 32: "**"}
 _MARKERS = "osD^vP*X"
 
 
@@ -34,10 +37,8 @@ def bit_chart(
       path: the PNG file.
       average_act_bits: of the searched layers, weighted by input activations; not in a policy file.
     """
-    layers = policy["layers"]
-    rows = list(layers.values())
-    total = bops(policy)
-    labels = [_layer_label(layer, i, rows) for i, layer in enumerate(layers)]
+    rows = layer_rows(policy)
+    labels = [row["layer"] + (" (fixed)" if row["fixed"] else "") for row in rows]
     height = 5.0 + 0.075 * max(map(len, labels))
     figure = Figure(
         figsize=(max(9.0, 2.0 + 0.22 * len(rows)), height), dpi=DPI, layout="constrained"
@@ -53,9 +54,10 @@ def bit_chart(
     top.set_ylabel("bits")
     top.set_ylim(0, 8.4)
     top.set_yticks(range(0, 9, 2))
-    bottom.bar(positions, [_layer_bops(row) / total * 100 for row in rows], color="0.45")
+    bottom.bar(positions, [row["share"] for row in rows], color="0.45")
     bottom.set_ylabel("share of\nBOPs, %")
-    bottom.set_xticks(positions, labels, rotation=90, fontsize=8)
+    # Names may hold dollar signs; they are no formulas.
+    bottom.set_xticks(positions, labels, rotation=90, fontsize=8, parse_math=False)
     bottom.set_xlim(-0.7, len(rows) - 0.3)
     for axes in (top, bottom):
         axes.grid(axis="y", color="0.85")
@@ -67,7 +69,7 @@ def bit_chart(
     handles.append(Line2D([], [], linestyle="", marker="D", color="white", markeredgecolor="black",
                           label="weight bits"))  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(_title(policy, average_act_bits), fontsize=11)
+    figure.suptitle(_title(policy, average_act_bits), fontsize=11, parse_math=False)
     _save(figure, path)
 
 
@@ -78,9 +80,29 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
       rows: of metrics.jsonl; `top1` in percent.
       path: the PNG file.
     """
+    _save(_curves(rows, 10, 7), path)
+
+
+def learning_curves_svg(rows: Sequence[Mapping[str, Any]], *, narrow: bool) -> bytes:
+    """Returns the picture of `learning_curves` as SVG; `narrow` is for a telephone's width."""
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    series = len({(row["precision"], row["statistics"]) for row in evaluations})
+    columns, width = (1, 4.2) if narrow else (3, 10)
+    figure = _curves(rows, width, 5.2 + 0.22 * -(-series // columns), columns)
+    content = io.BytesIO()
+    # Without them the file would differ from one writing to the next.
+    with matplotlib.rc_context({"svg.hashsalt": "metamix_jax"}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(content, metadata=nothing)
+    return content.getvalue()
+
+
+def _curves(
+    rows: Sequence[Mapping[str, Any]], width: float, height: float, columns: int = 3
+) -> Figure:
     train = [row for row in rows if row["kind"] == "train"]
     evaluations = [row for row in rows if row["kind"] == "eval"]
-    figure = Figure(figsize=(10, 7), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     spans = _phase_spans(train or evaluations)
     for i, (phase, first, last) in enumerate(spans):
@@ -92,7 +114,7 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if spans:
         margin = 0.01 * spans[-1][2]
         top.set_xlim(-margin, spans[-1][2] + margin)
-    _label_phases(top, spans)
+    _label_phases(top, spans, gap=0.35 / width)
     top.set_ylabel("training loss")
     _draw_accuracies(bottom, evaluations)
     bottom.set_ylabel("top-1, %")
@@ -101,7 +123,32 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(axis="y", color="0.8")
         axes.set_axisbelow(True)
     if evaluations:
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def accuracy_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws every method's top-1 against GBOPs, with the standard deviation over seeds.
+
+    Args:
+      rows: as `tables.comparison_table` takes them.
+      path: the PNG file.
+    """
+    figure = Figure(figsize=(8, 5.5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["gbops"])
+        columns = ([row[name] for row in own] for name in ("gbops", "top1", "top1_spread"))
+        gbops, top1, spread = columns
+        axes.errorbar(
+            gbops, top1, yerr=spread, label=method, color=f"C{i % 10}", marker=_MARKERS[i % 8],
+            markersize=6, capsize=3, linewidth=1, linestyle=("-", "--", ":", "-.")[i % 4],
+        )  # fmt: skip
+    axes.set_xlabel("GBOPs")
+    axes.set_ylabel("top-1, % (bars: standard deviation over seeds)")
+    axes.grid(color="0.85")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _save(figure, path)
 
 
@@ -129,15 +176,6 @@ def _bar_style(bits: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _layer_label(layer: str, i: int, rows: Sequence[Mapping[str, Any]]) -> str:
-    fixed = i in (0, len(rows) - 1) and rows[i]["act_bits"] == 8
-    return f"{layer} (fixed)" if fixed else layer
-
-
-def _layer_bops(row: Mapping[str, Any]) -> int:
-    return row["macs"] * row["act_bits"] * row["weight_bits"]
-
-
 def _title(policy: Mapping[str, Any], average_act_bits: float | None) -> str:
     if average_act_bits is None:
         rows = policy["layers"].values()
@@ -161,14 +199,14 @@ def _phase_spans(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]
     return spans
 
 
-def _label_phases(axes: Axes, spans: Sequence[tuple[str, int, int]]) -> None:
+def _label_phases(axes: Axes, spans: Sequence[tuple[str, int, int]], gap: float) -> None:
     """Writes the phases' names above `axes`, slanted and pushed apart where phases are short."""
     place = 0.0
     for phase, first, last in spans:
         place = max((first + last) / 2, place)
         axes.text(place, 1.02, phase, transform=axes.get_xaxis_transform(), rotation=35,
                   rotation_mode="anchor", ha="left", va="bottom", fontsize=9)  # fmt: skip
-        place += 0.035 * spans[-1][2]
+        place += gap * spans[-1][2]
 
 
 def _number(value: float | None) -> float:

@@ -31,11 +31,10 @@ def policy_table(policy: Mapping[str, Any]) -> str:
             "share %": "100.0",
         },
     )
-    for path, row in layers.items():
-        layer_bops = row["macs"] * row["act_bits"] * row["weight_bits"]
+    for row in layer_rows(policy):
         table.add_row(
-            path, f"{row['macs'] / MEGA:,.3f}", str(row["act_bits"]), str(row["weight_bits"]),
-            f"{layer_bops / MEGA:,.2f}", f"{100 * layer_bops / total:.1f}",
+            row["layer"], f"{row['macs'] / MEGA:,.3f}", str(row["act_bits"]),
+            str(row["weight_bits"]), f"{row['bops'] / MEGA:,.2f}", f"{row['share']:.1f}",
         )  # fmt: skip
     return f"{_text(table)}{budget_line(policy)}\n"
 
@@ -86,15 +85,71 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         table.add_row(
             row["phase"], row["precision"], row["weights"], row["statistics"], str(row["step"]),
-            _percent(row["top1"]), _percent(row["top5"]), f"{row['correct']}/{row['examples']}",
+            percent(row["top1"]), percent(row["top5"]), f"{row['correct']}/{row['examples']}",
+        )  # fmt: skip
+    return _text(table)
+
+
+def layer_rows(policy: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns {layer, macs, act_bits, weight_bits, bops, share, fixed} per layer, in order.
+
+    `share` is in percent; `fixed` are the first and the last layer, which are never searched.
+    """
+    layers = policy["layers"]
+    total = bops(policy)
+    return [
+        {
+            "layer": path,
+            "macs": row["macs"],
+            "act_bits": row["act_bits"],
+            "weight_bits": row["weight_bits"],
+            "bops": _layer_bops(row),
+            "share": 100 * _layer_bops(row) / total,
+            "fixed": i in (0, len(layers) - 1),
+        }
+        for i, (path, row) in enumerate(layers.items())
+    ]
+
+
+def by_statistics(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one row per step, phase, precision and weights, with a dict `by_statistics`.
+
+    Args:
+      evaluations: as for `accuracy_table`; `by_statistics` maps "running" and "re-estimated", where
+        there are such, to theirs.
+    """
+    rows: dict[tuple, dict[str, Any]] = {}
+    for evaluation in evaluations:
+        key = {name: evaluation[name] for name in ("step", "phase", "precision", "weights")}
+        row = rows.setdefault(tuple(key.values()), key | {"by_statistics": {}})
+        row["by_statistics"][evaluation["statistics"]] = evaluation
+    return list(rows.values())
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns one line per method and budget.
+
+    Args:
+      rows: {method, budget, seeds, top1, top1_spread, gbops, agreement, search: {steps, seconds,
+        forward_passes}} each.
+    """
+    numbers = ("budget", "GBOPs", "seeds", "top-1 %", "+-", "agreement %", "search steps",
+               "search passes", "search s")  # fmt: skip
+    table = _table(None, **dict.fromkeys(("method", *numbers)))
+    for row in rows:
+        search, agreement = row["search"], row["agreement"]
+        table.add_row(
+            row["method"], f"{row['budget']:g}", f"{row['gbops']:.4f}", str(row["seeds"]),
+            f"{row['top1']:.2f}", f"{row['top1_spread']:.2f}",
+            "-" if agreement is None else f"{100 * agreement:.0f}", f"{search['steps']:.0f}",
+            f"{search['forward_passes']:.0f}", f"{search['seconds']:.0f}",
         )  # fmt: skip
     return _text(table)
 
 
 def bops(policy: Mapping[str, Any]) -> int:
     """Returns the bit operations of one image under `policy`."""
-    rows = policy["layers"].values()
-    return sum(row["macs"] * row["act_bits"] * row["weight_bits"] for row in rows)
+    return sum(map(_layer_bops, policy["layers"].values()))
 
 
 def budget_line(policy: Mapping[str, Any]) -> str:
@@ -108,8 +163,13 @@ def budget_line(policy: Mapping[str, Any]) -> str:
     return f"{used:.4f} GBOPs, budget {budget:.4f}: {distance:.4f} ({percent:.1f} %) {side}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """Returns two decimals without a sign; a dash for what is not finite."""
     return "-" if value is None else f"{value:.2f}"
+
+
+def _layer_bops(row: Mapping[str, Any]) -> int:
+    return row["macs"] * row["act_bits"] * row["weight_bits"]
 
 
 def _table(title: str | None, left: int = 1, **columns: str | None) -> Table:

@@ -1,0 +1,77 @@
+"""The files of a finished run, as its report needs them; nothing but the workdir is read."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from metamix_jax.errors import UserError
+from metamix_jax.metrics import read_rows
+
+# What each file must hold to be reported on.
+_RESULTS = (
+    "mode", "model", "searcher", "top1", "top5", "correct", "examples", "gbops", "budget_gbops",
+    "average_act_bits", "seconds", "statistics", "phases", "search_cost", "evaluations", "device",
+    "versions",
+)  # fmt: skip
+_POLICY = ("model", "image_size", "searcher", "seed", "budget_gbops", "layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A finished run.
+
+    workdir: where it lies.
+    results: of results.json.
+    policy: of policy.json; None for a full-precision run.
+    config: of config.json, flat: "budget.value" -> 0.9.
+    rows: of metrics.jsonl.
+    """
+
+    workdir: Path
+    results: Mapping[str, Any]
+    policy: Mapping[str, Any] | None
+    config: Mapping[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def read_finished(workdir: Path) -> Finished:
+    """Reads a workdir.
+
+    Raises:
+      UserError: a file is missing, or is not what a run writes.
+    """
+    if not (workdir / "results.json").exists():
+        raise UserError(f"{workdir}: no results.json; a run writes it when it ends (--mode=train)")
+    results = _read(workdir / "results.json", _RESULTS)
+    policy = None
+    if results["searcher"] != "none":
+        policy = _read(workdir / "policy.json", _POLICY)
+    config = _flat(_read(workdir / "config.json", ()))
+    try:
+        rows = read_rows(workdir / "metrics.jsonl")
+    except OSError as error:
+        raise UserError(f"{workdir / 'metrics.jsonl'}: not readable ({error})") from error
+    return Finished(workdir, results, policy, config, rows)
+
+
+def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:  # ValueError: bad JSON or bad UTF-8
+        raise UserError(f"{path}: not readable ({error})") from error
+    missing = [name for name in fields if name not in content] if type(content) is dict else fields
+    if missing or type(content) is not dict:
+        raise UserError(f"{path}: lacks {', '.join(missing) or 'everything'}; not of this version?")
+    return content
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,136 @@
+"""How the search went: per layer, the softmax shares of its candidates against the step.
+
+Read from rows {"kind": "logits", "step": 120, "logits": {layer path: [one number a candidate]}} of
+metrics.jsonl; a run without such rows has no such section.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from metamix_jax.report.finished import Finished
+from metamix_jax.report.markup import Markup, Section, breakable, element, folded, join, section
+
+_POINTS = 60  # of a line, at most; a long search would fill the page
+_WIDTH, _HEIGHT = 160, 70
+_MANY = 24  # charts; more are folded
+_STYLES = 9  # dash patterns and colours in style.py
+
+
+def logits_section(run: Finished) -> Section | None:
+    """Returns one small chart per searched layer, or None where no logits were written down."""
+    rows = [row for row in run.rows if row["kind"] == "logits" and _whole(row["logits"])]
+    if not rows or run.policy is None:
+        return None
+    rows = [rows[i] for i in _spread(len(rows))]
+    steps = [row["step"] for row in rows]
+    figures, used = [], 0
+    for layer in rows[-1]["logits"]:
+        shares = [softmax(row["logits"][layer]) for row in rows]
+        names = _names(run, len(shares[-1]))
+        used = max(used, len(names))
+        figures.append(_figure(layer, names, steps, shares, _chosen(run, layer)))
+    charts = _legend(_names(run, used)), element("div", *figures, class_="multiples")
+    return section(
+        "logits",
+        "How the search went",
+        element(
+            "p",
+            f"Softmax share of each candidate, 0 to 1, from step {steps[0]} to {steps[-1]}; the "
+            "thick line is the candidate that ends highest. A policy that departs from it was "
+            "moved to meet the budget.",
+        ),
+        folded(f"All {len(figures)} layers", *charts) if len(figures) > _MANY else join(*charts),
+    )
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Returns the shares of the candidates."""
+    greatest = max(logits)
+    powers = [math.exp(logit - greatest) for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def _figure(
+    layer: str,
+    names: list[str],
+    steps: list[int],
+    shares: list[list[float]],
+    chosen: tuple[int, int] | None,
+) -> Markup:
+    last = shares[-1]
+    winner = last.index(max(last))
+    text = f"{names[winner]}: {100 * shares[0][winner]:.0f} to {100 * last[winner]:.0f} %"
+    if chosen is not None and names[winner] not in _spellings(chosen):
+        text += f", policy {chosen[0]}/{chosen[1]}"
+    lines = [
+        _line(steps, [share[i] for share in shares], i, winner == i) for i in range(len(names))
+    ]
+    frame = element("rect", x=0, y=0, width=_WIDTH, height=_HEIGHT, class_="frame")
+    half = element("path", d=f"M0 {_HEIGHT / 2}H{_WIDTH}", class_="half")
+    picture = element(
+        "svg", frame, half, *lines, viewBox=f"-2 -2 {_WIDTH + 4} {_HEIGHT + 4}", role="img",
+        aria_label=f"{layer}: {text}",
+    )  # fmt: skip
+    caption = element("figcaption", element("strong", breakable(layer)), text)
+    return element("figure", picture, caption)
+
+
+def _line(steps: list[int], shares: list[float], i: int, wins: bool) -> Markup:
+    span = max(steps[-1] - steps[0], 1)
+    points = " ".join(
+        f"{(step - steps[0]) / span * _WIDTH:.1f},{(1 - share) * _HEIGHT:.1f}"
+        for step, share in zip(steps, shares, strict=True)
+    )
+    kind = f"line{i % _STYLES}"
+    return element("polyline", points=points, class_=f"{kind} winner" if wins else kind)
+
+
+def _legend(names: list[str]) -> Markup:
+    entries = (
+        element(
+            "li",
+            element(
+                "svg",
+                element("path", d="M0 5H36", class_=f"line{i % _STYLES}"),
+                viewBox="0 0 36 10", aria_hidden="true",
+            ),
+            name,
+        )
+        for i, name in enumerate(names)
+    )  # fmt: skip
+    return element("ul", *entries, class_="legend")
+
+
+def _names(run: Finished, count: int) -> list[str]:
+    """Returns what the candidates are called, in the order of the branches."""
+    # As precision.bit_candidates, which needs JAX: of one activation width, each weight width.
+    widths = run.config.get("quant.act_bits"), run.config.get("quant.weight_bits")
+    known = all(isinstance(each, list) for each in widths)
+    pairs = list(itertools.product(*widths)) if known else []
+    if len(pairs) != count:
+        return [f"candidate {i + 1}" for i in range(count)]
+    if len(widths[1]) == 1:
+        return [f"{act} bits" for act, _ in pairs]
+    return [f"{act}/{weight}" for act, weight in pairs]
+
+
+def _spellings(bits: tuple[int, int]) -> tuple[str, str]:
+    return f"{bits[0]} bits", f"{bits[0]}/{bits[1]}"
+
+
+def _whole(logits: Mapping[str, Sequence[float | None]]) -> bool:
+    # What was not finite is null in the file.
+    return bool(logits) and all(None not in row for row in logits.values())
+
+
+def _chosen(run: Finished, layer: str) -> tuple[int, int] | None:
+    row = run.policy["layers"].get(layer) if run.policy else None
+    return (row["act_bits"], row["weight_bits"]) if row else None
+
+
+def _spread(count: int) -> list[int]:
+    """Returns up to _POINTS indices below `count`, the first and the last among them."""
+    if count <= _POINTS:
+        return list(range(count))
+    return [round(i * (count - 1) / (_POINTS - 1)) for i in range(_POINTS)]

@@ -1,0 +1,222 @@
+"""The parts of report.html that are words and tables; None where a run has nothing for one."""
+
+import base64
+import json
+
+from metamix_jax.report import charts, tables
+from metamix_jax.report.finished import Finished
+from metamix_jax.report.markup import (
+    Markup,
+    Section,
+    element,
+    facts,
+    folded,
+    join,
+    section,
+    table,
+)
+
+_UNITS = {
+    "fraction": "of the BOPs of the uniform 4/4 network",
+    "gbops": "GBOPs",
+    "average_act_bits": "activation bits on average",
+}
+_SEARCH = "The search, which is the phases bit_meta and bit_search, took:"
+_STATISTICS = ("running", "re-estimated")
+_BOTH_STATISTICS = (
+    "Running statistics of batch normalization are those that training left, shared by all "
+    "bit-widths; re-estimated ones are taken anew at the bits that are judged."
+)
+
+
+def lead(run: Finished) -> Markup:
+    """Returns the outcome in a sentence."""
+    results = run.results
+    first = f"{tables.percent(results['top1'])}\u00a0% top-1"
+    stopped = " The run stopped after the search: nothing is fine-tuned."
+    return element(
+        "p",
+        element("strong", first),
+        f" ({results['correct']} of {results['examples']} images) at {_spent(run)}.",
+        stopped if results["mode"] == "search" else None,
+        class_="lead",
+    )
+
+
+def summary(run: Finished) -> Section:
+    """Returns what was asked and what came out."""
+    results, config, policy = run.results, run.config, run.policy
+    final = results["evaluations"][-1]
+    ends, image = config.get("quant.first_last_bits"), config.get("quant.image_bits")
+    asked = {
+        "Network": results["model"],
+        "Image size": f"{policy['image_size'] if policy else config.get('data.image_size')} pixels",
+        "Data": f"{config.get('data.name')}, trained on {config.get('data.train_split')}, "
+        f"judged on {config.get('data.eval_split')}",
+        "Starts from": config.get("pretrained") or "weights trained here",
+        "Searcher": f"{results['searcher']} (seed {config.get('seed')})",
+    }
+    came_out = {
+        "Top-1": f"{tables.percent(results['top1'])} %, {results['correct']} of "
+        f"{results['examples']} right",
+        "Top-5": f"{tables.percent(results['top5'])} %",
+        "Judged with": f"activations {final['precision']}, weights {final['weights']}, "
+        f"BN statistics {results['statistics']}",
+        "Bit operations": _spent(run),
+    }
+    if policy:
+        asked |= {
+            "Candidate bits": f"activations {_listed(config.get('quant.act_bits'))}; "
+            f"weights {_listed(config.get('quant.weight_bits'))}",
+            "First and last layer": f"{ends} bits, the image {image}; not searched",
+            "Budget": f"{config.get('budget.value')} {_UNITS.get(config.get('budget.unit'), '')}",
+        }
+        came_out |= {
+            "Average bits": f"activations {results['average_act_bits']:.2f}, "
+            f"weights {tables.percent(results.get('average_weight_bits'))}",
+        }
+        note = (
+            "Averages are over the searched layers, weighted by input activations and by weights."
+        )
+    else:
+        note = "A full-precision run: nothing was searched or quantized, and no budget was set."
+    came_out |= {"Training time": _duration(results["seconds"]), "Workdir": run.workdir}
+    return section(
+        "summary",
+        "What was asked and what came out",
+        element(
+            "div",
+            element("div", element("h3", "Asked"), facts(asked)),
+            element("div", element("h3", "Came out"), facts(came_out)),
+            class_="halves",
+        ),
+        element("p", note, class_="note"),
+    )
+
+
+def accuracy(run: Finished) -> Section:
+    """Returns the accuracy after each phase, running and re-estimated statistics side by side."""
+    evaluations = run.results["evaluations"]
+    present = [kind for kind in _STATISTICS if any(e["statistics"] == kind for e in evaluations)]
+    rows: list[list[object]] = []
+    for row in tables.by_statistics(evaluations):
+        found = [row["by_statistics"].get(kind) for kind in present]
+        rows.append(
+            [row["phase"], row["precision"]]
+            + [tables.percent(e["top1"]) if e else "" for e in found]
+            + [row["weights"], row["step"]]
+            + [tables.percent(e["top5"]) if e else "" for e in found]
+            + [f"{e['correct']}/{e['examples']}" if e else "" for e in found]
+        )
+    # What matters most stands where a narrow screen shows it.
+    top1, top5, correct = (
+        [join(what, " ", element("span", kind)) for kind in present]
+        for what in ("top-1 %", "top-5 %", "correct")
+    )
+    columns = ["phase", "activations", *top1, "weights", "step", *top5, *correct]
+    texts = (0, 1, columns.index("weights"))
+    return section(
+        "accuracy",
+        "Accuracy by phase",
+        element("p", _BOTH_STATISTICS) if len(present) > 1 else None,
+        table("Accuracy at every evaluation", columns, rows, texts=texts),
+    )
+
+
+def curves(run: Finished) -> Section:
+    """Returns the learning curves, drawn twice: for wide and for narrow screens."""
+    wide, narrow = (
+        "data:image/svg+xml;base64,"
+        + base64.b64encode(charts.learning_curves_svg(run.rows, narrow=narrow)).decode()
+        for narrow in (False, True)
+    )
+    phases = ", ".join(dict.fromkeys(row["phase"] for row in run.rows if row["kind"] == "train"))
+    text = (
+        f"Training loss and top-1 accuracy against the step, through the phases {phases}. "
+        "The accuracies are those of the table above."
+    )
+    picture = element(
+        "picture",
+        element("source", media="(max-width: 40rem)", srcset=narrow),
+        element("img", src=wide, alt=text),
+    )
+    caption = None
+    if any(row["statistics"] == "re-estimated" for row in run.results["evaluations"]):
+        caption = "Dashed lines and hollow markers: batch normalization statistics re-estimated."
+    return section(
+        "curves",
+        "Learning curves",
+        element("figure", picture, caption and element("figcaption", caption)),
+    )
+
+
+def time(run: Finished) -> Section:
+    """Returns steps and seconds by phase, and what the search cost."""
+    results, cost = run.results, run.results["search_cost"]
+    phases = results["phases"]
+    rows: list[list[object]] = [
+        [name, entry["steps"], *_seconds(entry["seconds"], entry["steps"])]
+        for name, entry in phases.items()
+    ]
+    steps = sum(entry["steps"] for entry in phases.values())
+    seconds = sum(entry["seconds"] for entry in phases.values())
+    rows.append(["total", steps, *_seconds(seconds, steps)])
+    columns: list[object] = ["phase", "steps", "seconds", "seconds a step"]
+    spent = {
+        "Steps": cost["steps"],
+        "Time": _duration(cost["seconds"]),
+        "Device-hours": f"{cost['device_hours']:.4f}",
+    }
+    return section(
+        "time",
+        "Search cost and training time",
+        element("p", _SEARCH if cost["steps"] else "No step was spent on a search."),
+        facts(spent) if cost["steps"] else None,
+        element("p", "Compilation and evaluation are not counted."),
+        table("Training by phase", columns, rows, last=True),
+    )
+
+
+def environment(run: Finished) -> Section:
+    """Returns the device and the versions."""
+    pairs = {"Device": run.results["device"], **run.results["versions"]}
+    return section("environment", "Environment", facts(pairs))
+
+
+def configuration(run: Finished) -> Section:
+    """Returns every field of the configuration, folded."""
+    # Written as JSON, so that a text and a number differ.
+    rows: list[list[object]] = [
+        [key, json.dumps(value, ensure_ascii=False)] for key, value in run.config.items()
+    ]
+    listing = table("Configuration as it was resolved", ["field", "value"], rows, texts=(0, 1))
+    return section(
+        "configuration",
+        "Configuration",
+        folded(f"All {len(rows)} fields", listing),
+    )
+
+
+def _spent(run: Finished) -> str:
+    if run.policy:
+        return tables.budget_line(run.policy).replace(" %", "\u00a0%")
+    return f"{run.results['gbops']:.4f} GBOPs, no budget"
+
+
+def _listed(values: object) -> object:
+    return ", ".join(map(str, values)) if isinstance(values, list) else values
+
+
+def _seconds(seconds: float, steps: int) -> tuple[str, str]:
+    # A phase that the run did not come to has taken no time.
+    return (f"{seconds:,.1f}", f"{seconds / steps:.3f}") if seconds and steps else ("-", "-")
+
+
+def _duration(seconds: float) -> str:
+    """Returns e.g. "1 h 2 min", "3 min 20 s" or "8.1 s"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
