@@ -10,20 +10,21 @@ from ml_collections import ConfigDict
 
 from metamix_jax.cost import GIGA, LayerCosts, Policy, branch_gbops, uniform_4_4
 from metamix_jax.errors import UserError
+from metamix_jax.precision import LayerCost
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
     """A limit on a cost that is a sum over the searched layers.
 
-    The unit is GBOPs or, for budgets in average activation bits, bits.
+    The unit is GBOPs, or bits for budgets in average activation bits, or MiB of weights.
     """
 
     branch_costs: Mapping[str, tuple[float, ...]]  # searched layer -> cost of each branch
     fixed_cost: float  # of the layers that are not searched
     limit: float
     reference: float  # cost of the uniform 4/4 network
-    unit: str  # "GBOPs" or "average bits"
+    unit: str  # "GBOPs", "average bits" or "MiB"
 
     def cost(self, bits: Policy, costs: LayerCosts) -> float:
         """Returns the cost of a policy in this budget's unit."""
@@ -50,6 +51,15 @@ def make_budget(costs: LayerCosts, config_budget: ConfigDict) -> Budget:
             for path, cost in searched.items()
         }
         budget = Budget(branch_costs, 0.0, value, reference=4.0, unit="average bits")
+    elif unit == "mebibytes":
+        branch_costs = {
+            path: tuple(_mebibytes(cost, bits.weight) for bits in cost.candidates)
+            for path, cost in searched.items()
+        }
+        ends = [cost for cost in costs.values() if not cost.searched]
+        fixed = sum(_mebibytes(cost, cost.weight_bits[0]) for cost in ends)
+        reference = fixed + sum(_mebibytes(cost, 4) for cost in searched.values())
+        budget = Budget(branch_costs, fixed, value, reference, unit="MiB")
     else:
         branch_costs = {path: branch_gbops(cost) for path, cost in searched.items()}
         ends = [cost for cost in costs.values() if not cost.searched]
@@ -58,6 +68,10 @@ def make_budget(costs: LayerCosts, config_budget: ConfigDict) -> Budget:
         budget = Budget(branch_costs, fixed, limit, reference, unit="GBOPs")
     _require_feasible(budget, config_budget)
     return budget
+
+
+def _mebibytes(cost: LayerCost, weight_bits: int) -> float:
+    return cost.weight_elements * weight_bits / 8 / 2**20
 
 
 def _require_feasible(budget: Budget, config_budget: ConfigDict) -> None:

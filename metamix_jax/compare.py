@@ -28,6 +28,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "metamix_last_loss": {"search.searcher": "metamix", "bit_meta.loss": "last"},
     "joint": {"search.searcher": "joint"},
     "asga": {"search.searcher": "asga"},
+    "ompq": {"search.searcher": "ompq"},
+    "hessian": {"search.searcher": "hessian"},
     "random": {"search.searcher": "random"},
     "uniform": {"search.searcher": "uniform"},
 }  # fmt: skip

@@ -76,14 +76,14 @@ def default() -> ConfigDict:
         {
             "value": 1.0,
             # "fraction" of the uniform 4/4 network's BOPs; "gbops"; "average_act_bits" weighted by
-            # the number of input activations of each searched layer.
+            # the number of input activations of each searched layer; "mebibytes" of weights.
             "unit": "fraction",
         }
     )
     config.search = ConfigDict(
         {
-            # "uniform", "random": no search; "file": the policy of another run; "none":
-            # full-precision training only.
+            # "metamix", "joint", "asga", "ompq", "hessian"; "uniform", "random": no search; "file":
+            # the policy of another run; "none": full-precision training only.
             "searcher": "metamix",
             "uniform_bits": 4,  # of searcher "uniform"
             # Further budgets, searched beside budget.value on the same meta-state; their policies
@@ -137,6 +137,8 @@ def default() -> ConfigDict:
             "seeds": (0, 1, 2),
         }
     )
+    # Searcher "ompq". Published for ResNet-18: 10; after training 100. For ResNet-50: 3.3.
+    config.ompq = ConfigDict({"beta": 10.0})
     # Searcher "asga". Reconstructed from descriptions of it: no code has been published.
     config.asga = ConfigDict(
         {

@@ -54,11 +54,12 @@ class Network:
         return self.budget and self.budget_in_gbops(self.budget)
 
     def budget_in_gbops(self, budget: Budget) -> float:
-        """Returns a budget in GBOPs; for one in average bits, the most GBOPs it admits."""
+        """Returns a budget in GBOPs; for one in another unit, the most GBOPs it admits."""
         if budget.unit == "GBOPs":
             return budget.limit
         gbops = {path: cost.branch_gbops(self.costs[path]) for path in budget.branch_costs}
-        choice = knapsack.maximise(gbops, budget.branch_costs, budget.limit)
+        room = budget.limit - budget.fixed_cost
+        choice = knapsack.maximise(gbops, budget.branch_costs, room)
         bits = {path: self.costs[path].candidates[index] for path, index in choice.items()}
         return cost.bops(self.costs, cost.widest_bits(self.costs) | bits) / cost.GIGA
 

@@ -77,6 +77,9 @@ class _QuantLayer(nn.Module):
         bits, mode = self.settings.act_bits, precision.activations
         if bits == (FULL_BITS,):
             return lambda index: x
+        kind = {"signed": self.signed, "shift": self.shift}
+        first_step = functools.partial(init_step, rule=self.settings.init_rule, **kind)
+        x = self._probe("act", x, bits, first_step, kind)
         if mode == "full" and not self.is_initializing():
             return lambda index: x  # needs no quantization state: a teacher has none, for example
         positive = POSITIVE_STEPS[self.settings.positive_step]
@@ -84,12 +87,10 @@ class _QuantLayer(nn.Module):
 
         def quantized(index: jax.Array | int) -> jax.Array:
             step, width = _pick(positive.step(stored.value), bits, index)
-            return fake_quant(x, step, width, signed=self.signed, shift=self.shift)
+            return fake_quant(x, step, width, **kind)
 
         if mode in ("calibrate", "calibrate_lowest"):
-            rule = self.settings.init_rule
-            steps = [init_step(x, b, signed=self.signed, shift=self.shift, rule=rule) for b in bits]
-            stored.value = positive.raw(jnp.stack(steps))
+            stored.value = positive.raw(jnp.stack([first_step(x, b) for b in bits]))
         if mode == "calibrate_lowest":
             return lambda index: quantized(bits.index(min(bits)))
         return (lambda index: x) if mode in ("full", "calibrate") else quantized
@@ -99,6 +100,10 @@ class _QuantLayer(nn.Module):
     ) -> Callable[[jax.Array | int], jax.Array]:
         """Returns the function from the index of a weight width to the kernel at it."""
         bits, mode = self.settings.weight_bits, precision.weights
+        # The unshifted rule is about activations.
+        rule = "mse" if self.settings.init_rule == "mse" else "shifted"
+        first_step = functools.partial(init_step, signed=True, rule=rule, per_channel=True)
+        kernel = self._probe("weight", kernel, bits, first_step, {"signed": True})
         if mode == "full" and not self.is_initializing():
             return lambda index: kernel
         positive = POSITIVE_STEPS[self.settings.positive_step]
@@ -110,11 +115,23 @@ class _QuantLayer(nn.Module):
             return fake_quant(kernel, step, width, signed=True)
 
         if mode == "calibrate":
-            # The unshifted rule is about activations.
-            rule = "mse" if self.settings.init_rule == "mse" else "shifted"
-            steps = [init_step(kernel, b, signed=True, rule=rule, per_channel=True) for b in bits]
-            stored.value = positive.raw(jnp.stack(steps))
+            stored.value = positive.raw(jnp.stack([first_step(kernel, b) for b in bits]))
         return quantized if mode == "quantized" else lambda index: kernel
+
+    def _probe(
+        self, name: str, x: jax.Array, bits: tuple[int, ...], first_step: Callable, kind: dict
+    ) -> jax.Array:
+        """Returns what is about to be quantized, as searchers/hessian.py looks at it.
+
+        Where collection `perturbations` is passed in, that is added; where `errors` is mutable, the
+        mean squared errors [widths] at fresh step sizes are put there. Otherwise it is `x`.
+        """
+        if len(bits) == 1 or self.is_initializing():  # which makes every collection mutable
+            return x
+        if self.is_mutable_collection("errors"):
+            levels = [fake_quant(x, first_step(x, b), b, **kind) for b in bits]
+            self.put_variable("errors", name, jnp.stack([jnp.mean((q - x) ** 2) for q in levels]))
+        return self.perturb(name, x)
 
     def _init_logits(self) -> jax.Array:
         branches = len(self.settings.act_bits) * len(self.settings.weight_bits)

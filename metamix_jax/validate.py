@@ -9,15 +9,17 @@ from metamix_jax.errors import UserError
 CHOICES = {
     "loss": ("cross_entropy", "distillation", "both"),
     "data.augment": ("none", "crop_flip", "crop", "random_resized_crop_flip"),
-    "budget.unit": ("fraction", "gbops", "average_act_bits"),
-    "search.searcher": ("metamix", "joint", "asga", "random", "uniform", "file", "none"),
+    "budget.unit": ("fraction", "gbops", "average_act_bits", "mebibytes"),
+    "search.searcher": (
+        "metamix", "joint", "asga", "ompq", "hessian", "random", "uniform", "file", "none",
+    ),
     "quant.init_pass": ("full_precision", "lowest_bits"),
     "quant.init_rule": ("shifted", "unshifted", "mse"),
     "quant.positive_step": ("floor", "abs", "softplus"),
     "optimizer.name": ("adam", "sgd"),
     "bit_meta.loss": ("mean", "last"),
     "bit_search.budget_form": ("argmax", "expected"),
-}
+}  # fmt: skip
 
 _RANGES = {
     "more than 0": (
@@ -37,7 +39,7 @@ _RANGES = {
             "bit_search.budget_weight", "bit_search.weight_decay", "weight_training.act_epochs",
             "weight_training.epochs", "weight_training.learning_rate", "data.in_memory_gib",
             "data.eval_resize", "data.max_bad_examples", "asga.start_radius", "asga.max_radius",
-            "asga.alignment",
+            "asga.alignment", "ompq.beta",
         ),
     ),
     "0 or more and less than 1": (
@@ -67,6 +69,14 @@ def validate(config: ConfigDict) -> None:
     _require(
         len(act_bits) * len(weight_bits) > 1,
         "quant.act_bits", act_bits, "two or more, or several quant.weight_bits, to choose from",
+    )  # fmt: skip
+    _require(
+        len(weight_bits) > 1 or config.budget.unit != "mebibytes",
+        "quant.weight_bits", weight_bits, "two or more with budget.unit='mebibytes'",
+    )  # fmt: skip
+    _require(
+        min(len(act_bits), len(weight_bits)) == 1 or config.search.searcher != "ompq",
+        "quant.weight_bits", weight_bits, "one, or one of quant.act_bits, for searcher ompq",
     )  # fmt: skip
     value = config.quant.image_bits
     _require(value == 32 or 2 <= value <= 8, "quant.image_bits", value, "2 to 8, or 32")

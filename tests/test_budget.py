@@ -128,6 +128,20 @@ def test_budget_in_average_bits():
     assert budget.cost(bits, COSTS) == 6.5
 
 
+@pytest.mark.parametrize("costs", [PAIR_COSTS, WEIGHT_COSTS], ids=SEARCHED[1:])
+def test_budget_in_mebibytes(costs):
+    budget = budget_of(1e-3, "mebibytes", costs)
+    unit = 8 * 2**20
+    fixed = (27 + 640) * 8 / unit
+    assert (budget.limit, budget.unit) == (1e-3, "MiB")
+    assert budget.fixed_cost == pytest.approx(fixed, rel=1e-12)
+    assert budget.reference == pytest.approx(fixed + 800 * 4 / unit, rel=1e-12)
+    for path, elements in (("a", 200), ("b", 600)):
+        expected = [elements * bits.weight / unit for bits in costs[path].candidates]
+        assert budget.branch_costs[path] == pytest.approx(expected, rel=1e-12)
+    assert budget.cost(cost.uniform_bits(costs, 4), costs) == pytest.approx(budget.reference)
+
+
 def test_budget_of_pairs_in_gbops():
     budget = budget_of(0.5, "gbops", PAIR_COSTS)
     assert budget.fixed_cost == pytest.approx(FIXED, rel=1e-12)
@@ -186,6 +200,7 @@ def test_a_policy_of_other_bits_has_no_cost():
         (PAIR_COSTS, 8.1, "average_act_bits", "2", "8", 8.0),
         (WEIGHT_COSTS, 0.4, "gbops", "0.416", "1.376", 0.416),
         (WEIGHT_COSTS, 3.9, "average_act_bits", "4", "4", 4.0),
+        (WEIGHT_COSTS, 1.0, "mebibytes", "0.000826836", "0.00139904", 11736 / 2**23),
     ],
 )
 def test_infeasible_budgets_say_what_is_reachable(costs, value, unit, least, most, nearest):
@@ -198,7 +213,7 @@ def test_infeasible_budgets_say_what_is_reachable(costs, value, unit, least, mos
     assert float(re.search(r"nearest feasible value: (\S+)$", message)[1]) == pytest.approx(nearest)
 
 
-@pytest.mark.parametrize("unit", ["gbops", "fraction", "average_act_bits"])
+@pytest.mark.parametrize("unit", ["gbops", "fraction", "average_act_bits", "mebibytes"])
 @pytest.mark.parametrize("value", [1e-6, 1e6])
 @pytest.mark.parametrize("candidates", [((8, 4, 3), (4,)), ((8, 4, 3), (7, 3)), ((5,), (4, 3))])
 def test_the_nearest_feasible_value_is_feasible(candidates, value, unit):

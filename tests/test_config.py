@@ -387,6 +387,7 @@ def test_unknown_choices_name_the_known(path, config):
         ("bit_search.budget_weight", -1.0, "0 or more"),
         ("data.eval_resize", 7, "0, or at least data.image_size="),
         ("data.max_bad_examples", -1, "0 or more"),
+        ("ompq.beta", -1.0, "0 or more"),
         ("quant.image_bits", 16, "2 to 8, or 32"),
         ("quant.act_bits", (4,), "two or more, or several quant.weight_bits, to choose from"),
         ("quant.act_bits", (), BIT_WIDTHS),
@@ -472,6 +473,14 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
             "config.teacher.path='': expected a weight file or a workdir with loss='distillation'",
         ),
         ({"loss": "both"}, "config.teacher.path='': expected a weight file or a workdir"),
+        (
+            {"budget.unit": "mebibytes"},
+            "config.quant.weight_bits=(4,): expected two or more with budget.unit='mebibytes'",
+        ),
+        (
+            {"search.searcher": "ompq", "quant.weight_bits": (8, 4)},
+            "config.quant.weight_bits=(8, 4): expected one, or one of quant.act_bits, for searcher",
+        ),
     ],
 )
 def test_values_that_do_not_go_together(changes, message, config):
@@ -491,6 +500,10 @@ def test_values_that_do_not_go_together(changes, message, config):
         {"quant.act_bits": (2, 3, 4, 5, 6, 7, 8)},
         {"quant.weight_bits": (8, 4, 2)},
         {"quant.weight_bits": (3,)},
+        {"quant.weight_bits": (8, 4), "budget.unit": "mebibytes"},
+        {"quant.weight_bits": (8, 4), "search.searcher": "hessian"},
+        {"quant.weight_bits": (8, 4), "quant.act_bits": (4,), "search.searcher": "ompq"},
+        {"search.searcher": "ompq"},
         {"quant.act_bits": (4,), "quant.weight_bits": (8, 4, 2)},
         {
             "search.searcher": "uniform",

@@ -110,6 +110,16 @@ def test_knapsack_does_not_exceed_its_limit_by_a_little(excess):
     assert choice == {"layer": 0}
 
 
+def test_knapsack_of_values_of_many_scales():
+    # Layer i matters 10^-3i times as much as the first; the last ones still get what is left.
+    values = {f"layer{i}": [0.0, 10.0 ** (-3 * i)] for i in range(100)}
+    costs = {path: (1.0, 2.0) for path in values}
+    choice = knapsack.maximise(values, costs, 150.0)
+    assert list(choice.values()) == [1] * 50 + [0] * 50
+    choice = knapsack.maximise({path: [0.0, 0.0] for path in values}, costs, 100.0)
+    assert set(choice.values()) == {0}
+
+
 def test_knapsack_without_a_feasible_choice():
     with pytest.raises(ValueError, match="no choice costs 1.0 or less"):
         knapsack.maximise({"layer": (0.0, 1.0)}, {"layer": (2.0, 3.0)}, 1.0)

@@ -6,7 +6,27 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag, csr_array
 
+from metamix_jax.budget import Budget
+from metamix_jax.cost import LayerCosts
+from metamix_jax.precision import Bits
+
 TOLERANCE = 1e-9  # of the limit, for sums that are equal but for rounding
+RESOLUTION = 1e-4  # of the greatest spread of a layer's values: less may be lost on the solver
+
+
+def best_policy(
+    values: Mapping[str, Sequence[float]], costs: LayerCosts, budget: Budget
+) -> dict[str, Bits]:
+    """Returns the widths of all layers with the greatest total value inside the budget.
+
+    Args:
+      values: searched layer -> value of each branch.
+      costs: the network's layers.
+      budget: the limit.
+    """
+    choice = maximise(values, budget.branch_costs, budget.limit - budget.fixed_cost)
+    fixed = {path: cost.candidates[0] for path, cost in costs.items()}
+    return fixed | {path: costs[path].candidates[index] for path, index in choice.items()}
 
 
 def maximise(
@@ -14,14 +34,37 @@ def maximise(
 ) -> dict[str, int]:
     """Returns the choice per layer with the greatest total value at a total cost <= limit.
 
+    The total is the greatest to about 1e-9 of the greatest spread of a layer's values. Layers of a
+    far smaller spread then share what the others leave, by the same rule.
+
     Args:
-      values: layer -> value of each candidate.
+      values: layer -> value of each candidate, of any scale.
       costs: layer -> cost of each candidate, same layers and lengths.
       limit: greatest total cost.
 
     Raises:
       ValueError: no choice costs as little as `limit`.
     """
+    spreads = {path: float(np.ptp(row)) for path, row in values.items()}
+    widest = max(spreads.values())
+    scale = 1e3 / max(widest, 1e-300)  # the solver stops 1e-6 short of the optimum
+    scaled = {path: (np.asarray(row, float) - max(row)) * scale for path, row in values.items()}
+    choice = _solve(scaled, costs, limit)
+    fine = [path for path, spread in spreads.items() if spread < RESOLUTION * widest]
+    if any(spreads[path] > 0 for path in fine):
+        coarse = sum(costs[path][k] for path, k in choice.items() if path not in fine)
+        least = sum(min(costs[path]) for path in fine)  # may exceed the rest by rounding
+        choice |= maximise(
+            {path: values[path] for path in fine},
+            {path: costs[path] for path in fine},
+            max(limit - coarse, least),
+        )
+    return choice
+
+
+def _solve(
+    values: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], limit: float
+) -> dict[str, int]:
     paths = list(values)
     value = np.concatenate([np.asarray(values[path], float) for path in paths])
     cost = np.concatenate([np.asarray(costs[path], float) for path in paths])
