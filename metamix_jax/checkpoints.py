@@ -43,6 +43,11 @@ class Checkpoints:
         """The newest complete step, None if there is none."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """The complete steps that are kept, in order."""
+        return sorted(self._manager.all_steps())
+
     def require_latest_step(self) -> int:
         """Returns the newest complete step.
 
@@ -94,6 +99,18 @@ class Checkpoints:
                 f"{self._directory / str(step)}: this checkpoint cannot be read ({reason}); "
                 "move it away to go on from the one before it, nothing was changed"
             ) from error
+
+
+def locate(path: Path) -> tuple[Path, int | None]:
+    """Returns the folder of checkpoints and the step that `path` names.
+
+    Args:
+      path: a workdir, its folder of checkpoints, or one checkpoint in that (DIR/checkpoints/1234).
+    """
+    step = None
+    if path.name.isdigit():
+        path, step = path.parent, int(path.name)
+    return (path if path.name == DIRECTORY else path / DIRECTORY), step
 
 
 def _pytrees(state: TrainState) -> dict[str, Any]:

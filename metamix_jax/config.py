@@ -22,7 +22,7 @@ def default() -> ConfigDict:
     config.seed = 0  # network init, data order, augmentation, logit init
     config.batch_size = 256  # global, over all devices and processes
     config.loss = "cross_entropy"  # "distillation": soft targets only; "both": their sum
-    config.checkpoint = ""  # evaluate: checkpoint directory or workdir; "" = the workdir's newest
+    config.checkpoint = ""  # evaluate, diagnose: checkpoint directory or workdir; "" = the workdir
     config.pretrained = ""  # .npz, .safetensors, .pth: start weights; "" = train them first
     config.log_every_steps = 20
     config.checkpoint_every_steps = 200
@@ -152,6 +152,18 @@ def default() -> ConfigDict:
             "act_epochs": 18.0,  # stage 1: activations quantized, full-precision weights
             "epochs": 120.0,  # stage 2: both quantized
             "learning_rate": 5e-4,  # each stage: cosine to 0
+        }
+    )
+    config.diagnose = ConfigDict(
+        {
+            "layer": "",  # the one drawn and traced; "" = the middle searched one
+            "before": "",  # weight file, workdir or checkpoint before bit-meta; "" = pretrained
+            "batches": 40,  # training batches of the trace of the variance
+            # True: step sizes after bit-meta are calibrated like those before, not the trained
+            # ones, so that the two differ in weights alone.
+            "recalibrate": False,
+            # True: traces of the Hessian at the inputs too, to set against the bits; minutes.
+            "hessian": False,
         }
     )
     return config.lock()

@@ -34,6 +34,11 @@ HARMLESS = (
     "data.data_dir",
     "data.in_memory_gib",
     "data.max_bad_examples",
+    "diagnose.batches",
+    "diagnose.before",
+    "diagnose.hessian",
+    "diagnose.layer",
+    "diagnose.recalibrate",
 )
 
 

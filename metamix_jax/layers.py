@@ -75,6 +75,8 @@ class _QuantLayer(nn.Module):
     ) -> Callable[[jax.Array | int], jax.Array]:
         """Returns the function from the index of an activation width to the input at it."""
         bits, mode = self.settings.act_bits, precision.activations
+        # Kept only where a caller makes "intermediates" mutable, which `init` does not.
+        self.sow("intermediates", "quantizer_input", x)
         if bits == (FULL_BITS,):
             return lambda index: x
         kind = {"signed": self.signed, "shift": self.shift}

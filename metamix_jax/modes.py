@@ -43,18 +43,13 @@ def show_cost(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Restores a checkpoint on the devices at hand and counts what it gets right."""
-    from metamix_jax.checkpoints import DIRECTORY, Checkpoints
+    from metamix_jax.checkpoints import Checkpoints, locate
     from metamix_jax.evaluate import Evaluator
     from metamix_jax.phases import phase_at
     from metamix_jax.progress import waiting
 
     network = experiment.make_network(config)
-    directory = Path(config.checkpoint) if config.checkpoint else workdir
-    step = None
-    if directory.name.isdigit():  # a single checkpoint, DIR/checkpoints/1234
-        directory, step = directory.parent, int(directory.name)
-    if directory.name != DIRECTORY:
-        directory /= DIRECTORY
+    directory, step = locate(Path(config.checkpoint) if config.checkpoint else workdir)
     mesh = sharding.make_mesh()
     with Checkpoints(directory, create=False) as checkpoints:
         step = checkpoints.require_latest_step() if step is None else step
@@ -131,6 +126,13 @@ def calibrate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return {"mode": "calibrate", "model": network.label, "evaluations": rows}
 
 
+def diagnose(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Compares statistics before and after bit-meta; writes diagnostics.json and charts."""
+    from metamix_jax.diagnose import run
+
+    return run.diagnose(config, workdir)
+
+
 def report(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Writes report.html anew from the files of a finished run; `config` plays no part."""
     return {"mode": "report", "workdir": str(workdir), "report": str(write_report(workdir))}
@@ -149,6 +151,7 @@ MODES = {
     "cost": show_cost,
     "evaluate": evaluate,
     "calibrate": calibrate,
+    "diagnose": diagnose,
     "compare": compare,
     "report": report,
 }

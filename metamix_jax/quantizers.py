@@ -97,7 +97,7 @@ def _least_error_step(x: jax.Array, bits: int, *, signed: bool, per_channel: boo
     rows = x.reshape(-1, x.shape[-1]) if per_channel else x.reshape(-1, 1)
     rows = rows[:: max(1, rows.size // MSE_ELEMENTS)]
     widest = jnp.max(jnp.abs(rows), axis=0) / int_range(bits, signed)[1]
-    tries = jnp.maximum(widest * 2.0 ** (-jnp.arange(MSE_TRIES)[:, None] / 8), STEP_FLOOR)
+    tries = jnp.maximum(widest[None] * 2.0 ** (-jnp.arange(MSE_TRIES)[:, None] / 8), STEP_FLOOR)
 
     def error(steps: jax.Array) -> jax.Array:
         return jnp.mean((fake_quant(rows, steps, bits, signed=signed) - rows) ** 2, axis=0)

@@ -27,7 +27,7 @@ _RANGES = {
         (
             "batch_size", "log_every_steps", "checkpoint_every_steps", "data.image_size",
             "data.channels", "data.num_classes", "eval.batch_size", "budget.value",
-            "optimizer.eps", "optimizer.clip_norm",
+            "optimizer.eps", "optimizer.clip_norm", "diagnose.batches",
         ),
     ),
     "0 or more": (

@@ -41,7 +41,7 @@ ORDER = (
     {"calibrate"},
     {"checkpoints"},
     {"experiment"},
-    {"evaluate", "results"},
+    {"evaluate", "results", "diagnose"},
     {"run"},
     {"train"},
     {"compare"},

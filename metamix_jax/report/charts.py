@@ -24,7 +24,7 @@ _COLOURS = {
 }  # fmt: skip
 # 32: an image that is not quantized; its bar leaves the chart.
 _HATCHES = {2: "", 3: "..", 4: "//", 5: "xx", 6: "\\\\", 7: "oo", 8: "++", 32: "**"}
-_MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X"
 
 
 def bit_chart(
@@ -47,7 +47,7 @@ def bit_chart(
     positions = range(len(rows))
     for bits in sorted({row["act_bits"] for row in rows}):
         chosen = [i for i in positions if rows[i]["act_bits"] == bits]
-        top.bar(chosen, [bits] * len(chosen), **_bar_style(bits))
+        top.bar(chosen, [bits] * len(chosen), **bar_style(bits))
     weight_bits = [row["weight_bits"] for row in rows]
     top.plot(positions, weight_bits, linestyle="", marker="D", markersize=5, color="white",
              markeredgecolor="black", clip_on=False)  # fmt: skip
@@ -63,14 +63,14 @@ def bit_chart(
         axes.grid(axis="y", color="0.85")
         axes.set_axisbelow(True)
     handles = [
-        Patch(label=f"{bits}-bit activations", **_bar_style(bits))
+        Patch(label=f"{bits}-bit activations", **bar_style(bits))
         for bits in sorted({row["act_bits"] for row in rows})
     ]
     handles.append(Line2D([], [], linestyle="", marker="D", color="white", markeredgecolor="black",
                           label="weight bits"))  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(_title(policy, average_act_bits), fontsize=11, parse_math=False)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -80,7 +80,7 @@ def learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
       rows: of metrics.jsonl; `top1` in percent.
       path: the PNG file.
     """
-    _save(_curves(rows, 10, 7), path)
+    save_png(_curves(rows, 10, 7), path)
 
 
 def learning_curves_svg(rows: Sequence[Mapping[str, Any]], *, narrow: bool) -> bytes:
@@ -141,7 +141,7 @@ def accuracy_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None
         columns = ([row[name] for row in own] for name in ("gbops", "top1", "top1_spread"))
         gbops, top1, spread = columns
         axes.errorbar(
-            gbops, top1, yerr=spread, label=method, color=f"C{i % 10}", marker=_MARKERS[i % 8],
+            gbops, top1, yerr=spread, label=method, color=f"C{i % 10}", marker=MARKERS[i % 8],
             markersize=6, capsize=3, linewidth=1, linestyle=("-", "--", ":", "-.")[i % 4],
         )  # fmt: skip
     axes.set_xlabel("GBOPs")
@@ -149,7 +149,7 @@ def accuracy_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None
     axes.grid(color="0.85")
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def _draw_accuracies(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> None:
@@ -163,13 +163,14 @@ def _draw_accuracies(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> No
         i = precisions.index(precision)
         running = statistics == "running"
         axes.plot(
-            *zip(*points, strict=True), color=f"C{i % 10}", marker=_MARKERS[i % 8], markersize=6,
+            *zip(*points, strict=True), color=f"C{i % 10}", marker=MARKERS[i % 8], markersize=6,
             linestyle="-" if running else "--", fillstyle="full" if running else "none",
             label=precision if running else f"{precision}, BN {statistics}",
         )  # fmt: skip
 
 
-def _bar_style(bits: int) -> dict[str, Any]:
+def bar_style(bits: int) -> dict[str, Any]:
+    """Returns the look of a bar of a bit-width; the hatch alone tells the widths apart."""
     return {
         "facecolor": _COLOURS[bits], "hatch": _HATCHES[bits], "edgecolor": "black",
         "linewidth": 0.5,
@@ -213,7 +214,8 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value  # null in metrics.jsonl; leaves a gap
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes the figure atomically."""
     content = io.BytesIO()
     FigureCanvasAgg(figure).print_png(content)
     write_bytes_atomic(path, content.getvalue())

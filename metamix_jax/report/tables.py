@@ -20,7 +20,7 @@ def policy_table(policy: Mapping[str, Any]) -> str:
     """
     layers = policy["layers"]
     total = bops(policy)
-    table = _table(
+    table = make_table(
         f"{policy['model']}, bits chosen by {policy['searcher']} (seed {policy['seed']})",
         layer="total",
         **{
@@ -36,7 +36,7 @@ def policy_table(policy: Mapping[str, Any]) -> str:
             row["layer"], f"{row['macs'] / MEGA:,.3f}", str(row["act_bits"]),
             str(row["weight_bits"]), f"{row['bops'] / MEGA:,.2f}", f"{row['share']:.1f}",
         )  # fmt: skip
-    return f"{_text(table)}{budget_line(policy)}\n"
+    return f"{table_text(table)}{budget_line(policy)}\n"
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> str:
@@ -47,7 +47,7 @@ def cost_table(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> 
         `act_bits`, and a fixed layer has one candidate.
       totals: {macs, gbops_uniform: {"8": ..., ...}, gbops_min, gbops_max}.
     """
-    table = _table(
+    table = make_table(
         None,
         layer="total",
         **{
@@ -67,7 +67,7 @@ def cost_table(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> 
         )  # fmt: skip
     uniform = ", ".join(f"{v:.4f} at {bits} bits" for bits, v in totals["gbops_uniform"].items())
     return (
-        f"{_text(table)}uniform networks: {uniform} (GBOPs)\n"
+        f"{table_text(table)}uniform networks: {uniform} (GBOPs)\n"
         f"reachable budgets: {totals['gbops_min']:.4f} to {totals['gbops_max']:.4f} GBOPs\n"
     )
 
@@ -81,13 +81,13 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     texts = ("phase", "activations", "weights", "BN statistics")
     numbers = ("step", "top-1 %", "top-5 %", "correct")
-    table = _table(None, left=len(texts), **dict.fromkeys(texts + numbers))
+    table = make_table(None, left=len(texts), **dict.fromkeys(texts + numbers))
     for row in rows:
         table.add_row(
             row["phase"], row["precision"], row["weights"], row["statistics"], str(row["step"]),
             percent(row["top1"]), percent(row["top5"]), f"{row['correct']}/{row['examples']}",
         )  # fmt: skip
-    return _text(table)
+    return table_text(table)
 
 
 def layer_rows(policy: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     numbers = ("budget", "GBOPs", "seeds", "top-1 %", "+-", "agreement %", "search steps",
                "search passes", "search s")  # fmt: skip
-    table = _table(None, **dict.fromkeys(("method", *numbers)))
+    table = make_table(None, **dict.fromkeys(("method", *numbers)))
     for row in rows:
         search, agreement = row["search"], row["agreement"]
         table.add_row(
@@ -144,7 +144,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
             "-" if agreement is None else f"{100 * agreement:.0f}", f"{search['steps']:.0f}",
             f"{search['forward_passes']:.0f}", f"{search['seconds']:.0f}",
         )  # fmt: skip
-    return _text(table)
+    return table_text(table)
 
 
 def bops(policy: Mapping[str, Any]) -> int:
@@ -172,7 +172,7 @@ def _layer_bops(row: Mapping[str, Any]) -> int:
     return row["macs"] * row["act_bits"] * row["weight_bits"]
 
 
-def _table(title: str | None, left: int = 1, **columns: str | None) -> Table:
+def make_table(title: str | None, left: int = 1, **columns: str | None) -> Table:
     """Returns a table of `columns` (name -> total); all but the first `left` are numbers."""
     table = Table(
         title=title, box=box.ASCII, show_edge=False, title_justify="left",
@@ -184,7 +184,8 @@ def _table(title: str | None, left: int = 1, **columns: str | None) -> Table:
     return table
 
 
-def _text(table: Table) -> str:
+def table_text(table: Table) -> str:
+    """Returns the table as text that ends with a newline."""
     # Wider than any table, and no markup: a layer path may hold brackets.
     stream = io.StringIO()
     console = Console(
