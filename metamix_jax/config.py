@@ -23,7 +23,8 @@ def default() -> ConfigDict:
     config.batch_size = 256  # global, over all devices and processes
     config.loss = "cross_entropy"  # "distillation": soft targets only; "both": their sum
     config.checkpoint = ""  # evaluate, diagnose: checkpoint directory or workdir; "" = the workdir
-    config.pretrained = ""  # .npz, .safetensors, .pth: start weights; "" = train them first
+    # Start weights: .npz, .safetensors, .pth, or the workdir of another run; "" = train them first.
+    config.pretrained = ""
     config.log_every_steps = 20
     config.checkpoint_every_steps = 200
 

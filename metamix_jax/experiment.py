@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, data, datasets, models, phases, pretrained, sharding
+from metamix_jax import cost, data, datasets, models, phases, sharding
 from metamix_jax.budget import Budget, make_budget
 from metamix_jax.cost import LayerCosts
 from metamix_jax.errors import UserError
@@ -158,33 +158,6 @@ def _init_variables(network: Network, seed: int) -> dict[str, Any]:
     keys = {"params": jax.random.fold_in(key, 0), "quant": jax.random.fold_in(key, 1)}
     variables = network.model.init(keys, jnp.zeros((1, *network.image_shape)))
     return {name: variables[name] for name in ("params", "batch_stats", "quant")}
-
-
-def load_teacher(
-    config: ConfigDict, image_shape: tuple[int, int, int]
-) -> tuple[nn.Module | None, dict[str, Any]]:
-    """Returns the distillation teacher and its variables, (None, {}) without one.
-
-    config.teacher.path is a weight file, or a workdir whose newest checkpoint is taken; the
-    teacher runs at full precision either way.
-    """
-    if not config.teacher.path:
-        return None, {}
-    model = models.make(
-        config.teacher.model, config.data.num_classes, QuantSettings(), "config.teacher.model"
-    )
-    teacher = Network(model, "", image_shape, costs={}, budget=None, further_budgets={})
-    shapes = abstract_variables(teacher)
-    target = {name: shapes[name] for name in ("params", "batch_stats")}
-    path = Path(config.teacher.path)
-    if path.is_dir():
-        # Imported here because checkpoints are slow to import and not needed for weight files.
-        from metamix_jax.checkpoints import DIRECTORY, Checkpoints
-
-        with Checkpoints(path / DIRECTORY, create=False) as checkpoints:
-            step = checkpoints.require_latest_step()
-            return model, checkpoints.restore_items(step, target, sharding.make_mesh())
-    return model, pretrained.load_pretrained(path, target)[0]
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:

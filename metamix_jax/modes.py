@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, experiment, pretrained, sharding
+from metamix_jax import cost, experiment, sharding
 from metamix_jax import policy as policy_lib
 from metamix_jax.errors import UserError
 from metamix_jax.metrics import write_text_atomic
@@ -93,14 +93,14 @@ def calibrate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     from metamix_jax.evaluate import Evaluator
     from metamix_jax.precision import FULL, Precision, bit_candidates
     from metamix_jax.progress import waiting
+    from metamix_jax.weights import load_weights
 
     network = experiment.make_network(config)
     if not config.pretrained:
         raise UserError("config.pretrained='': expected trained weights with --mode=calibrate")
     mesh = sharding.make_mesh()
-    weights, _ = pretrained.load_pretrained(
-        config.pretrained, experiment.abstract_variables(network)
-    )
+    shapes = experiment.abstract_variables(network)
+    weights, _ = load_weights(config.pretrained, shapes, mesh)
     dataset = experiment.load_dataset(config, mesh)
     state = sharding.replicate(experiment.init_state(config, network, weights), mesh)
     with waiting("calibrating step sizes"):

@@ -17,8 +17,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, datasets, experiment, pretrained, results, sharding
+from metamix_jax import cost, datasets, experiment, results, sharding
 from metamix_jax import policy as policy_lib
+from metamix_jax import weights as weights_lib
 from metamix_jax.budget import Budget
 from metamix_jax.calibrate import calibrations, make_calibrate
 from metamix_jax.checkpoints import Checkpoints
@@ -63,9 +64,8 @@ class Run:
         weights = None
         if config.pretrained:
             shapes = experiment.abstract_variables(network)
-            weights, report = pretrained.load_pretrained(config.pretrained, shapes)
-            logging.info("%s:\n%s", config.pretrained, pretrained.format_report(report))
-        teacher, teacher_variables = experiment.load_teacher(config, network.image_shape)
+            weights, _ = weights_lib.load_weights(config.pretrained, shapes, mesh)
+        teacher, teacher_variables = weights_lib.load_teacher(config, network.image_shape)
         dataset = experiment.load_dataset(config, mesh)
         experiment.claim_workdir(config, workdir)
         return cls(

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from metamix_jax import config as config_lib
 from metamix_jax import experiment
+from metamix_jax import weights as weights_lib
 from metamix_jax.errors import UserError
 from metamix_jax.validate import CHOICES
 from metamix_jax.validate import validate as check_validate
@@ -530,7 +531,7 @@ def test_an_unknown_teacher_network_is_named_as_the_teachers(config):
     change(config, "loss", "distillation")
     change(config, "teacher.path", "teacher.npz")
     with pytest.raises(UserError, match=r"config\.teacher\.model\.name=''"):
-        experiment.load_teacher(config, (8, 8, 1))
+        weights_lib.load_teacher(config, (8, 8, 1))
 
 
 def test_uniform_bits_above_the_budget_are_an_error_before_training(config):

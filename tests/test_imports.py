@@ -41,6 +41,7 @@ ORDER = (
     {"calibrate"},
     {"checkpoints"},
     {"experiment"},
+    {"weights"},
     {"evaluate", "results", "diagnose"},
     {"run"},
     {"train"},

@@ -9,7 +9,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import experiment, pretrained, sharding
+from metamix_jax import experiment, sharding
+from metamix_jax import weights as weights_lib
 from metamix_jax.calibrate import calibrations, make_calibrate
 from metamix_jax.checkpoints import Checkpoints, locate
 from metamix_jax.errors import UserError
@@ -48,7 +49,9 @@ def load_states(
     found = {}
     before = config.diagnose.before or config.pretrained
     if before:
-        weights, facts = _weights_before(Path(before), network, mesh)
+        shapes = experiment.abstract_variables(network)
+        weights, step = weights_lib.load_weights(before, shapes, mesh)
+        facts = {"source": before} | ({} if step is None else {"step": step})
         found["before"] = _calibrated(config, network, weights, facts, batch, mesh, True, True)
     after = Path(config.checkpoint) if config.checkpoint else workdir
     directory, _ = locate(after)
@@ -62,20 +65,6 @@ def load_states(
     for name, state in found.items():
         logging.info("%s: %s", name, ", ".join(f"{k} {v}" for k, v in state.facts.items()))
     return found
-
-
-def _weights_before(
-    path: Path, network: experiment.Network, mesh: Mesh
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    shapes = experiment.abstract_variables(network)
-    target = {name: shapes[name] for name in ("params", "batch_stats")}
-    if not path.is_dir():
-        return pretrained.load_pretrained(path, target)[0], {"source": str(path)}
-    directory, step = locate(path)
-    with Checkpoints(directory, create=False) as checkpoints:
-        step = checkpoints.require_latest_step() if step is None else step
-        weights = checkpoints.restore_items(step, target, mesh)
-    return weights, {"source": str(path), "step": step}
 
 
 def _after(

@@ -123,7 +123,8 @@ def mean_traces(
         ]
         names = list(found[0])
         rows.append(np.mean([[sample[name] for name in names] for sample in found], axis=0))
-        traces, errors = np.mean(rows, axis=0), np.inf
+        traces = np.mean(rows, axis=0)
+        errors = np.full_like(traces, np.inf)
         if len(rows) >= FEWEST_PROBES:
             errors = np.std(rows, axis=0, ddof=1) / len(rows) ** 0.5
         if np.all(errors <= PRECISION * np.abs(traces)):
