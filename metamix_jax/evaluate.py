@@ -10,9 +10,21 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import data, datasets, experiment, sharding
-from metamix_jax.precision import Precision
+from metamix_jax import cost, data, datasets, experiment, policy, sharding
+from metamix_jax.precision import FULL, Bits, Precision, bit_candidates
 from metamix_jax.train_step import training_images
+
+
+def uniform_precisions(
+    network: experiment.Network, config: ConfigDict, evaluation: Precision
+) -> dict[Bits, Precision]:
+    """Returns a forward pass at each pair of candidate widths, otherwise as in `evaluation`."""
+    pairs = bit_candidates(config.quant.act_bits, config.quant.weight_bits)
+    uniform = {bits: cost.uniform_bits(network.costs, *bits) for bits in pairs}
+    return {
+        bits: evaluation.replace(branches=policy.branches(chosen, network.costs))
+        for bits, chosen in uniform.items()
+    }
 
 
 class Evaluator:
@@ -51,6 +63,19 @@ class Evaluator:
             "examples": examples,
             "loss": totals["loss"] / examples,
         }
+
+    def by_statistics(
+        self, variables: Mapping[str, Any], precision: Precision
+    ) -> dict[str, dict[str, Any]]:
+        """Returns counts with the running batch norm statistics and, if configured, re-estimated.
+
+        Statistics are those of full precision, so it is judged with the running ones alone.
+        """
+        found = {"running": self(variables, precision)}
+        if self._config.eval.bn_reestimate_batches and precision != FULL:
+            statistics = self.reestimate(variables, precision)
+            found["re-estimated"] = self(variables | {"batch_stats": statistics}, precision)
+        return found
 
     def reestimate(self, variables: Mapping[str, Any], precision: Precision) -> Any:
         """Returns batch_stats averaged over training batches run at `precision`.

@@ -90,8 +90,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def calibrate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Judges pretrained weights at every candidate after calibration alone; nothing is trained."""
     from metamix_jax.calibrate import calibrations, make_calibrate
-    from metamix_jax.evaluate import Evaluator
-    from metamix_jax.precision import FULL, Precision, bit_candidates
+    from metamix_jax.evaluate import Evaluator, uniform_precisions
+    from metamix_jax.precision import FULL, Precision
     from metamix_jax.progress import waiting
     from metamix_jax.weights import load_weights
 
@@ -108,20 +108,14 @@ def calibrate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         batch = next(iter(experiment.train_batches(config, dataset, mesh, 0, 1)))
         state = jax.jit(make_calibrate(network.model, passes, config, train=False))(state, batch)
     evaluator = Evaluator(network.model, dataset, config, mesh)
-    kinds = {"full": FULL}
-    for bits in bit_candidates(config.quant.act_bits, config.quant.weight_bits):
-        branches = policy_lib.branches(cost.uniform_bits(network.costs, *bits), network.costs)
-        kinds[f"{bits.act}/{bits.weight}"] = Precision("chosen", "quantized", branches)
+    uniform = uniform_precisions(network, config, Precision("chosen", "quantized"))
+    precisions = {"full": FULL} | {f"{bits.act}/{bits.weight}": p for bits, p in uniform.items()}
     rows = []
-    for name, precision in kinds.items():
+    for name, precision in precisions.items():
         with waiting(f"evaluating at {name}"):
-            variants = {"running": state.variables}
-            if config.eval.bn_reestimate_batches:
-                statistics = evaluator.reestimate(state.variables, precision)
-                variants["re-estimated"] = state.variables | {"batch_stats": statistics}
-            for kind, variables in variants.items():
-                row = {"phase": "calibration", "step": 0, "precision": name, "statistics": kind}
-                rows.append(row | {"weights": precision.weights, **evaluator(variables, precision)})
+            counts = evaluator.by_statistics(state.variables, precision)
+        row = {"phase": "calibration", "step": 0, "precision": name, "weights": precision.weights}
+        rows += [row | {"statistics": kind, **values} for kind, values in counts.items()]
     print(tables.accuracy_table(rows))
     return {"mode": "calibrate", "model": network.label, "evaluations": rows}
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from clu import parameter_overview
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -23,16 +22,15 @@ from metamix_jax import weights as weights_lib
 from metamix_jax.budget import Budget
 from metamix_jax.calibrate import calibrations, make_calibrate
 from metamix_jax.checkpoints import Checkpoints
-from metamix_jax.evaluate import Evaluator
+from metamix_jax.choose import choose_policy, logits_of
+from metamix_jax.evaluate import Evaluator, uniform_precisions
 from metamix_jax.metrics import MetricWriter
 from metamix_jax.phases import BIT_SEARCH, Phase, Span, phase_at
-from metamix_jax.precision import FULL, Precision, bit_candidates
+from metamix_jax.precision import FULL, Precision
 from metamix_jax.progress import Progress, waiting
 from metamix_jax.report import tables
-from metamix_jax.searchers import SEARCHERS
-from metamix_jax.searchers.context import SearchContext
-from metamix_jax.state import TrainState, branch_logits, enter_phase, split_by_label, swap_search
-from metamix_jax.train_step import make_train_step, training_images
+from metamix_jax.state import TrainState, enter_phase, swap_search
+from metamix_jax.train_step import make_train_step
 from metamix_jax.validate import validate_start
 
 
@@ -154,29 +152,12 @@ class Run:
         return self._choose(state, self.network.budget)
 
     def _choose(self, state: TrainState, budget: Budget) -> dict[str, Any]:
-        config, network, name = self.config, self.network, self.config.search.searcher
-        context = SearchContext(
-            model=network.model,
-            costs=network.costs,
-            budget=budget,
-            config=config,
-            variables=state.variables,
-            logits=_logits(state),
-            batches=lambda count: (
-                (training_images(batch, config), batch["label"]) for batch in self.batches(0, count)
-            ),
-        )
-        with self.progress.pause(), waiting(f"choosing bits by {name}"), self.clock(results.CHOICE):
-            bits = SEARCHERS[name].choose(context)
-        return policy_lib.make_policy(
-            network.costs,
-            bits,
-            model=network.label,
-            image_size=config.data.image_size,
-            searcher=name,
-            seed=config.seed,
-            budget_gbops=network.budget_in_gbops(budget),
-        )
+        with (
+            self.progress.pause(),
+            waiting(f"choosing bits by {self.config.search.searcher}"),
+            self.clock(results.CHOICE),
+        ):
+            return choose_policy(self.config, self.network, state, budget, self.batches)
 
     def make_step(self, state: TrainState, span: Span) -> Callable[..., Any]:
         """Returns the training step of a phase, compiled by a step on a copy of the state."""
@@ -213,7 +194,7 @@ class Run:
         numbers = {name: value.item() for name, value in metrics.items()}
         self.writer.write(step, {"phase": phase.name, "kind": "train", **numbers})
         if any("logits" in update.trains for update in phase.updates):
-            logits = {path: row.tolist() for path, row in _logits(state).items()}
+            logits = {path: row.tolist() for path, row in logits_of(state).items()}
             self.writer.write(step, {"phase": phase.name, "kind": "logits", "logits": logits})
         self.writer.write_speed(step, phase.name, self.progress.images_per_second)
         broken = [name for name, value in numbers.items() if not math.isfinite(value)]
@@ -231,33 +212,25 @@ class Run:
             precision = phase.evaluation.replace(branches=self.branches)
             self._evaluate_one(step, state, phase.name, "chosen", precision)
         else:
-            costs = self.network.costs
-            options = self.config.quant
-            for bits in bit_candidates(options.act_bits, options.weight_bits):
+            uniform = uniform_precisions(self.network, self.config, phase.evaluation)
+            for bits, precision in uniform.items():
                 name = f"uniform {bits.act}"
-                if len(options.weight_bits) > 1:
+                if len(self.config.quant.weight_bits) > 1:
                     name += f"/{bits.weight}"
-                branches = policy_lib.branches(cost.uniform_bits(costs, *bits), costs)
-                precision = phase.evaluation.replace(branches=branches)
                 self._evaluate_one(step, state, phase.name, name, precision)
 
     def _evaluate_one(
         self, step: int, state: TrainState, phase: str, name: str, precision: Precision
     ) -> None:
         """Writes the accuracy with the running and, if asked, with re-estimated statistics."""
-        variants = {"running": state.variables}
         with self.progress.pause(), waiting(f"evaluating {phase} at {name} precision"):
-            if self.config.eval.bn_reestimate_batches and precision.activations != "full":
-                statistics = self.evaluator.reestimate(state.variables, precision)
-                variants["re-estimated"] = state.variables | {"batch_stats": statistics}
-            for kind, variables in variants.items():
+            for kind, counts in self.evaluator.by_statistics(state.variables, precision).items():
                 row = {"phase": phase, "kind": "eval", "precision": name, "statistics": kind}
-                row |= {"weights": precision.weights, **self.evaluator(variables, precision)}
-                self.writer.write(step, row)
+                self.writer.write(step, row | {"weights": precision.weights, **counts})
                 self.progress.message(
                     f"{phase} step {step}: {name} activations, {precision.weights} weights, "
-                    f"{kind} statistics: top-1 {row['top1']:.2f} % "
-                    f"({row['correct']} of {row['examples']})"
+                    f"{kind} statistics: top-1 {counts['top1']:.2f} % "
+                    f"({counts['correct']} of {counts['examples']})"
                 )
 
     def settle_statistics(self, state: TrainState, phase: Phase) -> TrainState:
@@ -283,9 +256,3 @@ class Run:
             seconds=self.seconds,
             search_end=first_step if stop_after_search else None,
         )
-
-
-def _logits(state: TrainState) -> dict[str, np.ndarray]:
-    """Returns searched layer -> logits [branches]."""
-    logits = branch_logits(split_by_label(state, {"logits"})[0])
-    return {path: jax.device_get(row) for path, row in logits.items()}

@@ -332,6 +332,27 @@ def test_searcher_uniform(processes, tmp_path):
     assert set(bits.values()) == {2}
 
 
+def test_calibration_alone_of_another_runs_weights(processes, finished, tmp_path):
+    weights, _ = finished
+    settings = {"pretrained": str(weights), "quant.init_rule": "mse", "budget.value": 1.0}
+    result = processes.result(
+        command(f"--workdir={tmp_path / 'calibrated'}", "--mode=calibrate", **settings)
+    )
+    rows = result["evaluations"]
+    assert [(row["precision"], row["statistics"]) for row in rows] == [("full", "running")] + [
+        (name, kind) for name in ("4/4", "2/4") for kind in ("running", "re-estimated")
+    ]
+    assert all(row["examples"] == 360 for row in rows)
+    assert len({row["loss"] for row in rows}) == 5
+    assert not (tmp_path / "calibrated").exists()
+
+
+def test_calibration_needs_weights(processes, tmp_path):
+    done = processes.finish(command(f"--workdir={tmp_path / 'run'}", "--mode=calibrate"))
+    assert done.returncode == 2
+    assert "config.pretrained='': expected trained weights" in done.stderr
+
+
 def test_searcher_none_and_its_network_as_a_teacher(processes, tmp_path):
     settings = {"search.searcher": "none"}
     teacher = tmp_path / "teacher"

@@ -41,7 +41,7 @@ ORDER = (
     {"calibrate"},
     {"checkpoints"},
     {"experiment"},
-    {"weights"},
+    {"weights", "choose"},
     {"evaluate", "results", "diagnose"},
     {"run"},
     {"train"},

@@ -225,6 +225,31 @@ def test_init_step(bits, signed, shift):
     np.testing.assert_allclose(per_channel, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_step_of_least_squared_error(bits, signed):
+    values = np.random.default_rng(0).standard_normal(2000).astype(np.float32)
+    values = values if signed else np.abs(values)
+
+    def error(step):
+        return float(np.mean((fake_quant(values, step, bits, signed=signed) - values) ** 2))
+
+    step = init_step(values, bits, signed=signed, rule="mse")
+    least = min(error(step * 2.0**factor) for factor in np.linspace(-3, 3, 97))
+    assert error(step) <= 1.05 * least  # steps are tried an eighth of an octave apart
+
+
+def test_step_of_least_squared_error_is_exact_on_levels():
+    # All but the step itself, and its halves, cost something.
+    levels = 0.3 * np.arange(16, dtype=np.float32)
+    assert init_step(levels, 4, signed=False, rule="mse") == pytest.approx(0.3, rel=1e-6)
+    shifted = init_step(levels - 0.375, 4, signed=False, shift=0.375, rule="mse")
+    assert shifted == pytest.approx(0.3, rel=1e-6)
+    rows = np.stack([levels, 2 * levels], axis=-1)
+    steps = init_step(rows, 4, signed=False, rule="mse", per_channel=True)
+    np.testing.assert_allclose(steps, [0.3, 0.6], rtol=1e-6)
+
+
 def test_init_step_of_zeros_is_the_floor():
     assert init_step(jnp.zeros((4, 4)), 4, signed=False) == np.float32(STEP_FLOOR)
     steps = init_step(jnp.float32([[1, 0], [1, 0]]), 2, signed=True, per_channel=True)
