@@ -33,7 +33,8 @@ class Evaluator:
     def __init__(self, model: nn.Module, dataset: datasets.Dataset, config: ConfigDict, mesh: Mesh):
         self._model, self._dataset, self._config, self._mesh = model, dataset, config, mesh
         # Rounded up so that each device gets the same share; padding is masked out.
-        self._batch_size = -(-config.eval.batch_size // mesh.size) * mesh.size
+        size = min(config.eval.batch_size, len(dataset.evaluation))
+        self._batch_size = -(-size // mesh.size) * mesh.size
         self._count = jax.jit(self._count_batch)
         self._statistics = jax.jit(self._batch_statistics)
 
