@@ -124,7 +124,10 @@ def diagnose(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Compares statistics before and after bit-meta; writes diagnostics.json and charts."""
     from metamix_jax.diagnose import run
 
-    return run.diagnose(config, workdir)
+    result = run.diagnose(config, workdir)
+    if (workdir / "results.json").exists():  # of a run, whose report gets a part on this
+        write_report(workdir)
+    return result
 
 
 def report(config: ConfigDict, workdir: Path) -> dict[str, Any]:

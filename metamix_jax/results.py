@@ -72,9 +72,7 @@ def write(
             span.phase.name: {"steps": span.steps, "seconds": seconds.get(span.phase.name, 0.0)}
             for span in schedule
         },
-        "search_cost": _search_cost(
-            schedule, seconds, len(bit_candidates(config.quant.act_bits, config.quant.weight_bits))
-        ),
+        "search_cost": _search_cost(schedule, seconds, config),
         "evaluations": evaluations,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"python": platform.python_version()}
@@ -102,15 +100,19 @@ def _average(
 
 
 def _search_cost(
-    schedule: Sequence[Span], seconds: Mapping[str, float], branches: int
+    schedule: Sequence[Span], seconds: Mapping[str, float], config: ConfigDict
 ) -> dict[str, float]:
     spans = [span for span in schedule if span.phase.quantizes and not span.phase.needs_policy]
     spent = sum(seconds.get(name, 0.0) for name in [CHOICE, *(span.phase.name for span in spans)])
+    branches = len(bit_candidates(config.quant.act_bits, config.quant.weight_bits))
+    passes = 0  # forward and backward
+    for span in spans:
+        for update in span.phase.updates:
+            times = 1 + len(config.search.budgets) if "logits" in update.trains else 1
+            passes += span.steps * update.passes(branches) * times
     return {
         "steps": sum(span.steps for span in spans),
-        "forward_passes": sum(  # with a backward pass each
-            span.steps * update.passes(branches) for span in spans for update in span.phase.updates
-        ),
+        "forward_passes": passes,
         "seconds": spent,
         "device_hours": spent * jax.device_count() / 3600,
     }

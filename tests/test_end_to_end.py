@@ -198,6 +198,8 @@ def test_files_of_a_finished_run(finished):
         "full_precision": 16, "bit_meta": 16, "bit_search": 16, "act_training": 16,
         "weight_training": 16,
     }  # fmt: skip
+    cost = summary["search_cost"]
+    assert (cost["steps"], cost["forward_passes"]) == (32, 16 * 2 + 16 * (2 + 1))
     policy = json.loads((workdir / "policy.json").read_text())
     assert policy["gbops"] == result["gbops"]
     # One row for each step, and none twice.

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -115,6 +116,36 @@ def test_markup_escapes_all_but_markup():
         '<img alt="a" class="b" aria-hidden="true">'
     )
     assert join("<", f"{Markup('<b>')}") == "&lt;&lt;b&gt;"  # an f-string is text again
+
+
+def test_page_with_a_diagnosis(tmp_path):
+    workdir = write_run(tmp_path)
+    assert "#diagnosis" not in {link["href"] for link in report(workdir).all("a")}
+    rows = [{"rule": "LSQ <init>", "reference": 1.0, "variance": {"8": 1.0, "2": 0.7241}}]
+    trace = {
+        "correlation_batch": 0.5, "correlation_running": None, "variation_batch": 0.1,
+        "variation_running": 0.01, "variation_widest": 0.02, "ratio": {"8": 1.0, "2": 0.8},
+    }  # fmt: skip
+    found = {
+        "layer": "stage1/conv", "summary": [],
+        "distances": {"running": {"after": {"full": {"stage1/conv": {"mean": 0.125}}}}},
+        "variance_traces": {"after": {"full": trace}}, "quantized_variances": rows,
+        "sensitivity": None,
+    }  # fmt: skip
+    (workdir / "diagnostics.json").write_text(json.dumps(found))
+    shutil.copy(Path(__file__).parents[1] / "docs/cifar10_resnet20_bits.png",
+                workdir / "diagnose_variance.png")  # fmt: skip
+    page = report(workdir)
+    assert "#diagnosis" in {link["href"] for link in page.all("a")}
+    assert "0.1250" in page.text and "LSQ <init>" in page.text and "0.7241" in page.text
+    assert_self_contained(page, workdir / "report.html")
+    pictures = [image for image in page.all("img") if image["src"].startswith("data:image/png")]
+    assert [image["alt"] for image in pictures] == [
+        "Variance after one layer while its width is redrawn at every step"
+    ]
+    (workdir / "diagnostics.json").write_text("{}")
+    with pytest.raises(UserError, match="diagnostics.json: lacks layer"):
+        write_report(workdir)
 
 
 def test_page_without_a_policy(tmp_path):

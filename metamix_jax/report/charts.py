@@ -112,7 +112,7 @@ def _curves(
         steps, losses = [r["step"] for r in inside], [_number(r.get("loss")) for r in inside]
         top.plot(steps, losses, color="#3b1f7a", linewidth=1, marker=".", markersize=2)
     if spans:
-        margin = 0.01 * spans[-1][2]
+        margin = 0.01 * spans[-1][2] or 0.5
         top.set_xlim(-margin, spans[-1][2] + margin)
     _label_phases(top, spans, gap=0.35 / width)
     top.set_ylabel("training loss")

@@ -17,6 +17,10 @@ _RESULTS = (
 )  # fmt: skip
 _POLICY = ("model", "image_size", "searcher", "seed", "budget_gbops", "layers")
 
+_DIAGNOSTICS = (
+    "layer", "summary", "distances", "variance_traces", "quantized_variances", "sensitivity",
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
@@ -27,6 +31,7 @@ class Finished:
     policy: of policy.json; None for a full-precision run.
     config: of config.json, flat: "budget.value" -> 0.9.
     rows: of metrics.jsonl.
+    diagnostics: of diagnostics.json; None where nothing was diagnosed.
     """
 
     workdir: Path
@@ -34,6 +39,7 @@ class Finished:
     policy: Mapping[str, Any] | None
     config: Mapping[str, Any]
     rows: list[dict[str, Any]]
+    diagnostics: Mapping[str, Any] | None = None
 
 
 def read_finished(workdir: Path) -> Finished:
@@ -53,7 +59,10 @@ def read_finished(workdir: Path) -> Finished:
         rows = read_rows(workdir / "metrics.jsonl")
     except OSError as error:
         raise UserError(f"{workdir / 'metrics.jsonl'}: not readable ({error})") from error
-    return Finished(workdir, results, policy, config, rows)
+    diagnostics, path = None, workdir / "diagnostics.json"
+    if path.exists():
+        diagnostics = _read(path, _DIAGNOSTICS)
+    return Finished(workdir, results, policy, config, rows, diagnostics)
 
 
 def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:

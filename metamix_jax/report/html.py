@@ -5,6 +5,7 @@ from pathlib import Path
 from metamix_jax.metrics import write_bytes_atomic
 from metamix_jax.report import sections
 from metamix_jax.report.bits import bits_section
+from metamix_jax.report.diagnosis import diagnosis
 from metamix_jax.report.finished import Finished, read_finished
 from metamix_jax.report.logits import logits_section
 from metamix_jax.report.markup import Markup, element, join
@@ -15,7 +16,7 @@ NAME = "report.html"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SECTIONS = (
     sections.summary, bits_section, logits_section, sections.accuracy, sections.curves,
-    sections.time, sections.environment, sections.configuration,
+    diagnosis, sections.time, sections.environment, sections.configuration,
 )  # fmt: skip
 
 

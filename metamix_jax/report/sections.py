@@ -20,8 +20,8 @@ _UNITS = {
     "fraction": "of the BOPs of the uniform 4/4 network",
     "gbops": "GBOPs",
     "average_act_bits": "activation bits on average",
+    "mebibytes": "MiB of weights",
 }
-_SEARCH = "The search, which is the phases bit_meta and bit_search, took:"
 _STATISTICS = ("running", "re-estimated")
 _BOTH_STATISTICS = (
     "Running statistics of batch normalization are those that training left, shared by all "
@@ -170,7 +170,7 @@ def time(run: Finished) -> Section:
     return section(
         "time",
         "Search cost and training time",
-        element("p", _SEARCH if cost["steps"] else "No step was spent on a search."),
+        element("p", "The search took:" if cost["steps"] else "No step was spent on a search."),
         facts(spent) if cost["steps"] else None,
         element("p", "Compilation and evaluation are not counted."),
         table("Training by phase", columns, rows, last=True),
