@@ -21,6 +21,7 @@ from metamix_jax.train import train_and_evaluate
 # Method -> the fields in which its configuration differs.
 METHODS: dict[str, dict[str, Any]] = {
     "metamix": {"search.searcher": "metamix"},
+    "metamix_spent": {"search.searcher": "metamix", "search.least_spent": 0.99},
     "metamix_unfixed": {"search.searcher": "metamix", "bit_search.fixed_meta_state": False},
     "metamix_no_meta": {
         "search.searcher": "metamix", "bit_meta.epochs": 0.0, "bit_search.alternate": False,

@@ -87,6 +87,9 @@ def default() -> ConfigDict:
             # the policy of another run; "none": full-precision training only.
             "searcher": "metamix",
             "uniform_bits": 4,  # of searcher "uniform"
+            # Share of the budget that a policy found by logits spends at least, if the candidates
+            # can; 0.0, the paper's, leaves an argmax below the budget as it is.
+            "least_spent": 0.0,
             # Further budgets, searched beside budget.value on the same meta-state; their policies
             # are written for searcher "file".
             "budgets": (),

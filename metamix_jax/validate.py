@@ -46,6 +46,7 @@ _RANGES = {
         lambda value: 0 <= value < 1,
         ("optimizer.b1", "optimizer.b2", "bit_search.b1", "bit_search.b2"),
     ),
+    "0 to 1": (lambda value: 0 <= value <= 1, ("search.least_spent",)),
     "2 to 8": (lambda value: 2 <= value <= 8, ("quant.first_last_bits",)),
 }  # fmt: skip
 

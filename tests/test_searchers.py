@@ -53,6 +53,9 @@ def budget_of(costs, value, unit="gbops"):
     return make_budget(costs, ConfigDict({"value": value, "unit": unit}))
 
 
+PAPERS = ConfigDict({"search": {"least_spent": 0.0}})
+
+
 def choose(searcher, logits, costs, budget, config):
     """Returns the choice of a searcher that looks at the logits alone."""
     return searcher.choose(SearchContext(None, costs, budget, config, {}, logits, None))
@@ -137,7 +140,7 @@ def test_argmax_inside_the_budget_is_kept(seed, unit, searched):
     if unit == "average_act_bits":
         spent = cost.average_act_bits(costs, argmax)
     # At the limit itself too, whatever order the sums are made in.
-    assert choose(metamix, logits, costs, budget_of(costs, spent, unit), ConfigDict()) == argmax
+    assert choose(metamix, logits, costs, budget_of(costs, spent, unit), PAPERS) == argmax
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_argmax_above_the_budget_is_projected_to_the_most_probable_inside(
     argmax = argmax_of(logits, costs)
     assert budget.cost(argmax, costs) > budget.limit
     with caplog.at_level(logging.INFO):
-        chosen = choose(metamix, logits, costs, budget, ConfigDict())
+        chosen = choose(metamix, logits, costs, budget, PAPERS)
     assert list(sorted(chosen)) == sorted(costs)
     assert {path: chosen[path] for path in FIXED} == FIXED
     assert budget.cost(chosen, costs) <= budget.limit * (1 + 1e-9)
@@ -182,12 +185,56 @@ def test_argmax_above_the_budget_is_projected_to_the_most_probable_inside(
         assert (note in caplog.text) == (argmax[path] != chosen[path])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_argmax_far_below_the_budget_gives_way_to_the_most_probable_that_spends_it(seed, caplog):
+    rng = np.random.default_rng(200 + seed)
+    costs = random_costs(rng)
+    logits = random_logits(rng, costs)
+    for row in logits.values():
+        row[-1] += 3  # towards 2 bits everywhere
+    totals = cost.totals(costs)
+    budget = budget_of(costs, 0.6 * totals["gbops_min"] + 0.4 * totals["gbops_max"])
+    argmax = argmax_of(logits, costs)
+    assert choose(metamix, logits, costs, budget, PAPERS) == argmax
+    with caplog.at_level(logging.INFO):
+        chosen = choose(
+            metamix, logits, costs, budget, ConfigDict({"search": {"least_spent": 0.95}})
+        )
+    assert "far below the budget" in caplog.text
+    spent = budget.cost(chosen, costs)
+    assert 0.95 * budget.limit * (1 - 1e-9) <= spent <= budget.limit * (1 + 1e-9)
+    shares = log_shares(logits)
+    best = max(
+        total(shares, choice)
+        for choice in all_choices(shares)
+        if 0.95 * budget.limit
+        <= budget.fixed_cost + total(budget.branch_costs, choice)
+        <= budget.limit
+    )
+    value = total(shares, {path: costs[path].candidates.index(chosen[path]) for path in shares})
+    assert value == pytest.approx(best, abs=1e-5)
+
+
+def test_a_budget_that_cannot_be_spent_is_spent_as_far_as_it_can():
+    costs = random_costs(np.random.default_rng(0))
+    logits = random_logits(np.random.default_rng(0), costs)
+    totals = cost.totals(costs)
+    budget = budget_of(costs, 0.5 * totals["gbops_min"] + 0.5 * totals["gbops_max"])
+    chosen = choose(metamix, logits, costs, budget, ConfigDict({"search": {"least_spent": 1.0}}))
+    most = max(
+        found
+        for choice in all_choices(budget.branch_costs)
+        if (found := budget.fixed_cost + total(budget.branch_costs, choice)) <= budget.limit
+    )
+    assert budget.cost(chosen, costs) == pytest.approx(most, rel=1e-6)
+
+
 def test_budget_at_the_least_cost_leaves_the_narrowest_policy():
     rng = np.random.default_rng(0)
     costs = random_costs(rng, layers=12)
     for unit, least in (("gbops", cost.totals(costs)["gbops_min"]), ("average_act_bits", 2.0)):
         budget = budget_of(costs, least, unit)
-        chosen = choose(metamix, random_logits(rng, costs), costs, budget, ConfigDict())
+        chosen = choose(metamix, random_logits(rng, costs), costs, budget, PAPERS)
         assert chosen == cost.uniform_bits(costs, 2)
 
 
@@ -196,10 +243,10 @@ def test_budget_at_the_least_cost_leaves_the_narrowest_pairs():
     costs = random_costs(rng, layers=12, searched=PAIRS)
     logits = random_logits(rng, costs)
     budget = budget_of(costs, cost.totals(costs)["gbops_min"])
-    assert choose(metamix, logits, costs, budget, ConfigDict()) == cost.uniform_bits(costs, 2, 2)
+    assert choose(metamix, logits, costs, budget, PAPERS) == cost.uniform_bits(costs, 2, 2)
     # A budget of activation bits leaves each layer its likeliest weight bits.
     budget = budget_of(costs, 2.0, "average_act_bits")
-    chosen = choose(metamix, logits, costs, budget, ConfigDict())
+    chosen = choose(metamix, logits, costs, budget, PAPERS)
     narrow = {path: Bits(2, BITS[int(np.argmax(row[-3:]))]) for path, row in logits.items()}
     assert chosen == FIXED | narrow
 
@@ -208,9 +255,9 @@ def test_ties_go_to_the_first_candidate():
     costs = random_costs(np.random.default_rng(0))
     budget = budget_of(costs, cost.totals(costs)["gbops_max"])
     logits = {path: np.zeros(3, np.float32) for path in costs if path not in ("first", "last")}
-    assert choose(metamix, logits, costs, budget, ConfigDict()) == cost.uniform_bits(costs, 8)
+    assert choose(metamix, logits, costs, budget, PAPERS) == cost.uniform_bits(costs, 8)
     logits["layer0"] = np.float32([0, 1, 1])
-    chosen = choose(metamix, logits, costs, budget, ConfigDict())
+    chosen = choose(metamix, logits, costs, budget, PAPERS)
     assert chosen == cost.uniform_bits(costs, 8) | {"layer0": Bits(4, 4)}
 
 

@@ -30,9 +30,12 @@ def best_policy(
 
 
 def maximise(
-    values: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], limit: float
+    values: Mapping[str, Sequence[float]],
+    costs: Mapping[str, Sequence[float]],
+    limit: float,
+    least: float = 0.0,
 ) -> dict[str, int]:
-    """Returns the choice per layer with the greatest total value at a total cost <= limit.
+    """Returns the choice per layer with the greatest total value at least <= total cost <= limit.
 
     The total is the greatest to about 1e-9 of the greatest spread of a layer's values. Layers of a
     far smaller spread then share what the others leave, by the same rule.
@@ -41,29 +44,34 @@ def maximise(
       values: layer -> value of each candidate, of any scale.
       costs: layer -> cost of each candidate, same layers and lengths.
       limit: greatest total cost.
+      least: least total cost.
 
     Raises:
-      ValueError: no choice costs as little as `limit`.
+      ValueError: no choice costs as little as `limit`, or none lies between the two.
     """
     spreads = {path: float(np.ptp(row)) for path, row in values.items()}
     widest = max(spreads.values())
     scale = 1e3 / max(widest, 1e-300)  # the solver stops 1e-6 short of the optimum
     scaled = {path: (np.asarray(row, float) - max(row)) * scale for path, row in values.items()}
-    choice = _solve(scaled, costs, limit)
+    choice = _solve(scaled, costs, limit, least)
     fine = [path for path, spread in spreads.items() if spread < RESOLUTION * widest]
     if any(spreads[path] > 0 for path in fine):
         coarse = sum(costs[path][k] for path, k in choice.items() if path not in fine)
-        least = sum(min(costs[path]) for path in fine)  # may exceed the rest by rounding
+        spent = sum(costs[path][choice[path]] for path in fine)  # may exceed the rest by rounding
         choice |= maximise(
             {path: values[path] for path in fine},
             {path: costs[path] for path in fine},
-            max(limit - coarse, least),
+            max(limit - coarse, spent),
+            min(least - coarse, spent),
         )
     return choice
 
 
 def _solve(
-    values: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], limit: float
+    values: Mapping[str, Sequence[float]],
+    costs: Mapping[str, Sequence[float]],
+    limit: float,
+    least: float,
 ) -> dict[str, int]:
     paths = list(values)
     value = np.concatenate([np.asarray(values[path], float) for path in paths])
@@ -71,7 +79,7 @@ def _solve(
     one_each = csr_array(block_diag([np.ones((1, len(values[path]))) for path in paths]))
     constraints = [
         LinearConstraint(one_each, 1, 1),
-        LinearConstraint(cost[None] / limit, -np.inf, 1 + TOLERANCE),
+        LinearConstraint(cost[None] / limit, least / limit - TOLERANCE, 1 + TOLERANCE),
     ]
     while True:
         result = milp(
@@ -82,7 +90,7 @@ def _solve(
             options={"mip_rel_gap": 0.0},
         )
         if result.x is None:
-            raise ValueError(f"no choice costs {limit} or less: {result.message}")
+            raise ValueError(f"no choice costs {limit} or less, and {least}: {result.message}")
         picked = np.round(result.x)
         if cost @ picked <= limit * (1 + TOLERANCE):
             break

@@ -16,7 +16,9 @@ def choose(context: SearchContext) -> dict[str, Bits]:
     """Returns layer path -> bits: the argmax of the logits, inside the budget.
 
     The search loss is two-sided (Eq. 4), so the argmax can end above the budget; the most probable
-    policy inside it (multiple-choice knapsack over log-probabilities) then takes its place.
+    policy inside it (multiple-choice knapsack over log-probabilities) then takes its place. So it
+    does where the argmax leaves more of the budget unspent than config.search.least_spent allows,
+    which is ours.
     """
     logits, costs, budget = context.logits, context.costs, context.budget
     # Fixed layers have one candidate; the searched ones follow.
@@ -25,11 +27,17 @@ def choose(context: SearchContext) -> dict[str, Bits]:
         path: costs[path].candidates[int(np.argmax(np.asarray(row)))]
         for path, row in logits.items()
     }
-    spent = budget.cost(argmax, costs)
-    if spent <= budget.limit * (1 + 1e-9):
+    spent, least = budget.cost(argmax, costs), context.config.search.least_spent * budget.limit
+    if least * (1 - 1e-9) <= spent <= budget.limit * (1 + 1e-9):
         return argmax
     log_shares = {path: np.asarray(jax.nn.log_softmax(row), float) for path, row in logits.items()}
-    choice = knapsack.maximise(log_shares, budget.branch_costs, budget.limit - budget.fixed_cost)
+    room = budget.limit - budget.fixed_cost
+    # No policy may cost as much as that, so no more is asked than the dearest one inside.
+    dearest = knapsack.maximise(budget.branch_costs, budget.branch_costs, room)
+    most = sum(budget.branch_costs[path][k] for path, k in dearest.items())
+    choice = knapsack.maximise(
+        log_shares, budget.branch_costs, room, least=min(least - budget.fixed_cost, most)
+    )
     projected = fixed | {path: costs[path].candidates[index] for path, index in choice.items()}
     changed = [
         f"{path} {argmax[path].act}/{argmax[path].weight}->"
@@ -38,9 +46,9 @@ def choose(context: SearchContext) -> dict[str, Bits]:
         if argmax[path] != projected[path]
     ]
     logging.info(
-        "the search ended at %.4f %s, above the budget of %.4f; projected to %.4f by changing "
+        "the search ended at %.4f %s, %s the budget of %.4f; projected to %.4f by changing "
         "%d layers: %s",
-        spent, budget.unit, budget.limit, budget.cost(projected, costs), len(changed),
-        ", ".join(changed),
+        spent, budget.unit, "above" if spent > budget.limit else "far below", budget.limit,
+        budget.cost(projected, costs), len(changed), ", ".join(changed),
     )  # fmt: skip
     return projected
