@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from metamix_jax import cost, experiment
 from metamix_jax.budget import make_budget
+from metamix_jax.config import default
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.metrics import write_json
 from metamix_jax.report import charts, tables
@@ -80,7 +81,7 @@ def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> Con
         raise UserError(f"config.compare.methods: {method!r}; {suggestion(method, METHODS)}")
     own = config.copy_and_resolve_references()
     own.update_from_flattened_dict(METHODS[method] | {"seed": seed, "budget.value": float(budget)})
-    own.compare = config.compare
+    own.compare = default().compare  # a comparison may be extended: its runs stay the same
     if method == "uniform":
         own.search.uniform_bits = widest_uniform(own)
     experiment.make_network(own)
