@@ -300,7 +300,13 @@ def test_random_prefers_no_policy_of_equal_cost():
     assert counts.min() > 70  # 100 each, give or take four standard deviations
 
 
-def test_random_says_so_where_nothing_costs_about_the_budget():
+def test_random_takes_what_comes_closest_where_nothing_costs_about_the_budget():
+    costs = {"a": LayerCost(10**6, 10, 10, (8, 2), (4,))}
+    assert random.draw(budget_of(costs, 0.02), np.random.default_rng(0)) == {"a": 1}
+
+
+def test_random_says_so_where_it_found_nothing(monkeypatch):
+    monkeypatch.setattr(random, "ROUNDS", 0)
     costs = {"a": LayerCost(10**6, 10, 10, (8, 2), (4,))}
     with pytest.raises(UserError, match="take another config.budget.value"):
         random.draw(budget_of(costs, 0.02), np.random.default_rng(0))

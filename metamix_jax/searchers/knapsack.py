@@ -29,6 +29,13 @@ def best_policy(
     return fixed | {path: costs[path].candidates[index] for path, index in choice.items()}
 
 
+def dearest(budget: Budget) -> float:
+    """Returns the greatest cost, in the budget's unit, of a policy inside it."""
+    table = budget.branch_costs
+    choice = maximise(table, table, budget.limit - budget.fixed_cost)
+    return budget.fixed_cost + sum(table[path][index] for path, index in choice.items())
+
+
 def maximise(
     values: Mapping[str, Sequence[float]],
     costs: Mapping[str, Sequence[float]],

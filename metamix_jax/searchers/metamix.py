@@ -31,12 +31,12 @@ def choose(context: SearchContext) -> dict[str, Bits]:
     if least * (1 - 1e-9) <= spent <= budget.limit * (1 + 1e-9):
         return argmax
     log_shares = {path: np.asarray(jax.nn.log_softmax(row), float) for path, row in logits.items()}
-    room = budget.limit - budget.fixed_cost
-    # No policy may cost as much as that, so no more is asked than the dearest one inside.
-    dearest = knapsack.maximise(budget.branch_costs, budget.branch_costs, room)
-    most = sum(budget.branch_costs[path][k] for path, k in dearest.items())
     choice = knapsack.maximise(
-        log_shares, budget.branch_costs, room, least=min(least - budget.fixed_cost, most)
+        log_shares,
+        budget.branch_costs,
+        budget.limit - budget.fixed_cost,
+        # No policy may cost as much as that, so no more is asked than the dearest one inside.
+        least=min(least, knapsack.dearest(budget)) - budget.fixed_cost,
     )
     projected = fixed | {path: costs[path].candidates[index] for path, index in choice.items()}
     changed = [

@@ -7,17 +7,19 @@ import numpy as np
 from metamix_jax.budget import Budget
 from metamix_jax.errors import UserError
 from metamix_jax.precision import Bits
+from metamix_jax.searchers import knapsack
 from metamix_jax.searchers.context import SearchContext
 
 PHASES = ("act_training", "weight_training")
-WITHIN = 0.01  # of the budget, below it
+WITHIN = 0.01  # of the dearest policy's cost, below it
 DRAWS, ROUNDS = 10_000, 100
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
-    """Returns a policy drawn evenly from those that cost 99 to 100 % of the budget.
+    """Returns a policy drawn evenly from those that spend the budget, to within 1 %.
 
-    Draws depend on config.seed alone.
+    Layers of equal size make costs of few different sums, none of which may lie that close to the
+    budget; the 1 % is therefore of the dearest policy inside it. Draws depend on config.seed alone.
 
     Raises:
       UserError: none was found.
@@ -37,7 +39,7 @@ def draw(budget: Budget, rng: np.random.Generator) -> dict[str, int]:
     policy near a tight budget is found too.
     """
     tables = [np.asarray(table) for table in budget.branch_costs.values()]
-    low, high = budget.limit * (1 - WITHIN), budget.limit * (1 + 1e-9)
+    low, high = knapsack.dearest(budget) * (1 - WITHIN), budget.limit * (1 + 1e-9)
     tilt = _tilt(tables, (low + high) / 2 - budget.fixed_cost)
     for _ in range(ROUNDS):
         picks = np.stack([rng.choice(len(t), size=DRAWS, p=_shares(t, tilt)) for t in tables])
