@@ -31,13 +31,13 @@ def choose(context: SearchContext) -> dict[str, Bits]:
     if least * (1 - 1e-9) <= spent <= budget.limit * (1 + 1e-9):
         return argmax
     log_shares = {path: np.asarray(jax.nn.log_softmax(row), float) for path, row in logits.items()}
-    choice = knapsack.maximise(
-        log_shares,
-        budget.branch_costs,
-        budget.limit - budget.fixed_cost,
-        # No policy may cost as much as that, so no more is asked than the dearest one inside.
-        least=min(least, knapsack.dearest(budget)) - budget.fixed_cost,
-    )
+    room = budget.limit - budget.fixed_cost
+    if spent > budget.limit and not least:
+        choice = knapsack.maximise(log_shares, budget.branch_costs, room)
+    else:
+        # Not every sum is the cost of a policy, so no more is asked than the dearest one's.
+        least = min(least, knapsack.dearest(budget)) - budget.fixed_cost
+        choice = knapsack.spend(log_shares, budget.branch_costs, room, least)
     projected = fixed | {path: costs[path].candidates[index] for path, index in choice.items()}
     changed = [
         f"{path} {argmax[path].act}/{argmax[path].weight}->"
