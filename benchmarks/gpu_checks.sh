@@ -29,3 +29,12 @@ cifar full_precision --config.search.searcher=none --config.full_precision.epoch
   --config.full_precision.learning_rate=5e-4
 # 2. Below the uniform 4/4 network, where a search has more to decide.
 cifar metamix_075 --config.budget.value=0.75
+# 3. All methods at three budgets, three seeds: one workdir each, so it resumes where it was cut.
+python main.py --config=configs/cifar10_resnet20.py --mode=compare --workdir=/tmp/gpu_checks/compare \
+  --config.pretrained="$DATA/resnet20-12fca82f.npz" --config.data.data_dir="$DATA/tfds" \
+  --config.compare.methods="('metamix','metamix_spent','joint','asga','ompq','hessian','random','uniform')" \
+  --config.compare.budgets="(1.0,0.8,0.65)" 2> >(tee "$OUT/compare.log" >&2) | tee "$OUT/compare.result"
+cp /tmp/gpu_checks/compare/comparison.{json,png} "$OUT"
+# 4. Images per second, compile time and memory of the ImageNet networks' steps, float32; there is
+#    no bfloat16 yet.
+python benchmarks/step_rates.py | tee "$OUT/step_rates.txt"
