@@ -171,6 +171,7 @@ def kill_at_random(processes, folder, reference, kills, seed=0):
             process.wait()
             done += 1
             phases.append(rows_of(workdir)[-1]["phase"] if rows_of(workdir) else "start")
+            print(f"kill {done} in {phases[-1]}, {finished} runs finished so far", flush=True)
             continue
         assert process.returncode == 0, log.read_text()
         assert_same_run(workdir, reference)
