@@ -114,6 +114,10 @@ class Checkpoints:
         }
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
+    def wait(self) -> None:
+        """Waits until what was saved is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
     def read_facts(self, step: int) -> dict[str, Any]:
         """Returns what `save` got as facts. Raises DamagedError."""
         return self._facts_and_digests(step)[0]
