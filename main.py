@@ -37,13 +37,16 @@ def main(_: list[str]) -> int:
         if not flags.FLAGS.workdir:
             raise UserError("--workdir: expected a directory, such as --workdir=runs/digits")
         # Imported after the flags are parsed, so that their mistakes show at once.
+        from metamix_jax import distributed
         from metamix_jax.modes import MODES
 
+        distributed.initialize(flags.FLAGS.config.distributed)
         result = MODES[flags.FLAGS.mode](flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except tuple(EXIT_CODES) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         return _fail(error, code)
-    print("RESULT " + json.dumps(result), flush=True)
+    if distributed.is_first():
+        print("RESULT " + json.dumps(result), flush=True)
     return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from metamix_jax import digests, sharding
+from metamix_jax import digests, distributed, sharding
 from metamix_jax.errors import UserError
 from metamix_jax.state import TrainState
 
@@ -99,7 +99,9 @@ class Checkpoints:
         path = self._directory / str(step)
         names = (f"{step}.damaged{suffix}" for suffix in ["", *(f".{i}" for i in range(2, 1000))])
         aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-        path.rename(aside)
+        if distributed.is_first():
+            path.rename(aside)
+        distributed.wait_for_all(f"set aside {step}")
         self._manager.reload()
         _LOGGER.error("DAMAGED CHECKPOINT: set aside as %s", aside)
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, data, datasets, lock, models, phases, sharding
+from metamix_jax import cost, data, datasets, distributed, lock, models, phases, sharding
 from metamix_jax.budget import Budget, make_budget
 from metamix_jax.cost import LayerCosts
 from metamix_jax.errors import UserError
@@ -40,6 +40,10 @@ HARMLESS = (
     "diagnose.hessian",
     "diagnose.layer",
     "diagnose.recalibrate",
+    "distributed.coordinator",
+    "distributed.initialize",
+    "distributed.process",
+    "distributed.processes",
 )
 
 
@@ -170,14 +174,19 @@ def claim_workdir(config: ConfigDict, workdir: Path, dataset: datasets.Dataset) 
     Raises:
       UserError: not writable, in use, or holding a run with another configuration or data set.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock_file = lock.hold(workdir)
-        with lock_file:
+    with contextlib.ExitStack() as stack:
+        error = None
+        try:
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock.hold(workdir))
+            except OSError as reason:
+                raise UserError(f"{workdir}: not usable as --workdir ({reason})") from reason
             _claim(config, workdir, datasets.fingerprint(dataset))
-            yield
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{workdir}: not usable as --workdir ({error})") from error
+        except UserError as found:
+            error = found
+        distributed.agree(error)
+        yield
 
 
 def _claim(config: ConfigDict, workdir: Path, fingerprint: dict[str, Any]) -> None:

@@ -7,6 +7,9 @@ import threading
 from types import FrameType
 from typing import Self
 
+import jax
+from jax.experimental import multihost_utils
+
 from metamix_jax.errors import InterruptedRunError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -17,14 +20,19 @@ class Interruption:
 
     A thread of its own reads them from a pipe that they are written to as they arrive: Python's
     handlers would have to wait for the compilation or the step that the main thread is in.
+
+    Of several processes JAX notices the SIGTERM that one of them gets, and has all of them agree
+    on a step; SIGINT and a second SIGTERM are then not handled here.
     """
 
     def __init__(self) -> None:
         self._signals: list[int] = []
+        self._alone = jax.process_count() == 1
 
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has come."""
+    def requested_at(self, step: int) -> bool:
+        """Returns whether to save and stop at `step`; processes ask at each step and agree."""
+        if not self._alone and multihost_utils.reached_preemption_sync_point(step):
+            self._signals.append(signal.SIGTERM)
         return bool(self._signals)
 
     def stop_if_requested(self, step: int) -> None:
@@ -37,6 +45,8 @@ class Interruption:
             )
 
     def __enter__(self) -> Self:
+        if not self._alone:
+            return self
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._former_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
@@ -46,6 +56,8 @@ class Interruption:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._alone:
+            return
         for number, handler in self._former.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._former_wakeup)

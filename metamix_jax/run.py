@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, data, datasets, experiment, nonfinite, results, sharding
+from metamix_jax import cost, data, datasets, distributed, experiment, nonfinite, results, sharding
 from metamix_jax import policy as policy_lib
 from metamix_jax import weights as weights_lib
 from metamix_jax.budget import Budget
@@ -272,7 +272,9 @@ class Run:
         return state.replace(batch_stats=self.evaluator.reestimate(state.variables, precision))
 
     def finish(self, stop_after_search: bool) -> dict[str, Any]:
-        """Writes results.json and the pictures; returns the RESULT."""
+        """Writes results.json and the pictures; returns the RESULT, {} but in process 0."""
+        if not distributed.is_first():
+            return {}
         first_step = next((span.start for span in self.schedule if span.phase.needs_policy), None)
         return results.write(
             self.workdir,

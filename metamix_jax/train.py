@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax import experiment, failures
+from metamix_jax import distributed, experiment, failures
 from metamix_jax.checkpoints import DIRECTORY, Checkpoints
 from metamix_jax.interruption import Interruption
 from metamix_jax.metrics import MetricWriter
@@ -37,14 +37,20 @@ def train_and_evaluate(
       RunError: numbers that are not finite, a full disk, a full memory.
       InterruptedRunError: SIGTERM or SIGINT, after saving.
     """
-    with Interruption() as interruption, failures.explained(workdir, config):
-        run = Run.prepare(config, workdir)
-        with experiment.claim_workdir(config, workdir, run.dataset):
-            return _train(run, interruption, stop_after_search)
+    with (
+        Interruption() as interruption,
+        failures.explained(workdir, config),
+        distributed.files_of(workdir) as files,
+    ):
+        run = Run.prepare(config, files)
+        with experiment.claim_workdir(config, files, run.dataset):
+            return _train(run, workdir, interruption, stop_after_search)
 
 
-def _train(run: Run, interruption: Interruption, stop_after_search: bool) -> dict[str, Any]:
-    config, workdir, schedule = run.config, run.workdir, run.schedule
+def _train(
+    run: Run, workdir: Path, interruption: Interruption, stop_after_search: bool
+) -> dict[str, Any]:
+    config, schedule = run.config, run.schedule
     if stop_after_search:
         schedule = [span for span in schedule if not span.phase.needs_policy]
     total = schedule[-1].stop if schedule else 0
@@ -82,7 +88,7 @@ def _train(run: Run, interruption: Interruption, stop_after_search: bool) -> dic
                         progress.update(step, **{k: metrics[k] for k in metrics if "loss" in k})
                         if step % config.log_every_steps == 0 or step == span.stop:
                             run.log(step, span.phase, metrics, state)
-                    ends, stops = step == span.stop, interruption.requested
+                    ends, stops = step == span.stop, interruption.requested_at(step)
                     saves = ends or stops or step % config.checkpoint_every_steps == 0
                     if saves:
                         run.require_finite(step, span.phase, metrics, state)

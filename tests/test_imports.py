@@ -22,6 +22,7 @@ ORDER = (
         "config",
         "depthwise",
         "digests",
+        "distributed",
         "failures",
         "interruption",
         "lock",
