@@ -63,7 +63,7 @@ def _train(
         if latest is not None:
             logging.info("going on from step %d in %s", step, phase_at(step, schedule).phase.name)
         with (
-            MetricWriter(workdir, resume_step=-1 if latest is None else latest) as writer,
+            MetricWriter(run.workdir, resume_step=-1 if latest is None else latest) as writer,
             Progress(total, step, config.batch_size, "setting up") as progress,
         ):
             run.writer, run.progress = writer, progress
