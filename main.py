@@ -40,7 +40,7 @@ def main(_: list[str]) -> int:
         from metamix_jax import distributed
         from metamix_jax.modes import MODES
 
-        distributed.initialize(flags.FLAGS.config.distributed)
+        distributed.initialize(flags.FLAGS.config)
         result = MODES[flags.FLAGS.mode](flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except tuple(EXIT_CODES) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))

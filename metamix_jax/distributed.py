@@ -20,12 +20,13 @@ from metamix_jax.errors import UserError
 _MESSAGE_BYTES = 2000
 
 
-def initialize(options: ConfigDict) -> None:
+def initialize(config: ConfigDict) -> None:
     """Connects the processes as config.distributed says; before anything else is asked of JAX.
 
     Raises:
       UserError: they cannot be found, or the fields do not fit together.
     """
+    options = config.distributed
     if not (options.initialize or options.coordinator):
         return
     if options.coordinator and not 0 <= options.process < options.processes:
