@@ -4,16 +4,19 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALL := $(if $(shell command -v uv),uv pip install -q --python .venv/bin/python,.venv/bin/python -m pip install -q --disable-pip-version-check)
 WORKDIR ?= runs/digits
 
-.PHONY: demo test check-real lint clean
+.PHONY: demo test check-real check-faults lint clean
 
 demo: .venv/ready  ## all phases on the embedded digits
 	python main.py --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: .venv/dev lint  ## what CI runs
-	python -m pytest -n 2 -m "not real"
+	python -m pytest -n 2 -m "not real and not faults"
 
 check-real: .venv/torch  ## slow checks on the data and weights of ../shared
 	python -m pytest -m real
+
+check-faults: .venv/dev  ## hundreds of kills and damaged checkpoints, half an hour
+	python -m pytest -m faults -s
 
 lint: .venv/dev
 	ruff check .

@@ -15,11 +15,13 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from metamix_jax.config import default
-from metamix_jax.errors import UserError, suggestion
+from metamix_jax.errors import InterruptedRunError, RunError, UserError, suggestion
 
 MODE_NAMES = ("train", "search", "cost", "evaluate", "calibrate", "diagnose", "compare", "report")
 
 DEFAULT_CONFIG = "configs/digits.py"
+
+EXIT_CODES = {UserError: 2, RunError: 1, InterruptedRunError: 75}
 
 config_flags.DEFINE_config_file("config", None, f"Configuration file (default: {DEFAULT_CONFIG}).")
 flags.DEFINE_string("workdir", None, "Directory for everything the run writes.")
@@ -35,12 +37,16 @@ def main(_: list[str]) -> int:
         if not flags.FLAGS.workdir:
             raise UserError("--workdir: expected a directory, such as --workdir=runs/digits")
         # Imported after the flags are parsed, so that their mistakes show at once.
+        from metamix_jax import distributed
         from metamix_jax.modes import MODES
 
+        distributed.initialize(flags.FLAGS.config)
         result = MODES[flags.FLAGS.mode](flags.FLAGS.config, Path(flags.FLAGS.workdir))
-    except UserError as error:
-        return _fail(error)
-    print("RESULT " + json.dumps(result), flush=True)
+    except tuple(EXIT_CODES) as error:
+        code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+        return _fail(error, code)
+    if distributed.is_first():
+        print("RESULT " + json.dumps(result), flush=True)
     return 0
 
 
@@ -95,13 +101,14 @@ def _unknown_key(text: str, argv: list[str]) -> str | None:
     return f"{where}.{key}: no such configuration key; {hint}"
 
 
-def _fail(error: Exception) -> int:
-    # The program ends with this line: what a library's abandoned work (Orbax reading a damaged
-    # checkpoint, for one) raises while it is cleaned away is no news.
+def _fail(error: Exception, code: int = 2) -> int:
+    # The program ends with this line: what a library's abandoned work (Orbax after a disk was full,
+    # for one) raises while it is cleaned away is no news.
     sys.unraisablehook = lambda _: None
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return 2
+    start = "" if isinstance(error, InterruptedRunError) else "error: "
+    print(start + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,24 +1,36 @@
 """Orbax checkpoints of everything that training changes.
 
 Each step holds one item per collection (params, batch_stats, quant), `training` (optimizer
-states, step, rng) and `facts` (JSON: phase, policy, seconds so far). The checkpoint of step k is
-written when the run is ready to make step k, phase entry included.
+states, step, rng) and `facts` (JSON: model, policy, seconds so far, and a digest of every array and
+of the rest of the facts, checked whenever something is read). The checkpoint of step k is written
+when the run is ready to make step k, phase entry included.
 """
 
 import contextlib
-from collections.abc import Iterator
+import logging
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from metamix_jax import sharding
+from metamix_jax import digests, distributed, sharding
 from metamix_jax.errors import UserError
 from metamix_jax.state import TrainState
 
 DIRECTORY = "checkpoints"
 _ITEMS = ("params", "batch_stats", "quant", "training", "facts")
+_DIGESTS = "digests"  # among the facts
+_FACTS_WITHOUT_DIGESTS = {"model", "policy", "seconds"}  # all that early versions wrote
+
+_LOGGER = logging.getLogger(__name__)
+_Restored = TypeVar("_Restored")
+
+
+class DamagedError(UserError):
+    """A checkpoint that cannot be read, or is not what was saved."""
 
 
 class Checkpoints:
@@ -28,7 +40,10 @@ class Checkpoints:
         if not create and not directory.is_dir():
             raise UserError(f"{directory}: no checkpoints here; train first, or set "
                             "config.checkpoint to a workdir that has some")  # fmt: skip
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=create)
+        # What a kill left half written is removed by the run that goes on, not by a reader.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, create=create, cleanup_tmp_directories=create
+        )
         self._directory = directory.resolve()
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=_ITEMS)
 
@@ -58,20 +73,57 @@ class Checkpoints:
             raise UserError(f"{self._directory}: no complete checkpoint here; train first")
         return self.latest_step
 
+    def newest_good(
+        self, restore: Callable[[int], _Restored]
+    ) -> tuple[int, _Restored, tuple[int, ...]]:
+        """Returns the newest step that is not damaged, what it holds, and the damaged steps after.
+
+        Args:
+          restore: reads a step; DamagedError sends on to the step before.
+
+        Raises:
+          UserError: there is no checkpoint, or all are damaged.
+        """
+        self.require_latest_step()
+        damaged: dict[int, DamagedError] = {}
+        for step in reversed(self.steps):
+            try:
+                return step, restore(step), tuple(damaged)
+            except DamagedError as error:
+                _LOGGER.error("DAMAGED CHECKPOINT, trying the one before it: %s", error)
+                damaged[step] = error
+        newest = max(damaged)
+        raise UserError(f"{damaged[newest]}; none of them can be read") from damaged[newest]
+
+    def set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, so that a good one is the newest."""
+        path = self._directory / str(step)
+        names = (f"{step}.damaged{suffix}" for suffix in ["", *(f".{i}" for i in range(2, 1000))])
+        aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+        if distributed.is_first():
+            path.rename(aside)
+        distributed.wait_for_all(f"set aside {step}")
+        self._manager.reload()
+        _LOGGER.error("DAMAGED CHECKPOINT: set aside as %s", aside)
+
     def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
         """Saves in the background; a step that is already there is left as it is."""
         if step == self.latest_step:
             return
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _pytrees(state).items()} | {
-            "facts": ocp.args.JsonSave(facts)
+        trees = _pytrees(state)
+        own = digests.of_arrays(trees) | {"facts": digests.of_json(facts)}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()} | {
+            "facts": ocp.args.JsonSave(facts | {_DIGESTS: own})
         }
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
+    def wait(self) -> None:
+        """Waits until what was saved is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
     def read_facts(self, step: int) -> dict[str, Any]:
-        """Returns what `save` got as facts."""
-        with self._readable(step):
-            items = ocp.args.Composite(facts=ocp.args.JsonRestore())
-            return self._manager.restore(step, args=items)["facts"]
+        """Returns what `save` got as facts. Raises DamagedError."""
+        return self._facts_and_digests(step)[0]
 
     def restore(self, step: int, target: TrainState, mesh: Mesh) -> TrainState:
         """Returns the state of `step` on every device of `mesh`; `target` gives the shapes."""
@@ -79,26 +131,55 @@ class Checkpoints:
         return target.replace(**restored.pop("training"), **restored)
 
     def restore_items(self, step: int, target: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-        """Returns the items that `target` names, e.g. {"params": shapes}, on every device."""
+        """Returns the items that `target` names, e.g. {"params": shapes}, on every device.
+
+        Raises:
+          DamagedError: a file cannot be read, or an array is not what was saved.
+        """
         items = {
             name: ocp.args.StandardRestore(sharding.replicated_target(tree, mesh))
             for name, tree in target.items()
         }
+        _, saved = self._facts_and_digests(step)
         with self._readable(step):
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {name: restored[name] for name in target}
+            composite = self._manager.restore(step, args=ocp.args.Composite(**items))
+            restored = {name: composite[name] for name in target}
+        if saved is not None:
+            found = digests.of_arrays(restored)
+            different = [path for path in found if found[path] != saved.get(path)]
+            if different:
+                raise self._damaged(step, f"{_listed(different)}: not what was saved")
+        return restored
+
+    def _facts_and_digests(self, step: int) -> tuple[dict[str, Any], dict[str, str] | None]:
+        """Returns the facts and path -> digest; None for a checkpoint of an early version."""
+        with self._readable(step):
+            items = ocp.args.Composite(facts=ocp.args.JsonRestore())
+            facts = dict(self._manager.restore(step, args=items)["facts"])
+            if facts.keys() == _FACTS_WITHOUT_DIGESTS:
+                path = self._directory / str(step)
+                _LOGGER.warning("%s: of a version without digests, damage may not show", path)
+                return facts, None
+            saved = dict(facts.pop(_DIGESTS))
+        if digests.of_json(facts) != saved.get("facts"):
+            raise self._damaged(step, "facts: not what was saved")
+        return facts, saved
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:
         # Orbax and TensorStore raise many kinds of errors for damaged or foreign files.
+        sys.unraisablehook = _report_unless_abandoned
         try:
             yield
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"{self._directory / str(step)}: this checkpoint cannot be read ({reason}); "
-                "move it away to go on from the one before it, nothing was changed"
-            ) from error
+            raise self._damaged(step, " ".join(str(error).split())[:300]) from error
+
+    def _damaged(self, step: int, reason: str) -> DamagedError:
+        others = [other for other in self.steps if other != step]
+        return DamagedError(
+            f"{self._directory / str(step)}: this checkpoint cannot be read ({reason}); "
+            f"others there: {', '.join(map(str, others)) or 'none'}"
+        )
 
 
 def locate(path: Path) -> tuple[Path, int | None]:
@@ -113,6 +194,18 @@ def locate(path: Path) -> tuple[Path, int | None]:
     return (path if path.name == DIRECTORY else path / DIRECTORY), step
 
 
+def _report_unless_abandoned(event: "sys.UnraisableHookArgs") -> None:
+    # Once one array cannot be read, TensorStore's threads report the others to an event loop that
+    # is gone, each with a traceback, and may go on while the checkpoint before is restored.
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
+
+
 def _pytrees(state: TrainState) -> dict[str, Any]:
     training = {"opt_states": state.opt_states, "step": state.step, "rng": state.rng}
     return state.variables | {"training": training}
+
+
+def _listed(paths: list[str], most: int = 3) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(paths[:most]) + more

@@ -158,6 +158,15 @@ def default() -> ConfigDict:
             "learning_rate": 5e-4,  # each stage: cosine to 0
         }
     )
+    # Several processes, each started with the same command.
+    config.distributed = ConfigDict(
+        {
+            "initialize": False,  # True: found without help, on TPU pods and under SLURM
+            "coordinator": "",  # elsewhere: HOST:PORT of process 0, ...
+            "processes": 1,  # ... how many there are ...
+            "process": 0,  # ... and which one this is
+        }
+    )
     config.diagnose = ConfigDict(
         {
             "layer": "",  # the one drawn and traced; "" = the middle searched one

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from metamix_jax.images import RandomResizedCropFlip, Resize
 from metamix_jax.splits import MemorySplit, Split, StreamedSplit, first_line, read_into_memory
 
 DIGITS_HELD_OUT = 360  # of scikit-learn's 1797 digits
+_SAMPLED_LABELS = 64
 DECODING_AUGMENT = "random_resized_crop_flip"  # the config.data.augment that is done here
 
 
@@ -41,6 +43,23 @@ def load(config_data: ConfigDict) -> Dataset:
         if once and len(split) * math.prod(split.transform.shape) <= limit:
             splits[key] = read_into_memory(split)
     return Dataset(splits["train_split"], splits["eval_split"])
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """Returns what tells one data set from another: sizes and a digest of some examples' labels.
+
+    The labels are those of up to 64 examples, evenly spread over the split, because a set of the
+    same size may hold others, or the same in another order.
+    """
+    return {
+        name: {"examples": len(split), "labels": _labels_digest(split)}
+        for name, split in (("train", dataset.train), ("evaluation", dataset.evaluation))
+    }
+
+
+def _labels_digest(split: Split) -> str:
+    positions = np.linspace(0, len(split) - 1, min(len(split), _SAMPLED_LABELS)).astype(np.int64)
+    return hashlib.sha256(split.labels_at(positions).astype("<i4").tobytes()).hexdigest()[:16]
 
 
 def _open_digits(config_data: ConfigDict) -> Callable[[str], Split]:

@@ -1,14 +1,25 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that `main.py` prints as one line; any other one is a bug and shows its trace."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us; `main.py` prints it as one line and exits with 2.
+    """A mistake in what the user gave us; exit code 2.
 
     The message names the value, what was expected and how to fix it.
     """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, though nothing was wrong when it started; exit code 1.
+
+    The message says what happened, what is kept and what to change.
+    """
+
+
+class InterruptedRunError(RuntimeError):
+    """A run that was asked to stop and has saved; exit code 75, "try again" (sysexits.h)."""
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

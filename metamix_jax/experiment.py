@@ -1,5 +1,6 @@
 """What a run is made of, built and checked before anything is compiled or written."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, data, datasets, models, phases, sharding
+from metamix_jax import cost, data, datasets, distributed, lock, models, phases, sharding
 from metamix_jax.budget import Budget, make_budget
 from metamix_jax.cost import LayerCosts
 from metamix_jax.errors import UserError
@@ -24,7 +25,7 @@ from metamix_jax.searchers.file import read_bits
 from metamix_jax.state import TrainState, enter_phase, further_searches
 from metamix_jax.validate import validate
 
-# Fields that may change when a run goes on: they do not change what is computed.
+# Fields that may change when a run goes on: they do not change what is computed. README lists them.
 HARMLESS = (
     "checkpoint",
     "checkpoint_every_steps",
@@ -39,6 +40,10 @@ HARMLESS = (
     "diagnose.hessian",
     "diagnose.layer",
     "diagnose.recalibrate",
+    "distributed.coordinator",
+    "distributed.initialize",
+    "distributed.process",
+    "distributed.processes",
 )
 
 
@@ -160,35 +165,63 @@ def _init_variables(network: Network, seed: int) -> dict[str, Any]:
     return {name: variables[name] for name in ("params", "batch_stats", "quant")}
 
 
-def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Creates the workdir and writes config.json, or checks that the run there is this one.
+@contextlib.contextmanager
+def claim_workdir(config: ConfigDict, workdir: Path, dataset: datasets.Dataset) -> Iterator[None]:
+    """Holds the workdir, new or with the same run in it, for as long as the block runs.
+
+    Writes config.json and dataset.json, or checks that they say the same.
 
     Raises:
-      UserError: not writable, or holding a run with another configuration.
+      UserError: not writable, in use, or holding a run with another configuration or data set.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "config.json"
-        wanted = json.loads(config.to_json())
-        if not path.exists():
-            write_json(path, wanted)
-            return
-        found = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{workdir}: not usable as --workdir ({error})") from error
-    old, new = _flat(found), _flat(wanted)
-    changed = [
+    with contextlib.ExitStack() as stack:
+        error = None
+        try:
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock.hold(workdir))
+            except OSError as reason:
+                raise UserError(f"{workdir}: not usable as --workdir ({reason})") from reason
+            _claim(config, workdir, datasets.fingerprint(dataset))
+        except UserError as found:
+            error = found
+        distributed.agree(error)
+        yield
+
+
+def _claim(config: ConfigDict, workdir: Path, fingerprint: dict[str, Any]) -> None:
+    wanted = {"config.json": json.loads(config.to_json()), "dataset.json": fingerprint}
+    for name, new in wanted.items():
+        path = workdir / name
+        old = new
+        if path.exists():
+            try:
+                old = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}: cannot be read ({error}); remove it if you are sure that "
+                                "the run there is this one") from error  # fmt: skip
+        changed = _differences(old, new)
+        if changed:
+            what = "configuration" if name == "config.json" else "data set"
+            raise UserError(
+                f"{workdir} holds a run with another {what} ({'; '.join(changed)}); use the "
+                "same one or another --workdir"
+            )
+    # Only now, so that a refused run changes nothing.
+    for name, new in wanted.items():
+        path = workdir / name
+        if not path.exists() or json.loads(path.read_text()) != new:
+            write_json(path, new)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns the fields whose change would change what is computed, with both values."""
+    old, new = _flat(old), _flat(new)
+    return [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in HARMLESS
     ]
-    if changed:
-        raise UserError(
-            f"{workdir} holds a run with another configuration ({'; '.join(changed)}); use the "
-            "same configuration or another --workdir"
-        )
-    if old != new:
-        write_json(path, wanted)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

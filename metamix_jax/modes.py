@@ -52,12 +52,18 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     directory, step = locate(Path(config.checkpoint) if config.checkpoint else workdir)
     mesh = sharding.make_mesh()
     with Checkpoints(directory, create=False) as checkpoints:
-        step = checkpoints.require_latest_step() if step is None else step
-        facts = checkpoints.read_facts(step)
-        if facts["model"] != network.label:
-            raise UserError(f"{directory}/{step} holds {facts['model']}, not {network.label}")
-        target = experiment.abstract_variables(network)
-        variables = checkpoints.restore_items(step, target, mesh)
+
+        def restore(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            facts = checkpoints.read_facts(step)
+            if facts["model"] != network.label:
+                raise UserError(f"{directory}/{step} holds {facts['model']}, not {network.label}")
+            target = experiment.abstract_variables(network)
+            return facts, checkpoints.restore_items(step, target, mesh)
+
+        if step is None:
+            step, (facts, variables), _ = checkpoints.newest_good(restore)
+        else:
+            facts, variables = restore(step)
     dataset = experiment.load_dataset(config, mesh)
     schedule = experiment.make_schedule(config, len(dataset.train))
     phase = phase_at(min(step, schedule[-1].stop - 1), schedule).phase

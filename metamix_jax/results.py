@@ -87,7 +87,8 @@ def write(
         charts.bit_chart(policy, workdir / "bits.png", average_act_bits=result["average_act_bits"])
         logging.info("policy:\n%s", tables.policy_table(policy))
     write_report(workdir)
-    logging.info("in %s: %s", workdir, ", ".join(sorted(path.name for path in workdir.iterdir())))
+    names = sorted(path.name for path in workdir.iterdir() if not path.name.startswith("."))
+    logging.info("in %s: %s", workdir, ", ".join(names))
     return result
 
 

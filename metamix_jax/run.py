@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, datasets, experiment, results, sharding
+from metamix_jax import cost, data, datasets, distributed, experiment, nonfinite, results, sharding
 from metamix_jax import policy as policy_lib
 from metamix_jax import weights as weights_lib
 from metamix_jax.budget import Budget
@@ -65,7 +65,6 @@ class Run:
             weights, _ = weights_lib.load_weights(config.pretrained, shapes, mesh)
         teacher, teacher_variables = weights_lib.load_teacher(config, network.image_shape)
         dataset = experiment.load_dataset(config, mesh)
-        experiment.claim_workdir(config, workdir)
         return cls(
             config=config,
             workdir=workdir,
@@ -99,22 +98,33 @@ class Run:
             logging.info("%s: steps %d to %d", span.phase.name, span.start, span.stop)
         return state
 
-    def restore(self, checkpoints: Checkpoints, step: int) -> TrainState:
-        """Returns the state of a checkpoint and takes up its policy and clock."""
-        span = phase_at(min(step, self.schedule[-1].stop - 1), self.schedule)
-        target = experiment.abstract_state(self.config, self.network, span)
-        with waiting(f"restoring checkpoint {step}"):
-            state = checkpoints.restore(step, target, self.mesh)
-        self.take_up(checkpoints.read_facts(step))
-        logging.info("going on from step %d in %s", step, span.phase.name)
-        return state
+    def resume(self, checkpoints: Checkpoints) -> tuple[int, TrainState] | None:
+        """Returns step and state of the newest good checkpoint; None if there are none at all.
 
-    def take_up(self, facts: Mapping[str, Any]) -> None:
-        """Goes on with the policy and the clock of a checkpoint."""
+        Takes up its policy and clock. Damaged ones after it are set aside.
+
+        Raises:
+          UserError: all are damaged; nothing was changed.
+        """
+        if checkpoints.latest_step is None:
+            return None
+        step, (state, facts), damaged = checkpoints.newest_good(
+            functools.partial(self._restore, checkpoints)
+        )
+        for later in damaged:
+            checkpoints.set_aside(later)
         self.policy, self.seconds = facts["policy"], facts["seconds"]
         if self.policy is not None:
             policy_lib.check_policy(self.policy, self.network.costs, "the checkpoint's policy")
             policy_lib.write_policy(self.workdir / "policy.json", self.policy)
+        return step, state
+
+    def _restore(self, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
+        span = phase_at(min(step, self.schedule[-1].stop - 1), self.schedule)
+        target = experiment.abstract_state(self.config, self.network, span)
+        with waiting(f"restoring checkpoint {step}"):
+            facts = checkpoints.read_facts(step)
+            return checkpoints.restore(step, target, self.mesh), facts
 
     def begin(self, state: TrainState, span: Span) -> TrainState:
         """Returns the state ready for a phase: policy decided, step sizes calibrated."""
@@ -183,26 +193,47 @@ class Run:
         spent = time.monotonic() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
+    def require_finite(
+        self, step: int, phase: Phase, metrics: Mapping[str, jax.Array] | None, state: TrainState
+    ) -> None:
+        """Waits for the step that makes `metrics`; ends the run if one of them is not finite.
+
+        Raises:
+          RunError: what is wrong is in nonfinite.json.
+        """
+        if names := nonfinite.broken_metrics(metrics):
+            self._stop_not_finite(step, phase, names, state)
+
+    def save(self, checkpoints: Checkpoints, step: int, phase: Phase, state: TrainState) -> None:
+        """Saves in the background; never a state with a number that is not finite.
+
+        Raises:
+          RunError: there is one; what is wrong is in nonfinite.json.
+        """
+        if names := nonfinite.broken_leaves(state):
+            self._stop_not_finite(step, phase, names, state)
+        facts = {"model": self.network.label, "policy": self.policy, "seconds": self.seconds}
+        checkpoints.save(step, state, facts)
+
+    def _stop_not_finite(
+        self, step: int, phase: Phase, names: list[str], state: TrainState
+    ) -> None:
+        options = {"seed": self.config.seed, "batch_size": self.config.batch_size}
+        examples, _ = data.train_indices(len(self.dataset.train), step=max(step - 1, 0), **options)
+        nonfinite.stop(
+            self.workdir, step=step, phase=phase.name, names=names, examples=examples, state=state
+        )
+
     def log(
         self, step: int, phase: Phase, metrics: Mapping[str, jax.Array], state: TrainState
     ) -> None:
-        """Writes the step's numbers, and the logits where they are trained.
-
-        Raises:
-          FloatingPointError: a number is not finite.
-        """
+        """Writes the step's numbers, and the logits where they are trained."""
         numbers = {name: value.item() for name, value in metrics.items()}
         self.writer.write(step, {"phase": phase.name, "kind": "train", **numbers})
         if any("logits" in update.trains for update in phase.updates):
             logits = {path: row.tolist() for path, row in logits_of(state).items()}
             self.writer.write(step, {"phase": phase.name, "kind": "logits", "logits": logits})
         self.writer.write_speed(step, phase.name, self.progress.images_per_second)
-        broken = [name for name, value in numbers.items() if not math.isfinite(value)]
-        if broken:
-            raise FloatingPointError(
-                f"{', '.join(broken)} not finite at step {step} ({phase.name}); the last "
-                f"checkpoint in {self.workdir} is from before it was seen"
-            )
 
     def evaluate(self, step: int, state: TrainState, phase: Phase) -> None:
         """Judges the network as `phase` runs it: at every uniform width until there is a policy."""
@@ -240,12 +271,10 @@ class Run:
         precision = phase.evaluation.replace(branches=self.branches)
         return state.replace(batch_stats=self.evaluator.reestimate(state.variables, precision))
 
-    def facts(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds besides arrays."""
-        return {"model": self.network.label, "policy": self.policy, "seconds": self.seconds}
-
     def finish(self, stop_after_search: bool) -> dict[str, Any]:
-        """Writes results.json and the pictures; returns the RESULT."""
+        """Writes results.json and the pictures; returns the RESULT, {} but in process 0."""
+        if not distributed.is_first():
+            return {}
         first_step = next((span.start for span in self.schedule if span.phase.needs_policy), None)
         return results.write(
             self.workdir,

@@ -34,8 +34,20 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns `tree` with every leaf copied to every device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    """Returns `tree` with every leaf, the same in all processes, copied to every device."""
+    everywhere = NamedSharding(mesh, P())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, everywhere)
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        if not leaf.is_fully_addressable:
+            return leaf  # there already
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = copy(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return jax.make_array_from_process_local_data(everywhere, np.asarray(leaf), leaf.shape)
+
+    return jax.tree.map(copy, tree)
 
 
 def replicated_target(tree: Any, mesh: Mesh) -> Any:

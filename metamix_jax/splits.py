@@ -29,6 +29,9 @@ class Split(Protocol):
         Where they are augmented while being decoded, that depends on `seed` and their `epochs` [n].
         """
 
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the labels int32 [n] of the examples `indices` [n], decoding no image."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MemorySplit:
@@ -45,6 +48,10 @@ class MemorySplit:
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Split`."""
         return self.images[indices], self.labels[indices]
+
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """See `Split`."""
+        return self.labels[indices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,11 @@ class StreamedSplit:
 
         list(self.pool.map(fill, np.array_split(np.arange(len(indices)), os.cpu_count() or 1)))
         return images, labels
+
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """See `Split`. Raises UserError for damaged files."""
+        examples = self._examples(indices.tolist())
+        return np.array([example["label"] for example in examples], np.int32)
 
     def _examples(self, indices: list[int]) -> Iterator[dict[str, Any]]:
         try:

@@ -4,10 +4,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
+from metamix_jax import distributed, experiment, failures
 from metamix_jax.checkpoints import DIRECTORY, Checkpoints
+from metamix_jax.interruption import Interruption
 from metamix_jax.metrics import MetricWriter
 from metamix_jax.phases import phase_at
 from metamix_jax.progress import Progress
@@ -33,34 +34,48 @@ def train_and_evaluate(
 
     Raises:
       UserError: anything the user can fix, before compilation.
+      RunError: numbers that are not finite, a full disk, a full memory.
+      InterruptedRunError: SIGTERM or SIGINT, after saving.
     """
-    run = Run.prepare(config, workdir)
-    schedule = run.schedule
+    with (
+        Interruption() as interruption,
+        failures.explained(workdir, config),
+        distributed.files_of(workdir) as files,
+    ):
+        run = Run.prepare(config, files)
+        with experiment.claim_workdir(config, files, run.dataset):
+            return _train(run, workdir, interruption, stop_after_search)
+
+
+def _train(
+    run: Run, workdir: Path, interruption: Interruption, stop_after_search: bool
+) -> dict[str, Any]:
+    config, schedule = run.config, run.schedule
     if stop_after_search:
         schedule = [span for span in schedule if not span.phase.needs_policy]
     total = schedule[-1].stop if schedule else 0
     with Checkpoints(workdir / DIRECTORY, create=True) as checkpoints:
-        latest = checkpoints.latest_step
+        latest, state = run.resume(checkpoints) or (None, run.init_state())
+        step = latest or 0
         if latest is not None and latest >= total:
-            run.take_up(checkpoints.read_facts(latest))
             logging.info("%s: finished before, nothing to do", workdir)
             return run.finish(stop_after_search)
-        step = latest or 0
-        # Restored before anything is written: a damaged checkpoint leaves the workdir as it is.
-        state = run.init_state() if latest is None else run.restore(checkpoints, latest)
+        if latest is not None:
+            logging.info("going on from step %d in %s", step, phase_at(step, schedule).phase.name)
         with (
-            MetricWriter(workdir, resume_step=-1 if latest is None else latest) as writer,
+            MetricWriter(run.workdir, resume_step=-1 if latest is None else latest) as writer,
             Progress(total, step, config.batch_size, "setting up") as progress,
         ):
             run.writer, run.progress = writer, progress
             if latest is None:
                 state = run.begin(state, run.schedule[0])
-                checkpoints.save(step, state, run.facts())
+                run.save(checkpoints, step, run.schedule[0].phase, state)
             for span in schedule:
                 if step >= span.stop:
                     continue
                 train_step, batches = run.make_step(state, span), run.batches(step, span.stop)
                 progress.description, metrics = span.phase.name, None
+                interruption.stop_if_requested(step)
                 for batch in batches:
                     with run.clock(span.phase.name):
                         before = metrics
@@ -68,18 +83,23 @@ def train_and_evaluate(
                             state, batch, run.branches, run.teacher_variables
                         )
                         # One step ahead of the device and no more: keeps the rate true.
-                        jax.block_until_ready(before)
+                        run.require_finite(step, span.phase, before, state)
                         step += 1
                         progress.update(step, **{k: metrics[k] for k in metrics if "loss" in k})
                         if step % config.log_every_steps == 0 or step == span.stop:
                             run.log(step, span.phase, metrics, state)
-                    ends = step == span.stop
+                    ends, stops = step == span.stop, interruption.requested_at(step)
+                    saves = ends or stops or step % config.checkpoint_every_steps == 0
+                    if saves:
+                        run.require_finite(step, span.phase, metrics, state)
                     if ends or (config.eval.every_steps and step % config.eval.every_steps == 0):
                         run.evaluate(step, state, span.phase)
                     if ends and step < run.schedule[-1].stop:
                         state = run.begin(state, phase_at(step, run.schedule))
                     elif ends:
                         state = run.settle_statistics(state, span.phase)
-                    if ends or step % config.checkpoint_every_steps == 0:
-                        checkpoints.save(step, state, run.facts())
+                    if saves:
+                        run.save(checkpoints, step, span.phase, state)
+                    if stops:
+                        interruption.stop_if_requested(step)
     return run.finish(stop_after_search)

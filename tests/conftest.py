@@ -1,6 +1,9 @@
 """Makes the tests strict and gives them two virtual devices; loaded before anything imports JAX."""
 
+import fcntl
+import json
 import os
+import shutil
 
 import pytest
 
@@ -20,3 +23,36 @@ def strict_dtypes():
     """Forbids implicit dtype promotion; for all but optimizers, whose Adam (optax) relies on it."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
+    """Shared by the workers of pytest-xdist too."""
+    from processes import Processes
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "end_to_end"
+    folder.mkdir(exist_ok=True)
+    return Processes(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(processes):
+    """Workdir of one uninterrupted run, and its RESULT; not to be written to."""
+    from processes import command
+
+    workdir, result = processes.folder / "finished", processes.folder / "finished.json"
+    with (processes.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker runs it, the others wait
+        if not result.exists():
+            found = processes.result(command(f"--workdir={workdir}"))
+            result.write_text(json.dumps(found))
+    return workdir, json.loads(result.read_text())
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path):
+    """A copy of the finished workdir that may be changed."""
+    return shutil.copytree(finished[0], tmp_path / "copy")

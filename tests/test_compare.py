@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from processes import command
 
 from configs import digits
 from metamix_jax import compare
 from metamix_jax.errors import UserError
 from metamix_jax.report import tables
-from tests.test_end_to_end import command, processes  # noqa: F401
 
 
 def config_of(**overrides):
@@ -79,7 +79,7 @@ def test_budget_out_of_reach_is_refused():
         compare.run_config(config_of(), "metamix", 0.01, 0)
 
 
-def test_comparison_through_main_and_again(processes, tmp_path):  # noqa: F811
+def test_comparison_through_main_and_again(processes, tmp_path):
     workdir = tmp_path / "comparison"
     overrides = {
         "compare.methods": ("random", "uniform"), "compare.budgets": (0.9,),

@@ -1,179 +1,26 @@
 """Whole runs through `python main.py` on a tiny network: kills, resuming, modes, bad input."""
 
-import contextlib
-import fcntl
 import json
 import logging
-import os
-import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import types
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from processes import (
+    TOTAL,
+    assert_one_error_line,
+    assert_same_run,
+    command,
+    files_of,
+    rows_of,
+    tiny_config,
+)
 
 import main
-from configs import digits
-from metamix_jax import experiment, sharding
-from metamix_jax.checkpoints import DIRECTORY, Checkpoints
-from metamix_jax.phases import phase_at
-
-ROOT = Path(__file__).parents[1]
-CONFIG_FILE = "configs/digits.py"
-# 16 steps in each of the 5 phases.
-TINY = {
-    "model.width": 4,
-    "quant.act_bits": (4, 2),
-    "log_every_steps": 1,
-    "checkpoint_every_steps": 5,
-    "eval.bn_reestimate_batches": 2,
-    "full_precision.epochs": 0.7,
-    "bit_meta.epochs": 0.7,
-    "bit_search.epochs": 0.7,
-    "weight_training.act_epochs": 0.7,
-    "weight_training.epochs": 0.7,
-}
-TOTAL = 80
-TIMEOUT = 300  # seconds, for one process
-
-
-def tiny_config(**overrides):
-    config = digits.get_config()
-    config.update_from_flattened_dict(TINY | overrides)
-    return config
-
-
-def command(*arguments, config_file=CONFIG_FILE, **overrides):
-    settings = [f"--config.{key}={value}" for key, value in (TINY | overrides).items()]
-    return [sys.executable, "main.py", f"--config={config_file}", *settings, *arguments]
-
-
-class Processes:
-    """Starts `main.py` with a compilation cache that all tests share."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def environment(self, devices):
-        return os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            # Little optimization halves the time of the first run.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-            " --xla_backend_optimization_level=0",
-        }
-
-    def finish(self, arguments, *, devices=1):
-        return subprocess.run(
-            arguments,
-            cwd=ROOT,
-            env=self.environment(devices),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
-
-    def result(self, arguments, *, devices=1):
-        """Runs to the end and returns what the RESULT line says."""
-        done = self.finish(arguments, devices=devices)
-        assert done.returncode == 0, done.stderr
-        last = done.stdout.splitlines()[-1]
-        assert last.startswith("RESULT ") and done.stdout.count("RESULT ") == 1
-        return json.loads(last.removeprefix("RESULT "))
-
-    def kill_at(self, arguments, workdir, phase, step):
-        """Starts a run and kills it once metrics.jsonl says that `phase` has come to `step`."""
-        log = workdir.with_name("killed.log")
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                arguments, cwd=ROOT, env=self.environment(1), stdout=output, stderr=output
-            )
-        try:
-            deadline = time.monotonic() + TIMEOUT
-            while not (rows := rows_of(workdir)) or rows[-1]["step"] < step:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.002)
-        finally:
-            process.kill()
-            process.wait()
-        assert process.returncode == -signal.SIGKILL
-        # The loop above can have been late; then the kill was at the end of the phase.
-        assert rows_of(workdir)[-1]["phase"] == phase
-
-
-def rows_of(workdir):
-    """Returns the rows of metrics.jsonl, without a line that is being written."""
-    with contextlib.suppress(FileNotFoundError):
-        lines = (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
-    return []
-
-
-@pytest.fixture(scope="session")
-def processes(tmp_path_factory):
-    """Shared by the workers of pytest-xdist too."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    folder = folder / "end_to_end"
-    folder.mkdir(exist_ok=True)
-    return Processes(folder)
-
-
-@pytest.fixture(scope="session")
-def finished(processes):
-    """Workdir of one uninterrupted run, and its RESULT; not to be written to."""
-    workdir, result = processes.folder / "finished", processes.folder / "finished.json"
-    with (processes.folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker runs it, the others wait
-        if not result.exists():
-            found = processes.result(command(f"--workdir={workdir}"))
-            result.write_text(json.dumps(found))
-    return workdir, json.loads(result.read_text())
-
-
-@pytest.fixture
-def finished_copy(finished, tmp_path):
-    """A copy of the finished workdir that may be changed."""
-    return shutil.copytree(finished[0], tmp_path / "copy")
-
-
-def files_of(folder):
-    """Returns path -> content of everything in `folder`."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def final_leaves(workdir, step=TOTAL):
-    """Returns path -> array of everything in a checkpoint: weights, optimizer states, key."""
-    config = tiny_config()
-    network = experiment.make_network(config)
-    schedule = experiment.make_schedule(config, 1437)
-    target = experiment.abstract_state(config, network, phase_at(step - 1, schedule))
-    with Checkpoints(workdir / DIRECTORY, create=False) as checkpoints:
-        assert checkpoints.latest_step == step
-        state = checkpoints.restore(step, target, sharding.make_mesh())
-    state = state.replace(rng=jax.random.key_data(state.rng))
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def assert_same_run(workdir, reference):
-    """Asserts that two runs left the same bits."""
-    found, expected = final_leaves(workdir), final_leaves(reference)
-    assert found.keys() == expected.keys()
-    different = [path for path in found if found[path].tobytes() != expected[path].tobytes()]
-    assert not different
-    for name in ("metrics.jsonl", "policy.json"):
-        assert (workdir / name).read_bytes() == (reference / name).read_bytes()
-
+from metamix_jax import experiment
+from metamix_jax.checkpoints import DIRECTORY
 
 # Whole runs ------------------------------------------------------------------------------------
 
@@ -485,16 +332,6 @@ def test_searcher_uniform_with_searched_weights(processes, tmp_path):
 # Bad input -------------------------------------------------------------------------------------
 
 
-def assert_one_error_line(stderr, *parts):
-    """Asserts that the mistake is told in one line, the last, which holds `parts`."""
-    lines = stderr.splitlines()
-    assert "Traceback" not in stderr
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], stderr
-    for part in parts:
-        assert re.search(part, lines[-1]), lines[-1]
-    return lines
-
-
 @pytest.mark.parametrize(
     "arguments, parts",
     [
@@ -627,21 +464,3 @@ def test_evaluate_with_another_network(run_here, finished_copy):
         assert code == 2
         assert_one_error_line(stderr, str(finished_copy))
     assert files_of(finished_copy) == before
-
-
-@pytest.mark.parametrize("mode, item", [("evaluate", "params"), ("train", "training")])
-def test_truncated_checkpoint(mode, item, processes, finished_copy):
-    newest = finished_copy / DIRECTORY / str(TOTAL)
-    if mode == "train":  # one that has not finished, or nothing would be restored
-        shutil.rmtree(newest)
-        newest = finished_copy / DIRECTORY / "75"
-    files = [path for path in (newest / item).rglob("*") if path.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
-    before = files_of(finished_copy)
-    # In a process of its own: Orbax leaves reads behind that fail when they are collected.
-    done = processes.finish(command(f"--workdir={finished_copy}", f"--mode={mode}"))
-    assert done.returncode == 2
-    assert_one_error_line(done.stderr, f"{newest}: this checkpoint cannot be read", "move it away")
-    after = files_of(finished_copy)
-    assert [path for path in before | after if before.get(path) != after.get(path)] == []

@@ -1,0 +1,382 @@
+"""Faults, with real processes and real damage; docs/FAULTS.md holds what was measured.
+
+Those marked `faults` take long: `make check-faults`.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from damage import array_file
+from processes import (
+    ROOT,
+    TIMEOUT,
+    TOTAL,
+    assert_one_error_line,
+    assert_same_run,
+    command,
+    files_of,
+    rows_of,
+    tiny_config,
+)
+
+from metamix_jax import data, failures, lock, nonfinite
+from metamix_jax.checkpoints import DIRECTORY
+from metamix_jax.errors import RunError, UserError
+
+# Damage ----------------------------------------------------------------------------------------
+
+
+def flip_bit_of_arrays(checkpoint):
+    """Flips one bit of the weights, which Orbax restores without a word."""
+    path = array_file(checkpoint / "params")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate_arrays(checkpoint):
+    path = array_file(checkpoint / "training")
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_damaged_newest_checkpoint(processes, finished, finished_copy):
+    newest = finished_copy / DIRECTORY / str(TOTAL)
+    flip_bit_of_arrays(newest)
+    damaged, before = files_of(newest), files_of(finished_copy)
+    # Asked for by number it is an error, ...
+    evaluate = command(f"--workdir={finished_copy}", "--mode=evaluate")
+    done = processes.finish([*evaluate, f"--config.checkpoint={newest}"])
+    assert done.returncode == 2
+    assert_one_error_line(done.stderr, f"{newest}: .*not what was saved.*others there: 75")
+    # ... a reader takes the one before it and changes nothing, ...
+    done = processes.finish(evaluate)
+    assert done.returncode == 0
+    assert json.loads(done.stdout.removeprefix("RESULT "))["checkpoint_step"] == 75
+    assert f"DAMAGED CHECKPOINT, trying the one before it: {newest}" in done.stderr
+    assert files_of(finished_copy) == before
+    # ... and a run sets it aside and goes on from there.
+    done = processes.finish(command(f"--workdir={finished_copy}"))
+    assert done.returncode == 0, done.stderr
+    aside = newest.with_name(f"{TOTAL}.damaged")
+    assert f"set aside as {aside}" in done.stderr and "going on from step 75" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [content for _, content in sorted(files_of(aside).items())] == [
+        content for _, content in sorted(damaged.items())
+    ]
+    assert_same_run(finished_copy, finished[0])
+
+
+def test_all_checkpoints_damaged(processes, finished_copy):
+    truncate_arrays(finished_copy / DIRECTORY / str(TOTAL))
+    flip_bit_of_arrays(finished_copy / DIRECTORY / "75")
+    before = files_of(finished_copy)
+    done = processes.finish(command(f"--workdir={finished_copy}"))
+    assert done.returncode == 2
+    assert_one_error_line(done.stderr, str(TOTAL), "none of them can be read")
+    assert files_of(finished_copy) == before
+
+
+def damage_at_random(folder, count, seed=0):
+    """Returns kind -> outcome -> how often; see damage.py."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/damage.py", folder, str(count), str(seed)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def assert_none_silent(table, count):
+    """Asserts that all damage was caught, or of files that do not matter."""
+    print(json.dumps(table, indent=2))
+    assert sum(sum(outcomes.values()) for outcomes in table.values()) == count
+    outcomes = {name for outcomes in table.values() for name in outcomes}
+    assert outcomes <= {"caught by its digest", "caught on reading", "harmless"}
+    assert table["bit flipped in arrays"]["caught by its digest"]
+
+
+def test_random_damage(tmp_path):
+    assert_none_silent(damage_at_random(tmp_path, 10), 10)
+
+
+@pytest.mark.faults
+def test_much_random_damage(tmp_path):
+    assert_none_silent(damage_at_random(tmp_path, 200), 200)
+
+
+# Interruptions ---------------------------------------------------------------------------------
+
+
+def test_stopped_by_signals_it_is_the_same_run(processes, finished, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = command(f"--workdir={workdir}", checkpoint_every_steps=1000)
+    with processes.running(arguments, workdir, 3) as (process, log):
+        other = processes.finish(arguments)
+        assert other.returncode == 2
+        assert_one_error_line(other.stderr, f"in use by another run.*process {process.pid} on ")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert "once more stops at once" in log.read_text()
+    last = log.read_text().splitlines()[-1]
+    step = rows_of(workdir)[-1]["step"]
+    assert last == (
+        f"stopped by SIGTERM at step {step}, which is saved; the same command goes on from there"
+    )
+    assert not (workdir / lock.NAME).exists()
+
+    with processes.running(arguments, workdir, 50) as (process, log):
+        assert f"going on from step {step} " in log.read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 75
+    assert "stopped by SIGINT" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    processes.result(arguments)
+    assert_same_run(workdir, finished[0])
+
+
+def test_second_signal_stops_at_once(processes, tmp_path):
+    workdir = tmp_path / "run"
+    with processes.running(command(f"--workdir={workdir}"), workdir, 14) as (process, log):
+        process.send_signal(signal.SIGTERM)
+        while "once more stops at once" not in log.read_text():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(1) == 128 + signal.SIGTERM
+    assert "SIGTERM again: stopping at once" in log.read_text()
+
+
+def kill_at_random(processes, folder, reference, kills, seed=0):
+    """Kills runs at random moments; whatever finishes in between must be the reference."""
+    generator = random.Random(seed)
+    done = finished = 0
+    phases = []
+    while done < kills:
+        workdir = folder / f"run{finished}"
+        # A save at each step, so that many kills fall into one.
+        arguments = command(f"--workdir={workdir}", checkpoint_every_steps=1)
+        log = folder / "killed.log"
+        process = processes.start(arguments, log)
+        try:
+            process.wait(generator.uniform(2, 16))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            done += 1
+            phases.append(rows_of(workdir)[-1]["phase"] if rows_of(workdir) else "start")
+            print(f"kill {done} in {phases[-1]}, {finished} runs finished so far", flush=True)
+            continue
+        assert process.returncode == 0, log.read_text()
+        assert_same_run(workdir, reference)
+        shutil.rmtree(workdir)
+        finished += 1
+    print(f"{done} kills, {finished} runs finished, after", {p: phases.count(p) for p in phases})
+    processes.result(command(f"--workdir={folder / f'run{finished}'}", checkpoint_every_steps=1))
+    assert_same_run(folder / f"run{finished}", reference)
+
+
+@pytest.mark.faults
+def test_many_random_kills(processes, finished, tmp_path):
+    kills = int(os.environ.get("KILLS", "100"))
+    kill_at_random(processes, tmp_path, finished[0], kills)
+
+
+# Several processes ----------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start_two(processes, arguments, folder):
+    """Starts two processes of one run; returns them and their logs."""
+    shared = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
+    logs = [folder / f"process{number}.log" for number in range(2)]
+    started = []
+    for number, log in enumerate(logs):
+        fields = shared | {"process": number}
+        settings = [f"--config.distributed.{key}={value}" for key, value in fields.items()]
+        started.append(processes.start([*arguments, *settings], log))
+    return started, logs
+
+
+def numbers_of(workdir):
+    """Returns (step, kind, precision, statistics, name) -> number of all rows."""
+    return {
+        (*(row.get(key) for key in ("step", "kind", "precision", "statistics")), name): value
+        for row in rows_of(workdir)
+        for name, value in row.items()
+        if isinstance(value, float)
+    }
+
+
+@pytest.mark.faults
+def test_two_processes_stopped_by_a_signal_to_one(processes, finished, tmp_path):
+    workdir, reference = tmp_path / "run", tmp_path / "reference"
+    arguments = command(f"--workdir={workdir}")
+    processes.result(command(f"--workdir={reference}"), devices=2)
+
+    pair, logs = start_two(processes, arguments, tmp_path)
+    try:
+        while not (rows := rows_of(workdir)) or rows[-1]["step"] < 20:
+            assert [process.poll() for process in pair] == [None, None], logs[0].read_text()
+            time.sleep(0.01)
+        pair[1].send_signal(signal.SIGTERM)
+        assert [process.wait(120) for process in pair] == [75, 75], logs[0].read_text()
+    finally:
+        for process in pair:
+            process.kill()
+    said = [line for log in logs for line in log.read_text().splitlines() if "stopped by" in line]
+    assert len(said) == 2 and len(set(said)) == 1 and "SIGTERM at step" in said[0]
+
+    pair, logs = start_two(processes, arguments, tmp_path)
+    assert [process.wait(TIMEOUT) for process in pair] == [0, 0], logs[0].read_text()
+    assert "going on from step" in logs[0].read_text()
+    assert "RESULT" in logs[0].read_text() and "RESULT" not in logs[1].read_text()
+
+    # As one process on two devices; on one device rounding flips make quantized phases differ.
+    assert len(rows_of(workdir)) == len(rows_of(reference))
+    found, expected = numbers_of(workdir), numbers_of(reference)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-5)
+    unquantized = [key for key in found if key[0] <= 16 and key[1] == "train"]
+    alone = numbers_of(finished[0])
+    assert {key: found[key] for key in unquantized} == pytest.approx(
+        {key: alone[key] for key in unquantized}, rel=1e-5
+    )
+    assert (workdir / "policy.json").read_bytes() == (reference / "policy.json").read_bytes()
+    # One process reads what two have written.
+    done = processes.result(command(f"--workdir={workdir}", "--mode=evaluate"))
+    assert done["checkpoint_step"] == TOTAL
+
+
+# The lock and what a workdir holds ------------------------------------------------------------
+
+
+def write_holder(workdir, *, host, age):
+    path = workdir / lock.NAME
+    path.write_text(json.dumps({"host": host, "pid": 1, "started": "2026-01-01T00:00:00+00:00"}))
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_lock_names_its_holder_and_is_released(tmp_path):
+    with lock.hold(tmp_path):
+        with (
+            pytest.raises(UserError, match=f"process {os.getpid()} on .* since 2"),
+            lock.hold(tmp_path),
+        ):
+            pass
+        assert (tmp_path / lock.NAME).exists()
+    assert not list(tmp_path.iterdir())
+    with lock.hold(tmp_path):
+        pass
+
+
+def test_lock_of_a_process_that_is_gone(tmp_path):
+    write_holder(tmp_path, host=lock.socket.gethostname(), age=0)
+    with lock.hold(tmp_path):
+        assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+
+
+def test_lock_of_another_host(tmp_path):
+    write_holder(tmp_path, host="elsewhere", age=30)
+    with pytest.raises(UserError, match="process 1 on elsewhere"), lock.hold(tmp_path):
+        pass
+    write_holder(tmp_path, host="elsewhere", age=3600)
+    with lock.hold(tmp_path):
+        pass
+
+
+def test_another_data_set(processes, finished_copy):
+    path = finished_copy / "dataset.json"
+    found = json.loads(path.read_text())
+    found["train"]["examples"] += 1
+    path.write_text(json.dumps(found))
+    before = files_of(finished_copy)
+    done = processes.finish(command(f"--workdir={finished_copy}"))
+    assert done.returncode == 2
+    assert_one_error_line(
+        done.stderr, "another data set .train.examples: 1438 there, 1437 now.", "another --workdir"
+    )
+    assert files_of(finished_copy) == before
+
+
+# Numbers, disk and memory ----------------------------------------------------------------------
+
+
+def test_numbers_that_are_not_finite(processes, tmp_path):
+    workdir = tmp_path / "run"
+    settings = {"full_precision.learning_rate": 1e30, "log_every_steps": 100}
+    done = processes.finish(command(f"--workdir={workdir}", **settings, checkpoint_every_steps=1))
+    assert done.returncode == 1
+    assert_one_error_line(done.stderr, "not finite at step", nonfinite.NAME)
+    report = json.loads((workdir / nonfinite.NAME).read_text())
+    step = report["step"]
+    assert f"not finite at step {step} (full_precision)" in done.stderr
+    assert report["phase"] == "full_precision" and report["not_finite"]
+    indices, _ = data.train_indices(1437, seed=0, step=step - 1, batch_size=64)
+    assert report["examples"] == indices.tolist()
+    assert report["largest"]["params/conv1/kernel"].keys() == {"largest", "not_finite"}
+    assert any(row["largest"] > 1e20 or row["not_finite"] for row in report["largest"].values())
+    # The newest checkpoint is from before, and good.
+    steps = [int(path.name) for path in (workdir / DIRECTORY).iterdir()]
+    assert max(steps) == step - 1
+    evaluate = command(f"--workdir={workdir}", "--mode=evaluate", **settings)
+    assert processes.result(evaluate)["checkpoint_step"] == step - 1
+
+
+def test_broken_leaves():
+    state = {"a": jax.numpy.array([1.0, -3.0]), "b": {"c": jax.numpy.array([np.nan, -2, np.inf])}}
+    assert nonfinite.broken_leaves(state) == ["b/c"]
+    assert nonfinite.largest_values(state) == {
+        "a": {"largest": 3.0, "not_finite": 0}, "b/c": {"largest": 2.0, "not_finite": 2},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one MiB, which takes root to mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_full_disk(processes, finished, small_disk):
+    workdir = small_disk / "run"
+    arguments = command(f"--workdir={workdir}")
+    done = processes.finish(arguments)
+    assert done.returncode == 1
+    # What the threads of libraries have printed comes before.
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: {workdir}: the disk is full (0.0 MiB free)"), last
+    assert "make room" in last
+    assert rows_of(workdir)[-1]["step"] < TOTAL
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    processes.result(arguments)
+    assert_same_run(workdir, finished[0])
+
+
+def test_out_of_memory(tmp_path):
+    config = tiny_config()
+    with (
+        pytest.raises(RunError, match=r"out of memory with config.batch_size=64 .*\(RESOURCE_EXH"),
+        failures.explained(tmp_path, config),
+    ):
+        jax.numpy.zeros((1 << 50,), jax.numpy.uint8).block_until_ready()
+    with pytest.raises(ZeroDivisionError), failures.explained(tmp_path, config):
+        raise ZeroDivisionError
