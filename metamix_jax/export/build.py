@@ -182,9 +182,7 @@ def _bias(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"bias": np.float32(params["bias"])} if "bias" in params else {}
 
 
-def _quantizer(
-    module: Recorded, quant: Mapping[str, np.ndarray], bits: Bits
-) -> Quantizer | None:
+def _quantizer(module: Recorded, quant: Mapping[str, np.ndarray], bits: Bits) -> Quantizer | None:
     settings = module.fields["settings"]
     if bits.act == FULL_BITS:
         return None
