@@ -155,6 +155,12 @@ def default() -> ConfigDict:
             "learning_rate": 5e-4,  # each stage: cosine to 0
         }
     )
+    config.export = ConfigDict(
+        {
+            "onnx": True,  # write the ONNX files, which needs the package onnx
+            "examples": 0,  # evaluation images that the bundle is judged on; 0 = all
+        }
+    )
     config.diagnose = ConfigDict(
         {
             "layer": "",  # the one drawn and traced; "" = the middle searched one

@@ -39,6 +39,8 @@ HARMLESS = (
     "diagnose.hessian",
     "diagnose.layer",
     "diagnose.recalibrate",
+    "export.examples",
+    "export.onnx",
 )
 
 

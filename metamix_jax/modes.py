@@ -48,6 +48,8 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     from metamix_jax.phases import phase_at
     from metamix_jax.progress import waiting
 
+    if config.checkpoint and (Path(config.checkpoint) / "graph.json").exists():
+        return _evaluate_bundle(config)
     network = experiment.make_network(config)
     directory, step = locate(Path(config.checkpoint) if config.checkpoint else workdir)
     mesh = sharding.make_mesh()
@@ -85,6 +87,30 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         **{name: counts[name] for name in ("top1", "top5", "correct", "examples")},
         "gbops": gbops,
     }
+
+
+def _evaluate_bundle(config: ConfigDict) -> dict[str, Any]:
+    from metamix_jax.library import judge_bundle
+    from metamix_jax.progress import waiting
+
+    with waiting(f"evaluating the integers in {config.checkpoint}"):
+        counts = judge_bundle(config, Path(config.checkpoint))
+    return {"mode": "evaluate", "bundle": config.checkpoint, **counts}
+
+
+def export(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Writes a quantized checkpoint as integers, ONNX and StableHLO into WORKDIR/export."""
+    from metamix_jax import library
+    from metamix_jax.progress import waiting
+
+    if config.export.onnx:
+        library.onnx_files.require_onnx()  # before any work
+    network, directory = library.restore(config, workdir), workdir / library.EXPORT_DIRECTORY
+    with waiting("exporting"):
+        found = library.export(network, directory)
+    gbops = network.policy["gbops"]
+    facts = {"mode": "export", "model": network.network.label, "directory": str(directory)}
+    return facts | {"gbops": gbops} | found
 
 
 def calibrate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -150,5 +176,6 @@ MODES = {
     "calibrate": calibrate,
     "diagnose": diagnose,
     "compare": compare,
+    "export": export,
     "report": report,
 }

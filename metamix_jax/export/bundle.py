@@ -2,7 +2,7 @@
 
     graph.json    the nodes, the policy, activation step sizes, digests of all three files
     weights.bin   MAGIC, then the levels of every layer at its true bit-width (packing.py), layers
-                  in the graph's order, each from a whole byte on, kernels as `graph.Kernel` has them
+                  in the graph's order, each from a whole byte on, kernels as in graph.Kernel
     scales.bin    little-endian float32: weight step sizes, biases, scales and offsets of batch norm
 
 Reading takes NumPy alone, and believes nothing that it has not checked.
