@@ -84,7 +84,7 @@ def calibrated(recipe: str, weights: str, data_dir: str, tf: bool) -> library.Qu
     config.pretrained, config.data.data_dir = weights, data_dir
     config.quant.act_bits, config.quant.weight_bits = (8, 4), (8, 4)
     config.quant.init_rule, config.batch_size = "mse", 32
-    config.budget.unit, config.budget.value = "fraction", 4.0
+    config.budget.unit, config.budget.value = "fraction", 1.0
     config.data.augment, config.eval.bn_reestimate_batches = "none", 0
     if tf:
         config.model.padding = "tf"

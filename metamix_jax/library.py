@@ -12,13 +12,12 @@ metamix_jax.export(network, "a_export")
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from metamix_jax import data, experiment, sharding
@@ -28,18 +27,17 @@ from metamix_jax.checkpoints import Checkpoints, locate
 from metamix_jax.config import default
 from metamix_jax.errors import UserError
 from metamix_jax.evaluate import Evaluator
-from metamix_jax.export import bundle, card, executor, onnx_files
+from metamix_jax.export import bundle, card, onnx_files
 from metamix_jax.export.build import build_graph
-from metamix_jax.export.graph import Graph, normalise
+from metamix_jax.export.graph import Graph
+from metamix_jax.export.judge import judge
 from metamix_jax.export.stablehlo import stablehlo
 from metamix_jax.metrics import write_bytes_atomic
 from metamix_jax.phases import phase_at
 from metamix_jax.precision import Precision
-from metamix_jax.splits import Split
 from metamix_jax.weights import load_weights
 
 EXPORT_DIRECTORY = "export"  # in a workdir
-_BATCH = 50  # images that the executor takes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +188,7 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
 
     Returns:
       Counts of the bundle as read back, on the first config.export.examples evaluation images:
-      correct, correct_top5, examples, jax_correct, differing; and `files`, name -> bytes.
+      correct, correct_top5, examples, reference_correct, differing; and `files`, name -> bytes.
 
     Raises:
       UserError: see `restore`; or onnx is missing, or the directory cannot be written.
@@ -211,7 +209,7 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
     sizes = {name: len(content) for name, content in contents.items()}
     split = experiment.load_dataset(config, sharding.make_mesh()).evaluation
-    counts = _compare(found, bundle.read_bundle(directory), split)
+    counts = judge(bundle.read_bundle(directory), split, config.export.examples, _prediction(found))
     text = card.card(
         graph,
         sizes,
@@ -226,7 +224,7 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
 
 
 def judge_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:
-    """Returns top1, top5, correct and examples of an exported bundle, by the NumPy executor.
+    """Returns top1, top5, correct, correct_top5 and examples of an exported bundle, in NumPy.
 
     On the first config.export.examples evaluation images. Raises UserError where the bundle is
     damaged or takes other images than config.data's.
@@ -239,14 +237,11 @@ def judge_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:
             f"{(size, size, config.data.channels)}"
         )
     split = experiment.load_dataset(config, sharding.make_mesh()).evaluation
-    totals = {"correct": 0, "correct_top5": 0, "examples": 0}
-    for pixels, labels in _batches(split, config.export.examples):
-        _count(totals, executor.run(graph, normalise(pixels, graph)), labels)
-    return _percentages(totals)
+    return judge(graph, split, config.export.examples)
 
 
-def _compare(found: QuantizedNetwork, graph: Graph, split: Split) -> dict[str, Any]:
-    """Returns how the bundle's predictions compare with the labels and with JAX's."""
+def _prediction(found: QuantizedNetwork) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function from pixels to the classes that the network takes them for, in JAX."""
     variables, precision, options = found.variables, found.precision, found.config.data
 
     @jax.jit
@@ -255,34 +250,7 @@ def _compare(found: QuantizedNetwork, graph: Graph, split: Split) -> dict[str, A
         scores = found.network.model.apply(variables, images, train=False, precision=precision)
         return scores.argmax(axis=-1)
 
-    totals = {"correct": 0, "correct_top5": 0, "examples": 0}
-    jax_correct = differing = 0
-    for pixels, labels in _batches(split, found.config.export.examples):
-        scores = executor.run(graph, normalise(pixels, graph))
-        _count(totals, scores, labels)
-        predicted = np.asarray(predict(pixels))
-        jax_correct += int(np.sum(predicted == labels))
-        differing += int(np.sum(predicted != scores.argmax(axis=-1)))
-    return _percentages(totals) | {"jax_correct": jax_correct, "differing": differing}
-
-
-def _batches(split: Split, examples: int):
-    """Yields pixels and labels of the first `examples` images, 0 for all."""
-    count = min(examples, len(split)) if examples else len(split)
-    for start in range(0, count, _BATCH):
-        yield split.gather(np.arange(start, min(start + _BATCH, count)))
-
-
-def _count(totals: dict[str, int], scores: np.ndarray, labels: np.ndarray) -> None:
-    own = np.take_along_axis(scores, labels[:, None], axis=-1)
-    totals["correct"] += int(np.sum(scores.argmax(axis=-1) == labels))
-    totals["correct_top5"] += int(np.sum((scores > own).sum(axis=-1) < 5))
-    totals["examples"] += len(labels)
-
-
-def _percentages(totals: dict[str, int]) -> dict[str, Any]:
-    share = 100 / totals["examples"]
-    return {"top1": totals["correct"] * share, "top5": totals["correct_top5"] * share, **totals}
+    return predict
 
 
 def _tuples(value: Any) -> Any:

@@ -17,7 +17,6 @@ from tiny_network import compiled
 
 from benchmarks.export_parity import compare_levels
 from metamix_jax import data, models
-from metamix_jax.errors import UserError
 from metamix_jax.export import executor, wiring
 from metamix_jax.export.graph import Kernel, Node, Quantizer, normalise
 from metamix_jax.export.packing import pack, packed_size, unpack
@@ -56,9 +55,9 @@ def test_the_bit_order_is_the_documented_one():
 
 
 def test_bytes_that_are_no_packed_levels():
-    with pytest.raises(UserError, match="expected 2 for 3 levels of 3 bits"):
+    with pytest.raises(ValueError, match="expected 2 for 3 levels of 3 bits"):
         unpack(b"\0", 3, (3,))
-    with pytest.raises(UserError, match="zeros behind the last level"):
+    with pytest.raises(ValueError, match="zeros behind the last level"):
         unpack(b"\0\x80", 3, (3,))
     with pytest.raises(AssertionError):
         pack(np.int8([4]), 3)

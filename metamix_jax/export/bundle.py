@@ -11,6 +11,7 @@ Reading takes NumPy alone, and believes nothing that it has not checked.
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def decode(contents: dict[str, bytes], source: str) -> Graph:
     except UserError:
         raise
     # What a file of the right digest can still get wrong, written by other hands.
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _damaged(source, GRAPH, f"{type(error).__name__}: {error}") from error
 
 
@@ -149,9 +150,9 @@ def _node(row: dict[str, Any], contents: dict[str, bytes]) -> Node:
     if "kernel" in row:
         facts = row["kernel"]
         bits, shape, start = facts["bits"], _tuples(facts["shape"]), facts["offset"]
-        if not 2 <= bits <= 8:
-            raise ValueError(f"{row['name']}: {bits} bits")
-        stop = start + packed_size(int(np.prod(shape)), bits)
+        if not 2 <= bits <= 8 or min(shape) < 1:
+            raise ValueError(f"{row['name']}: no such kernel: {shape} at {bits} bits")
+        stop = start + packed_size(math.prod(shape), bits)
         levels = unpack(contents[WEIGHTS][start:stop], bits, shape)
         kernel = Kernel(bits, levels, _floats(facts["step"], contents))
     if (kernel is not None) != (row["op"] in ("conv", "dense")):

@@ -1,10 +1,8 @@
 """The model card: README.md next to the exported files."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from metamix_jax.cost import GIGA
 from metamix_jax.export.bundle import MAGIC, SCALES, WEIGHTS
 from metamix_jax.export.graph import Graph
 
@@ -34,7 +32,7 @@ def card(
     Args:
       graph: what was exported.
       sizes: file -> bytes.
-      counts: correct, correct_top5, examples, jax_correct, differing; of the bundle as read back.
+      counts: what `judge` says of the bundle as read back, with JAX as the reference.
       data: what the counts were taken on.
       pretrained: the weights that training started from; "" = random ones.
       versions: package -> version.
@@ -42,10 +40,6 @@ def card(
     height, width, channels = graph.image_shape
     weights = sum(node.kernel.levels.size for node in graph.layers)
     layers = graph.policy["layers"]
-    bops = sum(math.prod((row["macs"], row["act_bits"], row["weight_bits"]))
-               for row in layers.values())  # fmt: skip
-    examples = counts["examples"]
-    share = 100 / examples
     files = "\n".join(
         f"| `{name}` | {size:,} | {_DESCRIPTIONS[name]} |" for name, size in sizes.items()
     )
@@ -59,19 +53,19 @@ def card(
 Written by metamix_jax ({", ".join(f"{name} {version}" for name, version in versions.items())}).
 
 - **Input**: images of {height} x {width} pixels, {_channels(channels)}, as
-  `(pixel / 255 - mean) / std`, mean {list(graph.mean)}, std {list(graph.std)}; the ONNX files take
-  float32 `image` [n, {channels}, {height}, {width}], the bundle and StableHLO
+  `(pixel / 255 - mean) / std` with mean {list(graph.mean)} and std {list(graph.std)}.
+  The ONNX files take float32 `image` [n, {channels}, {height}, {width}], the bundle and StableHLO
   [n, {height}, {width}, {channels}].
 - **Output**: scores of {graph.num_classes} classes, in the order of the labels of {data}.
-- **Accuracy**, measured from the integer bundle in this folder on {examples:,} images of {data}:
-  top-1 {counts["correct"] * share:.2f} % ({counts["correct"]} right), top-5
-  {counts["correct_top5"] * share:.2f} %. The checkpoint itself, in JAX: {counts["jax_correct"]}
-  right; predictions that differ: {counts["differing"]}.
-- **Cost**: {bops / GIGA:.6g} GBOPs an image (MACs x activation bits x weight bits, convolutions and
-  dense layers).
-- **Weights**: {weights:,} in {sizes[WEIGHTS]:,} bytes ({len(MAGIC)} of them the header), against
-  {4 * weights:,} in float32 and {weights:,} in int8; {sizes[SCALES]:,} bytes more of step sizes and
-  batch norm.
+- **Accuracy**, measured from the integer bundle in this folder on {counts["examples"]:,} images of
+  {data}: top-1 {counts["top1"]:.2f} % ({counts["correct"]} right),
+  top-5 {counts["top5"]:.2f} %. The checkpoint in JAX: {counts["reference_correct"]} right;
+  predictions that differ: {counts["differing"]}.
+- **Cost**: {graph.policy["gbops"]:.6g} GBOPs an image (MACs x activation bits x weight bits of
+  convolutions and dense layers).
+- **Weights**: {weights:,} in {sizes[WEIGHTS]:,} bytes, {len(MAGIC)} of them the header, against
+  {4 * weights:,} in float32 and {weights:,} in int8; {sizes[SCALES]:,} bytes more of step sizes
+  and batch norm.
 - **Licence of the weights**: not recorded. Training started from {start}.
 
 | file | bytes | |

@@ -5,9 +5,9 @@ negative levels in two's complement; bit k of the stream is bit k % 8 (counted f
 significant) of byte k // 8. The last byte is filled up with zeros.
 """
 
-import numpy as np
+import math
 
-from metamix_jax.errors import UserError
+import numpy as np
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -28,17 +28,17 @@ def unpack(content: bytes, bits: int, shape: tuple[int, ...]) -> np.ndarray:
     """Returns the int8 levels of `shape` that `pack` made `content` of.
 
     Raises:
-      UserError: another number of bytes than `shape` takes, or something in the last one's filling.
+      ValueError: another number of bytes than `shape` takes, or a last one not filled with zeros.
     """
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     if len(content) != packed_size(count, bits):
-        raise UserError(
+        raise ValueError(
             f"{len(content)} bytes of packed weights: expected {packed_size(count, bits)} for "
             f"{count} levels of {bits} bits"
         )
     stream = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")
     if stream[count * bits :].any():
-        raise UserError("packed weights: expected zeros behind the last level")
+        raise ValueError("packed weights: expected zeros behind the last level")
     columns = np.zeros((count, 8), np.uint8)
     columns[:, :bits] = stream[: count * bits].reshape(count, bits)
     columns[:, bits:] = columns[:, bits - 1 : bits]  # the sign goes on to the left
