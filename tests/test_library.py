@@ -102,27 +102,27 @@ def test_a_checkpoint_whose_weights_are_not_quantized_is_refused(run):
         library.restore(config, run[2])
 
 
-def test_from_a_notebook(run, exported, tmp_path):
-    config, network, workdir = run
+def test_a_finished_run_from_a_notebook(run, exported, tmp_path):
+    _, _, workdir = run
     chosen = metamix_jax.load_policy(workdir)
     assert chosen == metamix_jax.load_policy(workdir / "policy.json")
-    counts = metamix_jax.evaluate(workdir)
-    assert counts["examples"] == 360
-    found = metamix_jax.export(workdir, tmp_path / "whole")
+    found = metamix_jax.export(workdir, tmp_path / "again")
     for name in bundle.FILES:
-        assert (tmp_path / "whole" / name).read_bytes() == (exported[1] / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (exported[1] / name).read_bytes()
     assert found["files"].keys() == exported[0]["files"].keys()
 
-    config = config.copy_and_resolve_references()
+
+def test_weights_and_a_policy_from_a_notebook(run, tmp_path):
+    config, chosen = run[0].copy_and_resolve_references(), metamix_jax.load_policy(run[2])
     with pytest.raises(UserError, match="expected trained weights to quantize"):
         metamix_jax.quantize(config, chosen)
-    config.pretrained = str(workdir)
-    config.export.onnx = False
-    calibrated = metamix_jax.quantize(config, chosen)
-    assert calibrated.policy == chosen
-    assert metamix_jax.evaluate(calibrated)["examples"] == 360
-    found = metamix_jax.export(calibrated, tmp_path / "calibrated")
+    config.pretrained, config.eval.bn_reestimate_batches = str(run[2]), 0
+    config.export.onnx, config.export.examples = False, 360
+    network = metamix_jax.quantize(config, chosen)
+    counts = metamix_jax.evaluate(network)
+    found = metamix_jax.export(network, tmp_path)
     assert found["files"].keys() == {*bundle.FILES, card.STABLEHLO}
+    assert found["reference_correct"] == counts["correct"] and counts["examples"] == 360
 
 
 def test_names_that_are_modules_too_can_always_be_called():

@@ -69,7 +69,7 @@ def _encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
     model = helper.make_model(body, opset_imports=opsets, producer_name="metamix_jax")
     model.ir_version = IR_VERSION
     helper.set_model_props(
-        model, {"mean": str(list(graph.mean)), "std": str(list(graph.std)), "layout": "NCHW, RGB"}
+        model, {"mean": str(list(graph.mean)), "std": str(list(graph.std)), "layout": "NCHW"}
     )
     if not writer.domain:
         onnx.checker.check_model(model, full_check=True)
