@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -56,19 +57,18 @@ class LevelComparison:
 
 
 def compare_levels(network: library.QuantizedNetwork, graph: Graph, images: np.ndarray):
-    """Returns the comparison on normalised images, and the scores of JAX and of the executor."""
+    """Returns the comparison on normalised images, and the scores of JAX and of the executor.
 
-    @jax.jit
-    def run(images):
-        return network.network.model.apply(
-            network.variables, images, train=False, precision=network.precision,
-            mutable=["intermediates"],
-        )  # fmt: skip
-
+    JAX runs operation by operation. Compiled as a whole, it may compute what it quantizes and what
+    it shows of that in two ways, which round differently.
+    """
     comparison, reference, found = LevelComparison({}), [], []
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
-        scores, collections = run(batch)
+        scores, collections = network.network.model.apply(
+            network.variables, jnp.asarray(batch), train=False, precision=network.precision,
+            mutable=["intermediates"],
+        )  # fmt: skip
         sown = flatten_dict(collections["intermediates"], sep="/")
         comparison.inputs = {
             path.removesuffix("/quantizer_input"): np.asarray(values[0])
