@@ -2,7 +2,7 @@
 
 python main.py --config=configs/digits.py --workdir=DIR [--mode=MODE]
 
-MODE: train (default), search, cost, evaluate, calibrate, diagnose, compare, report.
+MODE: train (default), search, cost, evaluate, calibrate, diagnose, compare, export, report.
 """
 
 import json
@@ -17,7 +17,9 @@ from ml_collections import config_flags
 from metamix_jax.config import default
 from metamix_jax.errors import InterruptedRunError, RunError, UserError, suggestion
 
-MODE_NAMES = ("train", "search", "cost", "evaluate", "calibrate", "diagnose", "compare", "report")
+MODE_NAMES = (
+    "train", "search", "cost", "evaluate", "calibrate", "diagnose", "compare", "export", "report",
+)  # fmt: skip
 
 DEFAULT_CONFIG = "configs/digits.py"
 

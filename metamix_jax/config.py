@@ -167,6 +167,12 @@ def default() -> ConfigDict:
             "process": 0,  # ... and which one this is
         }
     )
+    config.export = ConfigDict(
+        {
+            "onnx": True,  # write the ONNX files, which needs the package onnx
+            "examples": 0,  # evaluation images that the bundle is judged on; 0 = all
+        }
+    )
     config.diagnose = ConfigDict(
         {
             "layer": "",  # the one drawn and traced; "" = the middle searched one

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, data, datasets, experiment, policy, sharding
+from metamix_jax import calls, cost, data, datasets, experiment, policy, sharding
 from metamix_jax.precision import FULL, Bits, Precision, bit_candidates
 from metamix_jax.train_step import training_images
 
@@ -120,3 +120,6 @@ class Evaluator:
         )
         share = 1 - self._model.bn_momentum
         return jax.tree.map(lambda leaf: leaf / share, moved["batch_stats"])
+
+
+calls.make_callable(__name__)  # metamix_jax.evaluate(...) is `library.evaluate`

@@ -44,6 +44,8 @@ HARMLESS = (
     "distributed.initialize",
     "distributed.process",
     "distributed.processes",
+    "export.examples",
+    "export.onnx",
 )
 
 

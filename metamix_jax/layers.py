@@ -186,7 +186,7 @@ class QuantConv(_QuantLayer):
         k, channels = self.kernel_size, x.shape[-1]
         shape = (k, k, channels // self.groups, self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        padding = tuple(_padding(size, k, self.stride, self.padding) for size in x.shape[1:3])
+        padding = tuple(side_padding(size, k, self.stride, self.padding) for size in x.shape[1:3])
 
         def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
             if self.groups == channels == self.features:
@@ -205,7 +205,8 @@ class QuantConv(_QuantLayer):
         return self._add_bias(y)
 
 
-def _padding(size: int, kernel_size: int, stride: int, kind: str) -> tuple[int, int]:
+def side_padding(size: int, kernel_size: int, stride: int, kind: str) -> tuple[int, int]:
+    """Returns the zeros before and after a side of `size` places; see QuantConv's `padding`."""
     if kind == "torch":
         return (kernel_size - 1) // 2, (kernel_size - 1) // 2
     total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)

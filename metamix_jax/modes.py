@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from metamix_jax import cost, experiment, sharding
@@ -43,76 +42,76 @@ def show_cost(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Restores a checkpoint on the devices at hand and counts what it gets right."""
-    from metamix_jax.checkpoints import Checkpoints, locate
     from metamix_jax.evaluate import Evaluator
-    from metamix_jax.phases import phase_at
     from metamix_jax.progress import waiting
+    from metamix_jax.weights import load_checkpoint
 
-    network = experiment.make_network(config)
-    directory, step = locate(Path(config.checkpoint) if config.checkpoint else workdir)
-    mesh = sharding.make_mesh()
-    with Checkpoints(directory, create=False) as checkpoints:
-
-        def restore(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-            facts = checkpoints.read_facts(step)
-            if facts["model"] != network.label:
-                raise UserError(f"{directory}/{step} holds {facts['model']}, not {network.label}")
-            target = experiment.abstract_variables(network)
-            return facts, checkpoints.restore_items(step, target, mesh)
-
-        if step is None:
-            step, (facts, variables), _ = checkpoints.newest_good(restore)
-        else:
-            facts, variables = restore(step)
+    if config.checkpoint and (Path(config.checkpoint) / "graph.json").exists():
+        return _evaluate_bundle(config)
+    network, mesh = experiment.make_network(config), sharding.make_mesh()
     dataset = experiment.load_dataset(config, mesh)
-    schedule = experiment.make_schedule(config, len(dataset.train))
-    phase = phase_at(min(step, schedule[-1].stop - 1), schedule).phase
-    policy = facts["policy"]
-    if policy is not None:
-        policy_lib.check_policy(policy, network.costs, f"{directory}/{step}")
-        bits = policy_lib.layer_bits(policy)
-    else:
+    trained = load_checkpoint(config, network, workdir, len(dataset.train), mesh)
+    phase, variables = trained.phase, trained.variables
+    if trained.policy is None:
         bits = cost.widest_bits(network.costs)
+    else:
+        bits = policy_lib.layer_bits(trained.policy)
     precision = phase.evaluation.replace(branches=policy_lib.branches(bits, network.costs))
     evaluator = Evaluator(network.model, dataset, config, mesh)
-    with waiting(f"evaluating {directory}/{step}"):
+    with waiting(f"evaluating {trained.name}"):
         if config.eval.bn_reestimate_batches and phase.quantizes:
             statistics = evaluator.reestimate(variables, precision)
             variables = variables | {"batch_stats": statistics}
         counts = evaluator(variables, precision)
     logging.info(
         "step %d (%s): top-1 %.2f %%, top-5 %.2f %%, %d of %d right",
-        step, phase.name, counts["top1"], counts["top5"], counts["correct"], counts["examples"],
+        trained.step, phase.name,
+        counts["top1"], counts["top5"], counts["correct"], counts["examples"],
     )  # fmt: skip
     gbops = cost.gbops_at(network.costs, bits, precision)
     return {
         "mode": "evaluate",
-        "checkpoint_step": step,
+        "checkpoint_step": trained.step,
         **{name: counts[name] for name in ("top1", "top5", "correct", "examples")},
         "gbops": gbops,
     }
 
 
+def _evaluate_bundle(config: ConfigDict) -> dict[str, Any]:
+    from metamix_jax.library import judge_bundle
+    from metamix_jax.progress import waiting
+
+    with waiting(f"evaluating the integers in {config.checkpoint}"):
+        counts = judge_bundle(config, Path(config.checkpoint))
+    return {"mode": "evaluate", "bundle": config.checkpoint, **counts}
+
+
+def export(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Writes a quantized checkpoint as integers, ONNX and StableHLO into WORKDIR/export."""
+    from metamix_jax import library
+    from metamix_jax.progress import waiting
+
+    if config.export.onnx:
+        library.onnx_files.require_onnx()  # before any work
+    network, directory = library.restore(config, workdir), workdir / library.EXPORT_DIRECTORY
+    with waiting("exporting"):
+        found = library.export(network, directory)
+    gbops = network.policy["gbops"]
+    facts = {"mode": "export", "model": network.network.label, "directory": str(directory)}
+    return facts | {"gbops": gbops} | found
+
+
 def calibrate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Judges pretrained weights at every candidate after calibration alone; nothing is trained."""
-    from metamix_jax.calibrate import calibrations, make_calibrate
     from metamix_jax.evaluate import Evaluator, uniform_precisions
     from metamix_jax.precision import FULL, Precision
     from metamix_jax.progress import waiting
-    from metamix_jax.weights import load_weights
+    from metamix_jax.weights import load_calibrated
 
-    network = experiment.make_network(config)
-    if not config.pretrained:
-        raise UserError("config.pretrained='': expected trained weights with --mode=calibrate")
-    mesh = sharding.make_mesh()
-    shapes = experiment.abstract_variables(network)
-    weights, _ = load_weights(config.pretrained, shapes, mesh)
+    network, mesh = experiment.make_network(config), sharding.make_mesh()
     dataset = experiment.load_dataset(config, mesh)
-    state = sharding.replicate(experiment.init_state(config, network, weights), mesh)
     with waiting("calibrating step sizes"):
-        passes = calibrations(config, acts=True, weights=True)
-        batch = next(iter(experiment.train_batches(config, dataset, mesh, 0, 1)))
-        state = jax.jit(make_calibrate(network.model, passes, config, train=False))(state, batch)
+        state = load_calibrated(config, network, dataset, mesh)
     evaluator = Evaluator(network.model, dataset, config, mesh)
     uniform = uniform_precisions(network, config, Precision("chosen", "quantized"))
     precisions = {"full": FULL} | {f"{bits.act}/{bits.weight}": p for bits, p in uniform.items()}
@@ -156,5 +155,6 @@ MODES = {
     "calibrate": calibrate,
     "diagnose": diagnose,
     "compare": compare,
+    "export": export,
     "report": report,
 }

@@ -45,21 +45,32 @@ def read_policy(path: Path, costs: LayerCosts) -> dict[str, Any]:
     Raises:
       UserError: not a policy of format 1, or one that does not fit the network.
     """
-    try:
-        policy = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable policy file ({error})") from error
+    policy = load_policy(path)
     check_policy(policy, costs, source=str(path))
     return policy
 
 
-def check_policy(policy: Any, costs: LayerCosts, source: str) -> None:
-    """Raises UserError unless `policy` names every layer of the network with possible bits."""
+def load_policy(path: Path) -> dict[str, Any]:
+    """Reads policy.json of whatever network; raises UserError if it is none of format 1."""
+    try:
+        policy = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable policy file ({error})") from error
+    _check_form(policy, source=str(path))
+    return policy
+
+
+def _check_form(policy: Any, source: str) -> None:
     if not isinstance(policy, dict) or policy.get("format") != FORMAT:
         raise UserError(f"{source}: expected a policy of format {FORMAT}")
     missing = [field for field in _FIELDS if field not in policy]
     if missing or not isinstance(policy["layers"], dict):
         raise UserError(f"{source}: policy lacks {', '.join(missing) or 'a table of layers'}")
+
+
+def check_policy(policy: Any, costs: LayerCosts, source: str) -> None:
+    """Raises UserError unless `policy` names every layer of the network with possible bits."""
+    _check_form(policy, source)
     for path in policy["layers"]:
         if path not in costs:
             raise UserError(f"{source}: unknown layer {path!r}; {suggestion(path, costs)}")

@@ -1,18 +1,79 @@
-"""Trained weights to start from or to learn from: weight files and other runs' checkpoints."""
+"""Trained weights to start from, to learn from or to judge: weight files and checkpoints."""
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import models, pretrained, sharding
+from metamix_jax import experiment, models, pretrained, sharding
+from metamix_jax import policy as policy_lib
+from metamix_jax.calibrate import calibrations, make_calibrate
 from metamix_jax.checkpoints import Checkpoints, locate
+from metamix_jax.datasets import Dataset
+from metamix_jax.errors import UserError
 from metamix_jax.experiment import Network, abstract_variables
+from metamix_jax.phases import Phase, phase_at
 from metamix_jax.precision import QuantSettings
+from metamix_jax.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A checkpoint's variables, all of them, and what they are.
+
+    policy: as in policy.json; None where the bits have not been chosen.
+    finished: whether it is the run's last, whose batch norm statistics are settled.
+    """
+
+    name: str
+    step: int
+    phase: Phase
+    finished: bool
+    policy: dict[str, Any] | None
+    variables: dict[str, Any]
+
+
+def load_checkpoint(
+    config: ConfigDict, network: Network, workdir: Path, train_examples: int, mesh: Mesh
+) -> Trained:
+    """Returns what config.checkpoint names, or the newest good checkpoint of `workdir`.
+
+    Args:
+      config: of the run.
+      network: of the run.
+      workdir: used where config.checkpoint names none.
+      train_examples: what an epoch is.
+      mesh: devices.
+
+    Raises:
+      UserError: not there, damaged, or of another network.
+    """
+    directory, step = locate(Path(config.checkpoint) if config.checkpoint else workdir)
+    with Checkpoints(directory, create=False) as checkpoints:
+
+        def restore(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            facts = checkpoints.read_facts(step)
+            if facts["model"] != network.label:
+                raise UserError(f"{directory}/{step} holds {facts['model']}, not {network.label}")
+            return facts, checkpoints.restore_items(step, abstract_variables(network), mesh)
+
+        if step is None:
+            step, (facts, variables), _ = checkpoints.newest_good(restore)
+        else:
+            facts, variables = restore(step)
+    name, policy = f"{directory}/{step}", facts["policy"]
+    if policy is not None:
+        policy_lib.check_policy(policy, network.costs, name)
+    schedule = experiment.make_schedule(config, train_examples)
+    stop = schedule[-1].stop
+    phase = phase_at(min(step, stop - 1), schedule).phase
+    return Trained(name, step, phase, step == stop, policy, variables)
 
 
 def load_weights(
@@ -39,6 +100,23 @@ def load_weights(
         weights = checkpoints.restore_items(step, target, mesh)
     logging.info("%s: weights of step %d", path, step)
     return weights, step
+
+
+def load_calibrated(
+    config: ConfigDict, network: Network, dataset: Dataset, mesh: Mesh
+) -> TrainState:
+    """Returns the weights of config.pretrained, all step sizes calibrated, nothing trained.
+
+    The step sizes come from the first training batch. Raises UserError: no weights given, or see
+    `load_weights`.
+    """
+    if not config.pretrained:
+        raise UserError("config.pretrained='': expected a file of trained weights, or a workdir")
+    loaded, _ = load_weights(config.pretrained, abstract_variables(network), mesh)
+    state = sharding.replicate(experiment.init_state(config, network, loaded), mesh)
+    passes = calibrations(config, acts=True, weights=True)
+    batch = next(iter(experiment.train_batches(config, dataset, mesh, 0, 1)))
+    return jax.jit(make_calibrate(network.model, passes, config, train=False))(state, batch)
 
 
 def load_teacher(

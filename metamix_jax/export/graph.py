@@ -1,0 +1,119 @@
+"""An exported network: a list of nodes over named tensors; NumPy alone.
+
+Tensors are float32 [n, height, width, channels], after `flatten` [n, channels]; every node makes
+one, of its own name, from tensors made before it. A layer (`conv`, `dense`) quantizes its input to
+levels, integers q that stand for q * step - shift, multiplies them with the levels of its kernel
+and returns real values.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+IMAGE = "image"  # the tensor that comes in, normalised
+
+# op -> number of inputs
+OPS = {
+    "conv": 1,
+    "dense": 1,
+    "affine": 1,  # x * scale + offset per channel: batch norm with its running statistics
+    "relu": 1,
+    "relu6": 1,
+    "hswish": 1,  # x * relu6(x + 3) / 6
+    "hsigmoid": 1,  # relu6(x + 3) / 6
+    "add": 2,
+    "multiply": 2,  # the second, [n, 1, 1, channels], goes over all positions
+    "mean": 1,  # over positions, [n, 1, 1, channels]
+    "flatten": 1,
+    "max_pool": 1,
+    "subsample": 1,  # every stride-th position, and zeros for the channels that are missing
+}
+Padding = tuple[tuple[int, int], tuple[int, int]]  # (before, after) of height and width
+
+
+class Quantizer(NamedTuple):
+    """Real x -> level round(clip((x + shift) / step)), half to even; level q -> q * step - shift.
+
+    Levels are 0 .. 2^bits - 1, or -(2^(bits-1) - 1) .. 2^(bits-1) - 1 if signed.
+    """
+
+    bits: int
+    signed: bool
+    step: float  # real units per level, a float32 value
+    shift: float
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the greatest level."""
+        high = (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+        return (-high if self.signed else 0), high
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Levels of a layer's kernel; levels * step is the kernel in real units.
+
+    levels: int8 [k, k, channels / groups, features], of a dense layer [channels, features].
+    step: float32 [features].
+    """
+
+    bits: int
+    levels: np.ndarray
+    step: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One operation.
+
+    options: of a conv `stride`, `groups`, `padding`; of a max_pool `size`, `stride`, `padding`; of
+      a subsample `stride`, `channels` (zeros before, after).
+    arrays: float32 [channels]; of a layer `bias` if it has one, of an affine `scale`, `offset`.
+    quantizer: of a layer's input; None where the image is not quantized (image_bits=32).
+    shape: of its result without the batch, [height, width, channels] or [channels].
+    """
+
+    op: str
+    name: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    quantizer: Quantizer | None = None
+    kernel: Kernel | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A network and what its images look like; the last node makes the class scores.
+
+    mean, std: per channel or one for all, of pixels in [0, 1].
+    policy: the content of policy.json.
+    """
+
+    model: str
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    policy: Mapping[str, Any]
+    nodes: tuple[Node, ...]
+
+    @property
+    def layers(self) -> tuple[Node, ...]:
+        """The nodes that multiply."""
+        return tuple(node for node in self.nodes if node.kernel is not None)
+
+    def shape_of(self, tensor: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without the batch."""
+        if tensor == IMAGE:
+            return self.image_shape
+        return next(node.shape for node in self.nodes if node.name == tensor)
+
+
+def normalise(pixels: np.ndarray, graph: Graph) -> np.ndarray:
+    """Returns uint8 pixels [n, h, w, c] as the network takes them, float32."""
+    mean, std = np.float32(graph.mean), np.float32(graph.std)
+    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
