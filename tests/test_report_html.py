@@ -184,6 +184,10 @@ def test_logits(tmp_path, weight_bits, winner, candidates):
     if weight_bits == (4,):
         assert "policy" not in labels[0]
     assert sum("winner" in line["class"] for line in page.all("polyline")) == 4
+    # The highest share of all layers is at the top of its chart, the lowest at the bottom.
+    heights = [float(point.split(",")[1]) for line in page.all("polyline")
+               for point in line["points"].split()]  # fmt: skip
+    assert (min(heights), max(heights)) == (0, 70)
 
 
 def test_many_logits_are_thinned_and_folded(tmp_path):

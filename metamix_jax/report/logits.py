@@ -24,21 +24,27 @@ def logits_section(run: Finished) -> Section | None:
         return None
     rows = [rows[i] for i in _spread(len(rows))]
     steps = [row["step"] for row in rows]
+    layers = {
+        layer: [softmax(row["logits"][layer]) for row in rows] for layer in rows[-1]["logits"]
+    }
+    # One scale for all layers, or those that were decided would look like those that were not.
+    every = [share for shares in layers.values() for row in shares for share in row]
+    low, high = min(every), max(every)
     figures, used = [], 0
-    for layer in rows[-1]["logits"]:
-        shares = [softmax(row["logits"][layer]) for row in rows]
+    for layer, shares in layers.items():
         names = _names(run, len(shares[-1]))
         used = max(used, len(names))
-        figures.append(_figure(layer, names, steps, shares, _chosen(run, layer)))
+        scaled = [[(share - low) / (high - low or 1) for share in row] for row in shares]
+        figures.append(_figure(layer, names, steps, shares, scaled, _chosen(run, layer)))
     charts = _legend(_names(run, used)), element("div", *figures, class_="multiples")
     return section(
         "logits",
         "How the search went",
         element(
             "p",
-            f"Softmax share of each candidate, 0 to 1, from step {steps[0]} to {steps[-1]}; the "
-            "thick line is the candidate that ends highest. A policy that departs from it was "
-            "moved to meet the budget.",
+            f"Softmax share of each candidate, {100 * low:.0f} to {100 * high:.0f} % in every "
+            f"chart, from step {steps[0]} to {steps[-1]}; the thick line is the candidate that "
+            "ends highest. A policy that departs from it was moved to meet the budget.",
         ),
         folded(f"All {len(figures)} layers", *charts) if len(figures) > _MANY else join(*charts),
     )
@@ -56,6 +62,7 @@ def _figure(
     names: list[str],
     steps: list[int],
     shares: list[list[float]],
+    scaled: list[list[float]],
     chosen: tuple[int, int] | None,
 ) -> Markup:
     last = shares[-1]
@@ -63,9 +70,7 @@ def _figure(
     text = f"{names[winner]}: {100 * shares[0][winner]:.0f} to {100 * last[winner]:.0f} %"
     if chosen is not None and names[winner] not in _spellings(chosen):
         text += f", policy {chosen[0]}/{chosen[1]}"
-    lines = [
-        _line(steps, [share[i] for share in shares], i, winner == i) for i in range(len(names))
-    ]
+    lines = [_line(steps, [row[i] for row in scaled], i, winner == i) for i in range(len(names))]
     frame = element("rect", x=0, y=0, width=_WIDTH, height=_HEIGHT, class_="frame")
     half = element("path", d=f"M0 {_HEIGHT / 2}H{_WIDTH}", class_="half")
     picture = element(
@@ -76,11 +81,11 @@ def _figure(
     return element("figure", picture, caption)
 
 
-def _line(steps: list[int], shares: list[float], i: int, wins: bool) -> Markup:
+def _line(steps: list[int], heights: list[float], i: int, wins: bool) -> Markup:
     span = max(steps[-1] - steps[0], 1)
     points = " ".join(
-        f"{(step - steps[0]) / span * _WIDTH:.1f},{(1 - share) * _HEIGHT:.1f}"
-        for step, share in zip(steps, shares, strict=True)
+        f"{(step - steps[0]) / span * _WIDTH:.1f},{(1 - height) * _HEIGHT:.1f}"
+        for step, height in zip(steps, heights, strict=True)
     )
     kind = f"line{i % _STYLES}"
     return element("polyline", points=points, class_=f"{kind} winner" if wins else kind)
