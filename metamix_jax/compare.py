@@ -103,17 +103,16 @@ def widest_uniform(config: ConfigDict) -> int:
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one row per method and budget: means over seeds, spread, agreement.
+    """Returns one row per method and budget, in order: means over seeds, spread, agreement.
 
     top1_spread is the standard deviation over seeds (0 for one); agreement is the share of layers
     with the same bits, averaged over pairs of seeds (None for one).
     """
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["method"], run["budget"]), []).append(run)
     rows = []
-    for (method, budget), group in itertools.groupby(
-        sorted(runs, key=lambda run: (run["method"], -run["budget"])),
-        key=lambda run: (run["method"], run["budget"]),
-    ):
-        group = list(group)
+    for (method, budget), group in groups.items():
         top1 = [run["top1"] for run in group]
         pairs = [
             statistics.mean(a["bits"][path] == b["bits"][path] for path in a["bits"])

@@ -33,7 +33,7 @@ def test_summary_over_seeds():
         run_of("metamix", 1.0, 0, 95.0, (4, 4)),
         run_of("joint", 0.5, 0, 80.0, (4, 4), passes=7),
     ]
-    joint, high, low = compare.summarise(runs)
+    low, high, joint = compare.summarise(runs)
     assert (joint["method"], joint["budget"], joint["seeds"]) == ("joint", 0.5, 1)
     assert (joint["top1_spread"], joint["agreement"]) == (0.0, None)
     assert joint["search"] == {"steps": 4, "seconds": 2.0, "forward_passes": 7}

@@ -141,8 +141,9 @@ def accuracy_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None
         columns = ([row[name] for row in own] for name in ("gbops", "top1", "top1_spread"))
         gbops, top1, spread = columns
         axes.errorbar(
-            gbops, top1, yerr=spread, label=method, color=f"C{i % 10}", marker=MARKERS[i % 8],
-            markersize=6, capsize=3, linewidth=1, linestyle=("-", "--", ":", "-.")[i % 4],
+            gbops, top1, yerr=spread if any(spread) else None, label=method, color=f"C{i % 10}",
+            marker=MARKERS[i % 8], markersize=6, capsize=3, linewidth=1, elinewidth=0.7,
+            linestyle=("-", "--", ":", "-.")[i % 4],
         )  # fmt: skip
     axes.set_xlabel("GBOPs")
     axes.set_ylabel("top-1, % (bars: standard deviation over seeds)")
