@@ -43,7 +43,8 @@ def _explanation(error: Exception, workdir: Path, config: ConfigDict) -> str | N
         return (
             f"out of memory with config.batch_size={config.batch_size} and "
             f"config.eval.batch_size={config.eval.batch_size} over {jax.device_count()} devices "
-            f"({text[:200] or 'on the host'}); lower the one that was at work, or "
-            "config.data.in_memory_gib if it was the host's, or use more devices"
+            f"({text[:200] or 'on the host'}); lower the one that was at work (or raise "
+            "config.accumulation_steps), or config.data.in_memory_gib if it was the host's, or use "
+            "more devices"
         )
     return None

@@ -25,9 +25,9 @@ _RANGES = {
     "more than 0": (
         lambda value: value > 0,
         (
-            "batch_size", "log_every_steps", "checkpoint_every_steps", "data.image_size",
-            "data.channels", "data.num_classes", "eval.batch_size", "budget.value",
-            "optimizer.eps", "optimizer.clip_norm", "diagnose.batches",
+            "batch_size", "accumulation_steps", "log_every_steps", "checkpoint_every_steps",
+            "data.image_size", "data.channels", "data.num_classes", "eval.batch_size",
+            "budget.value", "optimizer.eps", "optimizer.clip_norm", "diagnose.batches",
         ),
     ),
     "0 or more": (
