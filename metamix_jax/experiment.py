@@ -17,7 +17,7 @@ from metamix_jax import cost, data, datasets, distributed, lock, models, phases,
 from metamix_jax.budget import Budget, make_budget
 from metamix_jax.cost import LayerCosts
 from metamix_jax.errors import UserError
-from metamix_jax.metrics import write_json
+from metamix_jax.metrics import read_json, write_json
 from metamix_jax.phases import Span
 from metamix_jax.precision import QuantSettings
 from metamix_jax.searchers import SEARCHERS, knapsack
@@ -198,8 +198,8 @@ def _claim(config: ConfigDict, workdir: Path, fingerprint: dict[str, Any]) -> No
         old = new
         if path.exists():
             try:
-                old = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
+                old = dict(read_json(path))
+            except (OSError, TypeError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it if you are sure that "
                                 "the run there is this one") from error  # fmt: skip
         changed = _differences(old, new)
