@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from processes import (
     tiny_config,
 )
 
-from metamix_jax import data, failures, lock, nonfinite
+from metamix_jax import data, digests, experiment, failures, lock, nonfinite
 from metamix_jax.checkpoints import DIRECTORY
 from metamix_jax.errors import RunError, UserError
 
@@ -312,6 +313,38 @@ def test_another_data_set(processes, finished_copy):
     assert files_of(finished_copy) == before
 
 
+def test_another_version_of_the_code(tmp_path, monkeypatch):
+    config = tiny_config()
+    experiment._claim(config, tmp_path, {})
+    path = tmp_path / "code.json"
+    found = json.loads(path.read_text())
+    assert found == digests.of_code() and {"metamix_jax", "jax", "optax"} < found.keys()
+    experiment._claim(config, tmp_path, {})
+    path.write_text(json.dumps(found | {"jax": "0.1"}))
+    with pytest.raises(UserError, match="another version of the code .jax: '0.1' there, .*remove"):
+        experiment._claim(config, tmp_path, {})
+    assert json.loads(path.read_text())["jax"] == "0.1"
+    # A finished run stays what it is; removing the file is how to go on.
+    (tmp_path / "results.json").write_text('{"mode": "train"}')
+    experiment._claim(config, tmp_path, {})
+    assert json.loads(path.read_text())["jax"] == "0.1"
+    (tmp_path / "results.json").write_text('{"mode": "search"}')
+    path.unlink()
+    experiment._claim(config, tmp_path, {})
+    assert json.loads(path.read_text()) == found
+
+
+def test_code_is_told_apart_by_what_trains(monkeypatch, tmp_path):
+    before = digests.of_code()
+    package = shutil.copytree(ROOT / "metamix_jax", tmp_path / "metamix_jax")
+    monkeypatch.setattr(digests, "__file__", str(package / "digests.py"))
+    assert (code := digests.of_code()) == before
+    (package / "report" / "style.py").write_text("")
+    assert digests.of_code() == code
+    (package / "update.py").write_text("")
+    assert digests.of_code()["metamix_jax"] != code["metamix_jax"]
+
+
 # Numbers, disk and memory ----------------------------------------------------------------------
 
 
@@ -369,6 +402,15 @@ def test_full_disk(processes, finished, small_disk):
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     processes.result(arguments)
     assert_same_run(workdir, finished[0])
+
+
+def test_room_for_checkpoints(tmp_path, monkeypatch):
+    state = {"a": jax.numpy.zeros((1 << 20,)), "key": jax.random.key(0)}  # 4 MiB
+    failures.require_room(tmp_path, state, saves=3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10 << 20))
+    failures.require_room(tmp_path, state, saves=2)
+    with pytest.raises(RunError, match=r"10.0 MiB free, but 3 more checkpoints need 12.0 MiB"):
+        failures.require_room(tmp_path, state, saves=3)
 
 
 def test_out_of_memory(tmp_path):
