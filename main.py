@@ -45,6 +45,12 @@ def main(_: list[str]) -> int:
     try:
         if not flags.FLAGS.workdir:
             raise UserError("--workdir: expected a directory, such as --workdir=runs/digits")
+        if "://" in flags.FLAGS.workdir:
+            raise UserError(
+                f"--workdir={flags.FLAGS.workdir}: expected a folder of a local or network file "
+                "system; object stores (gs://, s3://) are not supported, copy the workdir there "
+                "afterwards"
+            )
         # Imported after the flags are parsed, so that their mistakes show at once.
         from metamix_jax import distributed
         from metamix_jax.modes import MODES

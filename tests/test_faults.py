@@ -154,8 +154,17 @@ def test_second_signal_stops_at_once(processes, tmp_path):
     assert "SIGTERM again: stopping at once" in log.read_text()
 
 
+def last_step(workdir):
+    rows = rows_of(workdir)
+    return rows[-1]["step"] if rows else -1
+
+
 def kill_at_random(processes, folder, reference, kills, seed=0):
-    """Kills runs at random moments; whatever finishes in between must be the reference."""
+    """Kills runs at random moments; whatever finishes in between must be the reference.
+
+    Every fourth kill comes within 16 seconds of the start, which may be setting up or compiling;
+    the others within 4 seconds of the first step that is new.
+    """
     generator = random.Random(seed)
     done = finished = 0
     phases = []
@@ -163,10 +172,13 @@ def kill_at_random(processes, folder, reference, kills, seed=0):
         workdir = folder / f"run{finished}"
         # A save at each step, so that many kills fall into one.
         arguments = command(f"--workdir={workdir}", checkpoint_every_steps=1)
-        log = folder / "killed.log"
+        log, before = folder / "killed.log", last_step(workdir)
         process = processes.start(arguments, log)
+        if done % 4:
+            while process.poll() is None and last_step(workdir) <= before:
+                time.sleep(0.01)
         try:
-            process.wait(generator.uniform(2, 16))
+            process.wait(generator.uniform(0, 4 if done % 4 else 16))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
