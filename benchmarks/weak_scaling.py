@@ -38,7 +38,7 @@ def main() -> None:
     network = experiment.make_network(config)
     reference = None
     print(f"{'devices':>7} {'ms a step':>9} {'x one':>6} {'losses apart, relative':>23}")
-    for devices in map(int, options.devices.split(",")):
+    for devices in map(int, filter(None, options.devices.split(","))):
         losses, seconds = train(config, network, devices, options.steps)
         if reference is None:
             reference = losses, seconds
@@ -96,9 +96,9 @@ def all_reduces(name):
     """Returns how many arrays a full-precision step all-reduces, and their bytes."""
     config = importlib.import_module(f"configs.{name}").get_config("")
     config.data.image_size, config.batch_size = 32, 4
-    config.full_precision.epochs = 1.0
-    config.data.eval_resize = 0
-    config.data.augment = "none"
+    config.full_precision.epochs, config.loss = 1.0, "cross_entropy"
+    config.data.eval_resize, config.data.augment = 0, "none"
+    config.search.searcher = "none"  # the budget is one at 224 x 224
     network = experiment.make_network(config)
     mesh, span = mesh_of(2), first_span(config, network)
     shapes = experiment.abstract_state(config, network, span)
