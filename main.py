@@ -7,6 +7,7 @@ MODE: train (default), search, cost, evaluate, calibrate, diagnose, compare, exp
 
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,13 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from metamix_jax.config import default
-from metamix_jax.errors import InterruptedRunError, RunError, UserError, suggestion
+from metamix_jax.errors import (
+    InterruptedRunError,
+    LostProcessError,
+    RunError,
+    UserError,
+    suggestion,
+)
 
 MODE_NAMES = (
     "train", "search", "cost", "evaluate", "calibrate", "diagnose", "compare", "export", "report",
@@ -38,6 +45,12 @@ def main(_: list[str]) -> int:
     try:
         if not flags.FLAGS.workdir:
             raise UserError("--workdir: expected a directory, such as --workdir=runs/digits")
+        if "://" in flags.FLAGS.workdir:
+            raise UserError(
+                f"--workdir={flags.FLAGS.workdir}: expected a folder of a local or network file "
+                "system; object stores (gs://, s3://) are not supported, copy the workdir there "
+                "afterwards"
+            )
         # Imported after the flags are parsed, so that their mistakes show at once.
         from metamix_jax import distributed
         from metamix_jax.modes import MODES
@@ -46,7 +59,10 @@ def main(_: list[str]) -> int:
         result = MODES[flags.FLAGS.mode](flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except tuple(EXIT_CODES) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-        return _fail(error, code)
+        _fail(error, code)
+        if isinstance(error, LostProcessError):
+            os._exit(code)  # an orderly end would wait for the process that is gone
+        return code
     if distributed.is_first():
         print("RESULT " + json.dumps(result), flush=True)
     return 0

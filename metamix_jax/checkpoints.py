@@ -21,6 +21,7 @@ from metamix_jax.errors import UserError
 from metamix_jax.state import TrainState
 
 DIRECTORY = "checkpoints"
+KEPT = 2  # complete ones, the newest; while one is saved there are more
 _ITEMS = ("params", "batch_stats", "quant", "training", "facts")
 _DIGESTS = "digests"  # among the facts
 _FACTS_WITHOUT_DIGESTS = {"model", "policy", "seconds"}  # all that early versions wrote
@@ -42,7 +43,7 @@ class Checkpoints:
                             "config.checkpoint to a workdir that has some")  # fmt: skip
         # What a kill left half written is removed by the run that goes on, not by a reader.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, create=create, cleanup_tmp_directories=create
+            max_to_keep=KEPT, create=create, cleanup_tmp_directories=create
         )
         self._directory = directory.resolve()
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=_ITEMS)
@@ -50,8 +51,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Closing waits for the other processes.
+        if error is None or not distributed.shows_lost_process(error):
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:

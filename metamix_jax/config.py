@@ -21,6 +21,9 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # network init, data order, augmentation, logit init
     config.batch_size = 256  # global, over all devices and processes
+    # Micro-batches that a batch is split into where it does not fit into memory; batch norm and its
+    # running statistics then go by micro-batches. See train_step.py.
+    config.accumulation_steps = 1
     config.loss = "cross_entropy"  # "distillation": soft targets only; "both": their sum
     config.checkpoint = ""  # evaluate, diagnose: checkpoint directory or workdir; "" = the workdir
     # Start weights: .npz, .safetensors, .pth, or the workdir of another run; "" = train them first.

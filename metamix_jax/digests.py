@@ -1,19 +1,23 @@
-"""Digests of what a checkpoint holds, so that damage shows when it is read.
+"""Digests of what a checkpoint holds, so that damage shows when it is read, and of the code.
 
 Orbax notices missing and shortened files but restores flipped bits in array data without a word.
 """
 
 import concurrent.futures
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 _LENGTH = 32  # hexadecimal characters
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
+_AFTERWARDS = ("report", "export", "diagnose")  # folders of code that no training runs through
 
 
 def host_leaves(tree: Any) -> dict[str, np.ndarray]:
@@ -36,6 +40,19 @@ def of_arrays(tree: Any) -> dict[str, str]:
 def of_json(value: Mapping[str, Any]) -> str:
     """Returns the digest of what JSON can hold, whatever the order of its keys."""
     return _digest(json.dumps(value, sort_keys=True).encode())
+
+
+def of_code() -> dict[str, str]:
+    """Returns what decides the bits of a run: versions of libraries, a digest of our sources."""
+    root = Path(__file__).parent
+    sources = {str(path.relative_to(root)): path for path in root.rglob("*.py")}
+    contents = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in sources.items()
+        if Path(name).parts[0] not in _AFTERWARDS
+    }
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"metamix_jax": of_json(contents), **versions}
 
 
 def _of_array(array: np.ndarray) -> str:

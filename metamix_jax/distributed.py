@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 from metamix_jax.errors import UserError
 
 _MESSAGE_BYTES = 2000
+# In what JAX raises where another process has gone: names of what processes talk by.
+_LOST = ("Gloo ", "NCCL", "coordination service", "heartbeat", "Connection reset by peer")
 
 
 def initialize(config: ConfigDict | None) -> None:
@@ -49,6 +51,11 @@ def initialize(config: ConfigDict | None) -> None:
             "under SLURM set initialize=True, elsewhere coordinator=HOST:PORT, processes and "
             "process"
         ) from error
+
+
+def shows_lost_process(error: BaseException) -> bool:
+    """Returns whether an error is what the end of another process of the run looks like here."""
+    return jax.process_count() > 1 and any(part in str(error) for part in _LOST)
 
 
 def is_first() -> bool:

@@ -18,6 +18,10 @@ class RunError(RuntimeError):
     """
 
 
+class LostProcessError(RunError):
+    """Another process of the run is gone; what is left cannot even end together."""
+
+
 class InterruptedRunError(RuntimeError):
     """A run that was asked to stop and has saved; exit code 75, "try again" (sysexits.h)."""
 

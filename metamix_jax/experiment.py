@@ -13,11 +13,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, data, datasets, distributed, lock, models, phases, sharding
+from metamix_jax import cost, data, datasets, digests, distributed, lock, models, phases, sharding
 from metamix_jax.budget import Budget, make_budget
 from metamix_jax.cost import LayerCosts
 from metamix_jax.errors import UserError
-from metamix_jax.metrics import write_json
+from metamix_jax.metrics import read_json, write_json
 from metamix_jax.phases import Span
 from metamix_jax.precision import QuantSettings
 from metamix_jax.searchers import SEARCHERS, knapsack
@@ -47,6 +47,13 @@ HARMLESS = (
     "export.examples",
     "export.onnx",
 )
+
+
+_OTHERS = {
+    "config.json": "another configuration",
+    "dataset.json": "another data set",
+    "code.json": "another version of the code",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +178,12 @@ def _init_variables(network: Network, seed: int) -> dict[str, Any]:
 def claim_workdir(config: ConfigDict, workdir: Path, dataset: datasets.Dataset) -> Iterator[None]:
     """Holds the workdir, new or with the same run in it, for as long as the block runs.
 
-    Writes config.json and dataset.json, or checks that they say the same.
+    Writes config.json, dataset.json and code.json, or checks that they say the same. A finished
+    run may have been made by other code.
 
     Raises:
-      UserError: not writable, in use, or holding a run with another configuration or data set.
+      UserError: not writable, in use, or holding a run with another configuration, data set or
+        code.
     """
     with contextlib.ExitStack() as stack:
         error = None
@@ -193,27 +202,38 @@ def claim_workdir(config: ConfigDict, workdir: Path, dataset: datasets.Dataset) 
 
 def _claim(config: ConfigDict, workdir: Path, fingerprint: dict[str, Any]) -> None:
     wanted = {"config.json": json.loads(config.to_json()), "dataset.json": fingerprint}
+    if not is_finished(workdir):
+        wanted["code.json"] = digests.of_code()
     for name, new in wanted.items():
         path = workdir / name
         old = new
         if path.exists():
             try:
-                old = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
+                old = dict(read_json(path))
+            except (OSError, TypeError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it if you are sure that "
                                 "the run there is this one") from error  # fmt: skip
         changed = _differences(old, new)
         if changed:
-            what = "configuration" if name == "config.json" else "data set"
             raise UserError(
-                f"{workdir} holds a run with another {what} ({'; '.join(changed)}); use the "
+                f"{workdir} holds a run with {_OTHERS[name]} ({'; '.join(changed)}); use the "
                 "same one or another --workdir"
+                + (f", or remove {path} to go on all the same" if name == "code.json" else "")
             )
     # Only now, so that a refused run changes nothing.
     for name, new in wanted.items():
         path = workdir / name
         if not path.exists() or json.loads(path.read_text()) != new:
             write_json(path, new)
+
+
+def is_finished(workdir: Path) -> bool:
+    """Returns whether a run has come to its end in `workdir`; a search alone has not."""
+    try:
+        results = read_json(workdir / "results.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(results, dict) and results.get("mode") == "train"
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

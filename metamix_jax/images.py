@@ -71,9 +71,10 @@ class Resize:
             image = _resize(image, (width, height))
         else:
             # Rounded down, and the crop's corner to the nearest pixel, as torchvision does.
-            image = _resize(
-                image, tuple(self.shorter_side * side // min(image.size) for side in image.size)
-            )
+            size = tuple(self.shorter_side * side // min(image.size) for side in image.size)
+            if math.prod(size) > Image.MAX_IMAGE_PIXELS:
+                raise DamagedImageError(f"{image.size} pixels, too narrow to be resized")
+            image = _resize(image, size)
             left, top = round((image.width - width) / 2), round((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))
         return np.asarray(image).reshape(self.shape)
@@ -144,8 +145,12 @@ def _crop_jpeg(encoded: bytes, box: Box, size: tuple[int, int]) -> np.ndarray | 
     step = max(step for step in REDUCED if step <= max(fits, 1))
     # The box counts pixels as they are stored, before any rotation that the file asks for.
     flags = REDUCED[step] | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    if pixels is None:
+    try:
+        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error:
+        return None
+    # A damaged header can hold another size than the one that Pillow goes by.
+    if pixels is None or pixels.shape[0] * step < box[3] or pixels.shape[1] * step < box[2]:
         return None
     left, top, right, bottom = ((side + step // 2) // step for side in box)  # to the nearest pixel
     crop = cv2.resize(pixels[top:bottom, left:right], size, interpolation=cv2.INTER_LINEAR)

@@ -17,6 +17,7 @@ from typing import Any, Self
 from metamix_jax.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
+_MOST_JSON_BYTES = 2**26
 
 
 class MetricWriter:
@@ -130,6 +131,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
       UserError: a line before the last is not a row.
     """
     return [json.loads(line) for line in _whole_lines(path)]
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds; OSError or ValueError, whatever may be in its place."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")  # reading a pipe would wait for ever
+    if path.exists() and path.stat().st_size > _MOST_JSON_BYTES:
+        raise ValueError(f"{path.stat().st_size} bytes, too many for a file of this kind")
+    try:
+        return json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_json(path: Path, value: Any) -> None:

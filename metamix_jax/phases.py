@@ -12,8 +12,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from metamix_jax.errors import UserError
 from metamix_jax.precision import FULL, Bits, Precision, bit_candidates
 
+MOST_STEPS = 2**28  # of a phase; all are counted as int32
 WEIGHTS = frozenset({"kernels", "weights"})  # labels of optimizer.label
 
 
@@ -123,6 +125,11 @@ def make_schedule(
     spans, start, calibrated, weights_quantized = [], 0, False, False
     for name in ("full_precision", *searcher_phases):
         phase = _configured(PHASES[name], config)
+        if not epochs[name] * steps_per_epoch < MOST_STEPS:
+            raise UserError(
+                f"{name}: {epochs[name]:g} epochs are {epochs[name] * steps_per_epoch:g} steps, "
+                f"expected at most {MOST_STEPS}; lower the epochs"
+            )
         # Rounded first: 51 / 390.625 epochs are 51 steps, not 52.
         steps = math.ceil(round(epochs[name] * steps_per_epoch, 6))
         if steps == 0:

@@ -1,6 +1,5 @@
 """The policy file: which bits each layer runs at, readable by every searcher and exporter."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from metamix_jax import cost as cost_lib
 from metamix_jax.cost import LayerCosts, Policy
 from metamix_jax.errors import UserError, suggestion
-from metamix_jax.metrics import write_json
+from metamix_jax.metrics import read_json, write_json
 from metamix_jax.precision import Bits
 
 FORMAT = 1
@@ -53,8 +52,8 @@ def read_policy(path: Path, costs: LayerCosts) -> dict[str, Any]:
 def load_policy(path: Path) -> dict[str, Any]:
     """Reads policy.json of whatever network; raises UserError if it is none of format 1."""
     try:
-        policy = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        policy = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable policy file ({error})") from error
     _check_form(policy, source=str(path))
     return policy

@@ -71,6 +71,7 @@ LEAF_NAMES = {
 SOURCE_RULES = ((r"^(module\.)+", ""), (r"^linear\.", "fc."))
 BATCH_COUNTER = "num_batches_tracked"  # BatchNorm's step counter; Flax has none
 WRAPPERS = ("state_dict", "model", "net")  # keys under which training scripts keep the weights
+MOST_BYTES = 2**30  # far more than any network here has; small files can unfold to anything
 SHOWN = 5  # entries of each kind of problem named in an error
 
 
@@ -95,7 +96,9 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
     try:
+        _require_small(path, path.stat().st_size)
         entries = reader(path)
+        _require_small(path, sum(4 * getattr(value, "size", 0) for value in entries.values()))
     except UserError:
         raise
     except Exception as error:  # the three libraries raise anything, MemoryError included
@@ -174,6 +177,8 @@ def _read_npz(path: Path) -> dict[str, Any]:
     # np.load takes anything else for a .npy array or a pickle, and words its error accordingly.
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not an .npz archive; damaged, or another kind of file?")
+    with zipfile.ZipFile(path) as archive:
+        _require_small(path, sum(entry.file_size for entry in archive.infolist()))
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
@@ -189,6 +194,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     # torch.load does not look at the checksums of its own format.
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            _require_small(path, sum(entry.file_size for entry in archive.infolist()))
             damaged = archive.testzip()
         if damaged:
             raise UserError(f"{path}: damaged, wrong checksum of {damaged}")
@@ -204,6 +210,7 @@ def _read_torch(path: Path) -> dict[str, Any]:
     for name, value in entries.items():
         if isinstance(value, torch.Tensor):
             value = value.detach()
+            _require_small(path, 4 * value.numel())  # one number can stand for many
             # NumPy has no bfloat16; integers stay what they are, to be refused by name later.
             value = (value.float() if value.is_floating_point() else value).numpy()
         arrays[str(name)] = value
@@ -217,6 +224,13 @@ READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     ".pt": _read_torch,
     ".th": _read_torch,
 }
+
+
+def _require_small(path: Path, size: int) -> None:
+    if size > MOST_BYTES:
+        raise UserError(
+            f"{path}: {size / 2**20:.0f} MiB of weights, expected at most {MOST_BYTES >> 20}"
+        )
 
 
 def _read_failure(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """What came out of a run: results.json, the pictures, the report, the tables, the RESULT line."""
 
-import json
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 from metamix_jax import cost
 from metamix_jax import policy as policy_lib
 from metamix_jax.cost import LayerCosts, Policy
-from metamix_jax.experiment import Network
+from metamix_jax.experiment import Network, is_finished
 from metamix_jax.metrics import read_rows, write_json
 from metamix_jax.phases import Span
 from metamix_jax.precision import FULL, FULL_BITS, bit_candidates
@@ -79,7 +78,7 @@ def write(
         | {name: metadata.version(name) for name in _PACKAGES},
     }
     path = workdir / "results.json"
-    if search_end is None or not _holds_finished_run(path):
+    if search_end is None or not is_finished(workdir):
         write_json(path, summary)
     charts.learning_curves(rows, workdir / "learning_curves.png")
     logging.info("accuracies:\n%s", tables.accuracy_table(evaluations))
@@ -117,7 +116,3 @@ def _search_cost(
         "seconds": spent,
         "device_hours": spent * jax.device_count() / 3600,
     }
-
-
-def _holds_finished_run(path: Path) -> bool:
-    return path.exists() and json.loads(path.read_text())["mode"] == "train"

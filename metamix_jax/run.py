@@ -59,6 +59,7 @@ class Run:
         network = experiment.make_network(config)
         validate_start(config)
         mesh = sharding.make_mesh()
+        sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
         weights = None
         if config.pretrained:
             shapes = experiment.abstract_variables(network)

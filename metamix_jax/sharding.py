@@ -17,11 +17,12 @@ def make_mesh() -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=axis_types)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError unless the global batch splits evenly over the devices."""
-    if batch_size % mesh.size:
+def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raises UserError unless each of `parts` micro-batches splits evenly over the devices."""
+    if batch_size % (mesh.size * parts):
+        times = f" times config.accumulation_steps={parts}" if parts > 1 else ""
         raise UserError(
-            f"config.batch_size={batch_size}: expected a multiple of the {mesh.size} devices"
+            f"config.batch_size={batch_size}: expected a multiple of the {mesh.size} devices{times}"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from metamix_jax import distributed, experiment, failures
-from metamix_jax.checkpoints import DIRECTORY, Checkpoints
+from metamix_jax.checkpoints import DIRECTORY, KEPT, Checkpoints
 from metamix_jax.interruption import Interruption
 from metamix_jax.metrics import MetricWriter
 from metamix_jax.phases import phase_at
@@ -57,6 +57,7 @@ def _train(
     with Checkpoints(workdir / DIRECTORY, create=True) as checkpoints:
         latest, state = run.resume(checkpoints) or (None, run.init_state())
         step = latest or 0
+        failures.require_room(workdir, state, saves=KEPT + 1 - len(checkpoints.steps))
         if latest is not None and latest >= total:
             logging.info("%s: finished before, nothing to do", workdir)
             return run.finish(stop_after_search)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -14,6 +15,8 @@ from metamix_jax.phases import Span
 from metamix_jax.state import Batch, Metrics, TrainState, swap_search
 from metamix_jax.update import make_update
 
+Part = tuple[jax.Array, jax.Array, jax.Array | None]  # images, labels, soft targets
+
 
 def training_images(batch: Batch, config: ConfigDict) -> jax.Array:
     """Returns the batch's images [b, h, w, c] as the network sees them in training."""
@@ -22,6 +25,11 @@ def training_images(batch: Batch, config: ConfigDict) -> jax.Array:
         batch["image"], batch["index"], batch["epoch"], seed=config.seed, kind=options.augment
     )
     return data.preprocess(images, mean=options.mean, std=options.std)
+
+
+def micro_batch(rows: jax.Array, number: jax.Array, parts: int) -> jax.Array:
+    """Returns every `parts`-th of `rows`, from `number` on: the same share of each device's."""
+    return rows.reshape(-1, parts, *rows.shape[1:])[:, number]
 
 
 def make_train_step(
@@ -36,7 +44,10 @@ def make_train_step(
 
     It calls compiled parts and consumes the state it is given. All branches go through the same
     compiled pass, one after the other, so that neither compile time nor memory grow with their
-    number.
+    number. With config.accumulation_steps > 1 so do the micro-batches that the batch is split into
+    (not by `lax.scan`, in which XLA's convolutions on CPUs are many times slower). Gradients are
+    averaged over them; batch norm normalises by the statistics of a micro-batch, and each moves
+    the running ones, one after the other.
 
     Args:
       model: the network.
@@ -50,13 +61,16 @@ def make_train_step(
         (update, make_update(model, update, span.steps, config, budget))
         for update in span.phase.updates
     ]
+    parts = config.accumulation_steps
 
     @jax.jit
-    def prepare(batch: Batch, teacher_variables: Any) -> tuple[jax.Array, jax.Array | None]:
+    def prepare(batch: Batch, number: jax.Array, teacher_variables: Any) -> Part:
+        batch = {name: micro_batch(rows, number, parts) for name, rows in batch.items()}
         images = training_images(batch, config)
         if teacher is None:
-            return images, None
-        return images, jax.nn.softmax(teacher.apply(teacher_variables, images, train=False))
+            return images, batch["label"], None
+        scores = teacher.apply(teacher_variables, images, train=False)
+        return images, batch["label"], jax.nn.softmax(scores)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def count(step: jax.Array) -> jax.Array:
@@ -65,16 +79,17 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, branches: Mapping[str, jax.Array], teacher_variables: Any
     ) -> tuple[TrainState, Metrics]:
-        images, soft_targets = prepare(batch, teacher_variables)
+        inputs = [prepare(batch, np.int32(i), teacher_variables) for i in range(parts)]
         metrics = {}
         for update, apply_update in updates:
-            inputs = (images, batch["label"], soft_targets, branches)
-            state, numbers = apply_update(state, *inputs)
+            state, numbers = apply_update(state, inputs, branches)
             # Of the alternation, the search's numbers are the phase's own.
             prefix = "" if update.name == span.phase.name else f"{update.name}_"
             metrics |= {prefix + name: value for name, value in numbers.items()}
             for key, other in (further_budgets or {}).items() if update.budget_term else ():
-                state, numbers = apply_update(swap_search(state, key), *inputs, limit=other.limit)
+                state, numbers = apply_update(
+                    swap_search(state, key), inputs, branches, limit=other.limit
+                )
                 state = swap_search(state, key)
                 metrics[f"cost_{key}"] = numbers["cost"]
         return state.replace(step=count(state.step)), metrics

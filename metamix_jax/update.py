@@ -25,10 +25,12 @@ def make_update(
     config: ConfigDict,
     budget: Budget | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Returns `apply(state, images, labels, soft_targets, branches, limit) -> (state, metrics)`.
+    """Returns `apply(state, parts, branches, limit) -> (state, metrics)`.
 
-    As `make_train_step`, it calls compiled parts and consumes the state. `limit` is by default the
-    budget's.
+    As `make_train_step`, it calls compiled parts and consumes the state. `parts` are the batch's
+    micro-batches, each (images, labels, soft targets or None): the gradient is the mean of theirs,
+    and each moves the running statistics on from where the one before left them. `limit` is by
+    default the budget's.
     """
     optimizer = make_optimizer(update, steps, config)
     candidates = bit_candidates(config.quant.act_bits, config.quant.weight_bits)
@@ -60,17 +62,30 @@ def make_update(
         return jax.tree.map(jnp.zeros_like, split_by_label(state, update.trains)[0])
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def add_pass(gradient, state, batch_stats, inputs, precision, number):
+    def add_part(gradient, state, batch_stats, inputs, precision, number):
         trained, frozen = split_by_label(state, update.trains)
         rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), number)
         (_, (batch_stats, metrics)), part = gradient_of(
             trained, frozen, batch_stats, (*inputs, rng), precision
         )
-        return jax.tree.map(jnp.add, gradient, part), batch_stats, metrics
+        share = 1 / config.accumulation_steps
+        gradient = jax.tree.map(lambda total, part: total + share * part, gradient, part)
+        return gradient, batch_stats, metrics
+
+    def add_pass(gradient, state, batch_stats, parts, limit, precision, number):
+        rows = []
+        for part in parts:
+            inputs, key = (*part, limit), np.int32(number * len(parts) + len(rows))
+            gradient, batch_stats, metrics = add_part(
+                gradient, state, batch_stats, inputs, precision, key
+            )
+            rows.append(metrics)
+        return gradient, batch_stats, rows
 
     @functools.partial(jax.jit, donate_argnums=0)
     def descend(state, gradient, rows):
-        count = 1 if last_only else 2 if update.sharpness_aware else len(rows)
+        count = len(rows) // config.accumulation_steps
+        count = 1 if last_only else 2 if update.sharpness_aware else count
         gradient = jax.tree.map(lambda total: total / count, gradient)
         trained, frozen = split_by_label(state, update.trains)
         changes, opt_state = optimizer.update(gradient, state.opt_states[update.name], trained)
@@ -94,26 +109,27 @@ def make_update(
         moved = {path: trained[path] + factor * weights[path] for path in weights}
         return state.replace(params=unflatten_dict(frozen | trained | moved, sep="/")["params"])
 
-    def apply_update(state, images, labels, soft_targets, branches, limit=None):
+    def apply_update(state, parts, branches, limit=None):
         if limit is None:
             limit = budget.limit if budget else 0.0
-        inputs = (images, labels, soft_targets, np.float32(limit))
+        limit = np.float32(limit)
         searched = branch_logits(split_by_label(state, {"logits"})[0])
         gradient, batch_stats, rows = zeros(state), state.batch_stats, []
         for number, precision in enumerate(passes(update, candidates, branches, searched)):
             if last_only:
                 gradient = zeros(state)
-            gradient, batch_stats, metrics = add_pass(
-                gradient, state, batch_stats, inputs, precision, np.int32(number)
+            gradient, batch_stats, found = add_pass(
+                gradient, state, batch_stats, parts, limit, precision, number
             )
-            rows.append(metrics)
+            rows += found
         if update.sharpness_aware:
             # The second pass moves no running statistics, and its loss is not the step's.
             copy, perturbed = jax.tree.map(jnp.copy, gradient), climb(state, gradient)
-            gradient, _, metrics = add_pass(
-                copy, perturbed, state.batch_stats, inputs, precision, np.int32(0)
+            gradient, _, above = add_pass(
+                copy, perturbed, state.batch_stats, parts, limit, precision, 0
             )
-            gap = jnp.maximum(metrics["loss"] - rows[0]["loss"], 0.0)
+            rises = [up["loss"] - row["loss"] for up, row in zip(above, rows, strict=True)]
+            gap = jnp.maximum(sum(rises) / len(rises), 0.0)
             state = state.replace(opt_states=state.opt_states | {GAP: gap})
         if commit:
             state = state.replace(batch_stats=batch_stats)

@@ -25,9 +25,9 @@ _RANGES = {
     "more than 0": (
         lambda value: value > 0,
         (
-            "batch_size", "log_every_steps", "checkpoint_every_steps", "data.image_size",
-            "data.channels", "data.num_classes", "eval.batch_size", "budget.value",
-            "optimizer.eps", "optimizer.clip_norm", "diagnose.batches",
+            "batch_size", "accumulation_steps", "log_every_steps", "checkpoint_every_steps",
+            "data.image_size", "data.channels", "data.num_classes", "eval.batch_size",
+            "budget.value", "optimizer.eps", "optimizer.clip_norm", "diagnose.batches",
         ),
     ),
     "0 or more": (
@@ -47,6 +47,16 @@ _RANGES = {
         ("optimizer.b1", "optimizer.b2", "bit_search.b1", "bit_search.b2"),
     ),
     "0 to 1": (lambda value: 0 <= value <= 1, ("search.least_spent",)),
+    # What makes the arrays of a run large.
+    "at most 4096": (
+        lambda value: value <= 4096,
+        ("data.image_size", "data.channels", "data.eval_resize"),
+    ),
+    "at most 1048576": (
+        lambda value: value <= 2**20,
+        ("batch_size", "eval.batch_size", "data.num_classes"),
+    ),
+    "0 to 4294967295": (lambda value: 0 <= value < 2**32, ("seed",)),
     "2 to 8": (lambda value: 2 <= value <= 8, ("quant.first_last_bits",)),
 }  # fmt: skip
 
@@ -59,7 +69,7 @@ def validate(config: ConfigDict) -> None:
     for expected, (holds, paths) in _RANGES.items():
         for path in paths:
             value = _get(config, path)
-            _require(math.isfinite(value) and holds(value), path, value, expected)
+            _require(_is_finite(value) and holds(value), path, value, expected)
     act_bits, weight_bits = tuple(config.quant.act_bits), tuple(config.quant.weight_bits)
     for path, bits in (("quant.act_bits", act_bits), ("quant.weight_bits", weight_bits)):
         _require(
@@ -92,6 +102,11 @@ def validate(config: ConfigDict) -> None:
     if searcher in ("metamix", "joint", "asga"):
         value = config.bit_search.epochs
         _require(value > 0, "bit_search.epochs", value, f"more than 0 for searcher {searcher}")
+    seeds = tuple(config.compare.seeds)
+    _require(
+        all(isinstance(v, int) and 0 <= v < 2**32 for v in seeds),
+        "compare.seeds", seeds, "whole numbers from 0 to 4294967295",
+    )  # fmt: skip
     value = tuple(config.search.budgets)
     alone = searcher == "metamix" and config.bit_search.fixed_meta_state
     _require(
@@ -119,7 +134,7 @@ def validate(config: ConfigDict) -> None:
     for path in ("mean", "std"):
         value = tuple(config.data[path])
         _require(
-            len(value) in (1, config.data.channels) and all(map(math.isfinite, value)),
+            len(value) in (1, config.data.channels) and all(map(_is_finite, value)),
             f"data.{path}", value, f"1 or {config.data.channels} numbers, one per channel",
         )  # fmt: skip
     _require(min(config.data.std) > 0, "data.std", tuple(config.data.std), "values above 0")
@@ -145,6 +160,10 @@ def validate_start(config: ConfigDict) -> None:
         bool(config.teacher.path) == needs_teacher, "teacher.path", config.teacher.path,
         f"{'a weight file or a workdir' if needs_teacher else 'nothing'} with loss={config.loss!r}",
     )  # fmt: skip
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _get(config: ConfigDict, path: str):

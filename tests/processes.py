@@ -82,18 +82,18 @@ class Processes:
         assert last.startswith("RESULT ") and done.stdout.count("RESULT ") == 1
         return json.loads(last.removeprefix("RESULT "))
 
-    def start(self, arguments, log):
+    def start(self, arguments, log, devices=1):
         """Starts a run whose output goes to a file."""
         with log.open("w") as output:
             return subprocess.Popen(
-                arguments, cwd=ROOT, env=self.environment(1), stdout=output, stderr=output
+                arguments, cwd=ROOT, env=self.environment(devices), stdout=output, stderr=output
             )
 
     @contextlib.contextmanager
-    def running(self, arguments, workdir, step):
+    def running(self, arguments, workdir, step, devices=1):
         """A run that has come to `step`, as metrics.jsonl says; killed where the block ends."""
         log = workdir.with_name("running.log")
-        process = self.start(arguments, log)
+        process = self.start(arguments, log, devices)
         try:
             deadline = time.monotonic() + TIMEOUT
             while not (rows := rows_of(workdir)) or rows[-1]["step"] < step:

@@ -341,8 +341,17 @@ def test_searcher_uniform_with_searched_weights(processes, tmp_path):
         (["--config=configs/digit.py"], ["configs/digit.py"]),
         (["stray"], ["stray"]),
         ([], ["--workdir"]),
+        (["--workdir=gs://bucket/run"], ["gs://bucket/run", "object stores"]),
     ],
-    ids=["unknown key", "bad value", "unknown mode", "missing file", "stray", "no workdir"],
+    ids=[
+        "unknown key",
+        "bad value",
+        "unknown mode",
+        "missing file",
+        "stray",
+        "no workdir",
+        "bucket",
+    ],
 )
 def test_mistakes_on_the_command_line(arguments, parts, processes):
     done = processes.finish([sys.executable, "main.py", *arguments])

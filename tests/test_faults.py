@@ -8,10 +8,10 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -19,7 +19,6 @@ import pytest
 from damage import array_file
 from processes import (
     ROOT,
-    TIMEOUT,
     TOTAL,
     assert_one_error_line,
     assert_same_run,
@@ -29,7 +28,7 @@ from processes import (
     tiny_config,
 )
 
-from metamix_jax import data, failures, lock, nonfinite
+from metamix_jax import data, digests, experiment, failures, lock, nonfinite
 from metamix_jax.checkpoints import DIRECTORY
 from metamix_jax.errors import RunError, UserError
 
@@ -155,8 +154,17 @@ def test_second_signal_stops_at_once(processes, tmp_path):
     assert "SIGTERM again: stopping at once" in log.read_text()
 
 
+def last_step(workdir):
+    rows = rows_of(workdir)
+    return rows[-1]["step"] if rows else -1
+
+
 def kill_at_random(processes, folder, reference, kills, seed=0):
-    """Kills runs at random moments; whatever finishes in between must be the reference."""
+    """Kills runs at random moments; whatever finishes in between must be the reference.
+
+    Every fourth kill comes within 16 seconds of the start, which may be setting up or compiling;
+    the others within 4 seconds of the first step that is new.
+    """
     generator = random.Random(seed)
     done = finished = 0
     phases = []
@@ -164,10 +172,13 @@ def kill_at_random(processes, folder, reference, kills, seed=0):
         workdir = folder / f"run{finished}"
         # A save at each step, so that many kills fall into one.
         arguments = command(f"--workdir={workdir}", checkpoint_every_steps=1)
-        log = folder / "killed.log"
+        log, before = folder / "killed.log", last_step(workdir)
         process = processes.start(arguments, log)
+        if done % 4:
+            while process.poll() is None and last_step(workdir) <= before:
+                time.sleep(0.01)
         try:
-            process.wait(generator.uniform(2, 16))
+            process.wait(generator.uniform(0, 4 if done % 4 else 16))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -185,80 +196,26 @@ def kill_at_random(processes, folder, reference, kills, seed=0):
 
 
 @pytest.mark.faults
-def test_many_random_kills(processes, finished, tmp_path):
-    kills = int(os.environ.get("KILLS", "100"))
-    kill_at_random(processes, tmp_path, finished[0], kills)
-
-
-# Several processes ----------------------------------------------------------------------------
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def start_two(processes, arguments, folder):
-    """Starts two processes of one run; returns them and their logs."""
-    shared = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
-    logs = [folder / f"process{number}.log" for number in range(2)]
-    started = []
-    for number, log in enumerate(logs):
-        fields = shared | {"process": number}
-        settings = [f"--config.distributed.{key}={value}" for key, value in fields.items()]
-        started.append(processes.start([*arguments, *settings], log))
-    return started, logs
-
-
-def numbers_of(workdir):
-    """Returns (step, kind, precision, statistics, name) -> number of all rows."""
-    return {
-        (*(row.get(key) for key in ("step", "kind", "precision", "statistics")), name): value
-        for row in rows_of(workdir)
-        for name, value in row.items()
-        if isinstance(value, float)
-    }
+def test_killed_during_saves(processes, finished, tmp_path):
+    """At the moment that a save shows on the disk, in every phase."""
+    workdir, found = tmp_path / "run", 0
+    for step in (2, 14, 21, 37, 53, 70):
+        with processes.running(
+            command(f"--workdir={workdir}", checkpoint_every_steps=1), workdir, step
+        ):
+            while not (left := list((workdir / DIRECTORY).glob("*tmp*"))):
+                pass
+        found += any(path.exists() for path in left)
+    assert found >= 3  # the others were complete before the signal had come
+    processes.result(command(f"--workdir={workdir}", checkpoint_every_steps=1))
+    assert not list((workdir / DIRECTORY).glob("*tmp*"))
+    assert_same_run(workdir, finished[0])
 
 
 @pytest.mark.faults
-def test_two_processes_stopped_by_a_signal_to_one(processes, finished, tmp_path):
-    workdir, reference = tmp_path / "run", tmp_path / "reference"
-    arguments = command(f"--workdir={workdir}")
-    processes.result(command(f"--workdir={reference}"), devices=2)
-
-    pair, logs = start_two(processes, arguments, tmp_path)
-    try:
-        while not (rows := rows_of(workdir)) or rows[-1]["step"] < 20:
-            assert [process.poll() for process in pair] == [None, None], logs[0].read_text()
-            time.sleep(0.01)
-        pair[1].send_signal(signal.SIGTERM)
-        assert [process.wait(120) for process in pair] == [75, 75], logs[0].read_text()
-    finally:
-        for process in pair:
-            process.kill()
-    said = [line for log in logs for line in log.read_text().splitlines() if "stopped by" in line]
-    assert len(said) == 2 and len(set(said)) == 1 and "SIGTERM at step" in said[0]
-
-    pair, logs = start_two(processes, arguments, tmp_path)
-    assert [process.wait(TIMEOUT) for process in pair] == [0, 0], logs[0].read_text()
-    assert "going on from step" in logs[0].read_text()
-    assert "RESULT" in logs[0].read_text() and "RESULT" not in logs[1].read_text()
-
-    # As one process on two devices; on one device rounding flips make quantized phases differ.
-    assert len(rows_of(workdir)) == len(rows_of(reference))
-    found, expected = numbers_of(workdir), numbers_of(reference)
-    assert found.keys() == expected.keys()
-    assert found == pytest.approx(expected, rel=1e-5)
-    unquantized = [key for key in found if key[0] <= 16 and key[1] == "train"]
-    alone = numbers_of(finished[0])
-    assert {key: found[key] for key in unquantized} == pytest.approx(
-        {key: alone[key] for key in unquantized}, rel=1e-5
-    )
-    assert (workdir / "policy.json").read_bytes() == (reference / "policy.json").read_bytes()
-    # One process reads what two have written.
-    done = processes.result(command(f"--workdir={workdir}", "--mode=evaluate"))
-    assert done["checkpoint_step"] == TOTAL
+def test_many_random_kills(processes, finished, tmp_path):
+    kills = int(os.environ.get("KILLS", "100"))
+    kill_at_random(processes, tmp_path, finished[0], kills)
 
 
 # The lock and what a workdir holds ------------------------------------------------------------
@@ -310,6 +267,38 @@ def test_another_data_set(processes, finished_copy):
         done.stderr, "another data set .train.examples: 1438 there, 1437 now.", "another --workdir"
     )
     assert files_of(finished_copy) == before
+
+
+def test_another_version_of_the_code(tmp_path, monkeypatch):
+    config = tiny_config()
+    experiment._claim(config, tmp_path, {})
+    path = tmp_path / "code.json"
+    found = json.loads(path.read_text())
+    assert found == digests.of_code() and {"metamix_jax", "jax", "optax"} < found.keys()
+    experiment._claim(config, tmp_path, {})
+    path.write_text(json.dumps(found | {"jax": "0.1"}))
+    with pytest.raises(UserError, match="another version of the code .jax: '0.1' there, .*remove"):
+        experiment._claim(config, tmp_path, {})
+    assert json.loads(path.read_text())["jax"] == "0.1"
+    # A finished run stays what it is; removing the file is how to go on.
+    (tmp_path / "results.json").write_text('{"mode": "train"}')
+    experiment._claim(config, tmp_path, {})
+    assert json.loads(path.read_text())["jax"] == "0.1"
+    (tmp_path / "results.json").write_text('{"mode": "search"}')
+    path.unlink()
+    experiment._claim(config, tmp_path, {})
+    assert json.loads(path.read_text()) == found
+
+
+def test_code_is_told_apart_by_what_trains(monkeypatch, tmp_path):
+    before = digests.of_code()
+    package = shutil.copytree(ROOT / "metamix_jax", tmp_path / "metamix_jax")
+    monkeypatch.setattr(digests, "__file__", str(package / "digests.py"))
+    assert (code := digests.of_code()) == before
+    (package / "report" / "style.py").write_text("")
+    assert digests.of_code() == code
+    (package / "update.py").write_text("")
+    assert digests.of_code()["metamix_jax"] != code["metamix_jax"]
 
 
 # Numbers, disk and memory ----------------------------------------------------------------------
@@ -369,6 +358,15 @@ def test_full_disk(processes, finished, small_disk):
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     processes.result(arguments)
     assert_same_run(workdir, finished[0])
+
+
+def test_room_for_checkpoints(tmp_path, monkeypatch):
+    state = {"a": jax.numpy.zeros((1 << 20,)), "key": jax.random.key(0)}  # 4 MiB
+    failures.require_room(tmp_path, state, saves=3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10 << 20))
+    failures.require_room(tmp_path, state, saves=2)
+    with pytest.raises(RunError, match=r"10.0 MiB free, but 3 more checkpoints need 12.0 MiB"):
+        failures.require_room(tmp_path, state, saves=3)
 
 
 def test_out_of_memory(tmp_path):

@@ -90,7 +90,7 @@ def recorded_gradient(monkeypatch, network, config, update, state, images, label
         patch.setattr(update_module, "make_optimizer", lambda *_: recorder)
         apply_update = make_update(network.model, update, STEPS, config, network.budget)
     state = state.replace(opt_states={update.name: None})
-    after, metrics = compiled(apply_update)(state, images, labels, None, branches)
+    after, metrics = compiled(apply_update)(state, [(images, labels, None)], branches)
     return after.opt_states[update.name], after, metrics
 
 
@@ -174,7 +174,7 @@ def test_bit_search_moves_logits_only(
         apply_update = compiled(make_update(network.model, update, STEPS, config, network.budget))
     else:
         apply_update = apply_updates["bit_search"]
-    after, metrics = apply_update(before, images, batch["label"], None, branches)
+    after, metrics = apply_update(before, [(images, batch["label"], None)], branches)
     assert moved_labels(before, after) == ({"logits", "batch_stats"} if commit else {"logits"})
     assert metrics["cost"] > 0
     gap = abs(float(metrics["cost"]) - network.budget.limit) / network.budget.reference
@@ -192,7 +192,7 @@ def test_unfixed_search_moves_weights_and_steps_too(network, state, images, batc
     before = enter_phase(state, span, config)
     (update,) = span.phase.updates
     apply_update = compiled(make_update(network.model, update, STEPS, config, network.budget))
-    after, _ = apply_update(before, images, batch["label"], None, branches)
+    after, _ = apply_update(before, [(images, batch["label"], None)], branches)
     assert moved_labels(before, after) == {"kernels", "weights", "act_steps", "logits"}
 
 
@@ -204,7 +204,7 @@ def test_bit_search_sees_the_weights_after_bit_metas_step(
     step = make_train_step(network.model, span_of("bit_search"), config, network.budget, None)
     after, metrics = compiled(step)(before, batch, branches, {})
 
-    arguments = (images, batch["label"], None, branches)
+    arguments = ([(images, batch["label"], None)], branches)
     between, meta_metrics = apply_updates["bit_meta"](before, *arguments)
     assert moved_labels(before, between) == {"kernels", "weights", "act_steps", "batch_stats"}
     by_hand, search_metrics = apply_updates["bit_search"](between, *arguments)

@@ -81,7 +81,7 @@ def stepped(name, config, network, span, state, images, batch):
     """Returns the state and the numbers after one step of an update."""
     (update,) = [update for update in span.phase.updates if update.name == name]
     apply_update = compiled(make_update(network.model, update, STEPS, config, network.budget))
-    return apply_update(state, images, batch["label"], None, {})
+    return apply_update(state, [(images, batch["label"], None)], {})
 
 
 @pytest.fixture(scope="module")

@@ -54,9 +54,9 @@ def label(config_model: ConfigDict) -> str:
 
 def _check_cifar_resnet(fields: dict, source: str) -> None:
     depth = fields.get("depth", 20)
-    if depth < 8 or (depth - 2) % 6:
+    if not 8 <= depth <= 1202 or (depth - 2) % 6:
         raise UserError(f"{source}.depth={depth}: expected 6 n + 2, such as 8, 20, 32, 56")
-    if fields.get("width", 16) < 1:
-        raise UserError(f"{source}.width={fields['width']}: expected at least 1")
+    if not 1 <= fields.get("width", 16) <= 4096:
+        raise UserError(f"{source}.width={fields['width']}: expected at least 1, at most 4096")
     if fields.get("shortcut", "identity") not in ("identity", "conv"):
         raise UserError(f"{source}.shortcut={fields['shortcut']!r}: expected identity or conv")

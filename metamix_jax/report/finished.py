@@ -1,13 +1,12 @@
 """The files of a finished run, as its report needs them; nothing but the workdir is read."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from metamix_jax.errors import UserError
-from metamix_jax.metrics import read_rows
+from metamix_jax.metrics import read_json, read_rows
 
 # What each file must hold to be reported on.
 _RESULTS = (
@@ -67,7 +66,7 @@ def read_finished(workdir: Path) -> Finished:
 
 def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except (OSError, ValueError) as error:  # ValueError: bad JSON or bad UTF-8
         raise UserError(f"{path}: not readable ({error})") from error
     missing = [name for name in fields if name not in content] if type(content) is dict else fields
