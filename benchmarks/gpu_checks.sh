@@ -37,4 +37,4 @@ python main.py --config=configs/cifar10_resnet20.py --mode=compare --workdir=/tm
 cp /tmp/gpu_checks/compare/comparison.{json,png} "$OUT"
 # 4. Images per second, compile time and memory of the ImageNet networks' steps, float32; there is
 #    no bfloat16 yet.
-python benchmarks/step_rates.py | tee "$OUT/step_rates.txt"
+python benchmarks/steps.py | tee "$OUT/step_rates.txt"
