@@ -30,6 +30,7 @@ ORDER = (
         "metrics",
         "precision",
         "pretrained",
+        "process",
         "progress",
         "sharding",
         "splits",
