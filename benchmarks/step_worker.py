@@ -1,8 +1,9 @@
 """One process of steps.py: builds a training step, makes it as often as it is told to.
 
-    python benchmarks/step_worker.py {ours,torch,torch_compiled,prepare,check} NETWORK KIND ARRAYS
+    python benchmarks/step_worker.py BY NETWORK KIND ARRAYS
 
-`prepare` writes start weights to ARRAYS, `check` compares ours with PyTorch's in float64.
+BY is one of steps.py's --frameworks, `prepare`, which writes start weights to ARRAYS, or `check`,
+which compares ours with PyTorch's in float64.
 """
 
 import argparse
@@ -23,12 +24,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from metamix_jax import process
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("by", "network", "kind", "arrays"):
         parser.add_argument(name)
-    for name in ("batch_size", "image_size", "steps", "check_images"):
+    for name in ("batch_size", "image_size", "steps", "check_images", "cores"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--act_bits", type=lambda text: tuple(map(int, text.split(","))))
     options = parser.parse_args()
@@ -39,7 +42,11 @@ def main() -> None:
         config.batch_size = options.check_images
         check(config, options.arrays)
     else:
-        make = our_step if options.by == "ours" else torch_step
+        if options.cores:
+            os.sched_setaffinity(0, range(options.cores))
+        if options.by in ("ours", "torch_kept_malloc"):
+            process.keep_freed_memory()
+        make = our_step if options.by.startswith("ours") else torch_step
         compiled = options.by == "torch_compiled"
         answer(options.steps, *make(config, options.kind, options.arrays, compiled=compiled))
 

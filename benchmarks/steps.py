@@ -1,17 +1,22 @@
 """Time, compile time and peak memory of training steps, ours and PyTorch's, side by side.
 
     python benchmarks/steps.py [--networks=cifar10_resnet20] [--batch_size=128] [--image_size=32]
-        [--act_bits=8,4,3] [--frameworks=ours,torch] [--repetitions=5] [--steps=2] [--json=FILE]
+        [--act_bits=8,4,3] [--frameworks=ours,torch] [--cores=1] [--repetitions=5]
+        [--steps=2] [--json=FILE]
 
 A network is a configuration of `configs/`; it starts from random weights, the same in all, with
 step sizes calibrated, on random images that lie on the device already: the steps alone are
 measured, not the input. `torch` is pytorch_metamix.py (needs torch), `torch_compiled` the same
-through torch.compile. `bit_search` is the logits' update alone, without the bit-meta step that
-goes before it in a run. Every kind of step has a process of its own, kept waiting while the others
-run; repetitions are interleaved, so that whatever else runs slows all of them. The median counts;
-ratios are of the same run. "CPU ms" is the time of all cores together, which other programs disturb
-less. "first s" is the first step, compilation included; MiB what a step's process grows by at most
-(device memory on a GPU). Prints a table, then one line of JSON.
+through torch.compile; `ours_plain_malloc` and `torch_kept_malloc` show what process.py's keeping of
+freed memory does for each. `bit_search` is the logits' update alone, without the bit-meta step that
+goes before it in a run.
+
+Every kind of step has a process of its own, kept waiting while the others run; repetitions are
+interleaved, so that whatever else runs slows all of them. The median counts; ratios are of the same
+run. "CPU ms" is the time of all cores together, which other programs disturb less, least of all
+with --cores=1: several threads of PyTorch wait for each other by spinning. "first s" is the first
+step, compilation included; MiB what a step's process grows by at most (device memory on a GPU).
+Prints a table, then one line of JSON.
 
 That both compute the same is checked in float64, where no rounding flips: losses and gradients of
 every kind of pass on --check_images images, to 1e-6 (0 leaves that out). In float32 a level that
@@ -59,7 +64,10 @@ def main() -> None:
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}",
         "load": os.getloadavg()[0],
         **{name: importlib.metadata.version(name) for name in names},
-        **{name: getattr(options, name) for name in ("batch_size", "image_size", "act_bits")},
+        **{
+            name: getattr(options, name)
+            for name in ("batch_size", "image_size", "act_bits", "cores")
+        },
     }
     line = json.dumps(facts | {"rows": rows})
     print(line)
@@ -78,6 +86,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--act_bits", default="8,4,3")
     parser.add_argument("--steps", default=2, type=int, help="per repetition")
     parser.add_argument("--repetitions", default=5, type=int)
+    parser.add_argument("--cores", default=0, type=int, help="a process may use; 0 = all")
     parser.add_argument("--check_images", default=4, type=int)
     parser.add_argument("--json", default="", help="file for the line of JSON")
     return parser.parse_args()
@@ -140,7 +149,7 @@ def check_same(first: dict[tuple[str, str], dict], options: argparse.Namespace) 
 
 
 def command(options: argparse.Namespace, by: str, name: str, kind: str, arrays: Path) -> list[str]:
-    keys = ("batch_size", "image_size", "steps", "check_images", "act_bits")
+    keys = ("batch_size", "image_size", "steps", "check_images", "act_bits", "cores")
     passed = [f"--{key}={getattr(options, key)}" for key in keys]
     return [sys.executable, str(WORKER), by, name, kind, str(arrays), *passed]
 
