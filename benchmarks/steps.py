@@ -20,8 +20,8 @@ Prints a table, then one line of JSON.
 
 That both compute the same is checked in float64, where no rounding flips: losses and gradients of
 every kind of pass on --check_images images, to 1e-6 (0 leaves that out). In float32 a level that
-flips moves a step's loss by some 1e-3; first losses of the steps are printed, and must agree to
-1e-2.
+flips moves a step's loss by some 1e-3 (more with an accelerator's shorter products); first losses
+are printed, and must agree to 5e-2.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def check_same(first: dict[tuple[str, str], dict], options: argparse.Namespace) 
         wanted = first[kind, options.frameworks[0]]["loss"]
         line = f"{kind} by {by}: loss {numbers['loss']:.6f}, gradient {numbers['norm']:.5f}"
         print(line, file=sys.stderr)
-        assert abs(numbers["loss"] - wanted) < 1e-2, f"{line}, not {wanted:.6f}"
+        assert abs(numbers["loss"] - wanted) < 5e-2, f"{line}, not {wanted:.6f}"
 
 
 def command(options: argparse.Namespace, by: str, name: str, kind: str, arrays: Path) -> list[str]:

@@ -49,3 +49,16 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     config.compilation_cache = str(tmp_path / "file" / "cache")
     with pytest.raises(UserError, match=r"config\.compilation_cache=.*Not a directory"):
         process.keep_compiled(config)
+
+
+def test_the_cache_is_set_where_asked_alone(tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(process.jax.config, "update", found.__setitem__)
+    process.keep_compiled(None)
+    process.keep_compiled(default())
+    assert found == {}
+    config = default()
+    config.compilation_cache = str(tmp_path / "new" / "cache")
+    process.keep_compiled(config)
+    assert found["jax_compilation_cache_dir"] == config.compilation_cache
+    assert (tmp_path / "new" / "cache").is_dir()
