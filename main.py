@@ -52,9 +52,12 @@ def main(_: list[str]) -> int:
                 "afterwards"
             )
         # Imported after the flags are parsed, so that their mistakes show at once.
-        from metamix_jax import distributed
+        from metamix_jax import distributed, process
+
+        process.keep_freed_memory()
         from metamix_jax.modes import MODES
 
+        process.keep_compiled(flags.FLAGS.config)
         distributed.initialize(flags.FLAGS.config)
         result = MODES[flags.FLAGS.mode](flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except tuple(EXIT_CODES) as error:

@@ -30,6 +30,9 @@ def default() -> ConfigDict:
     config.pretrained = ""
     config.log_every_steps = 20
     config.checkpoint_every_steps = 200
+    # Directory where compiled programs are kept, so that later runs of the same network start in
+    # seconds; many runs may share one. "" = none, or what JAX_COMPILATION_CACHE_DIR says.
+    config.compilation_cache = ""
 
     # Keyword arguments of metamix_jax.models.make: `name` and what that network takes.
     config.model = ConfigDict({"name": ""}, allow_dotted_keys=False)

@@ -29,6 +29,7 @@ from metamix_jax.validate import validate
 HARMLESS = (
     "checkpoint",
     "checkpoint_every_steps",
+    "compilation_cache",
     "log_every_steps",
     "eval.batch_size",
     "eval.every_steps",

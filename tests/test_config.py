@@ -31,7 +31,8 @@ ARGUMENTS = {
 # Texts that can be anything; what they name is looked up later.
 NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir", "data.train_split",
          "search.policy", "data.eval_split", "teacher.path", "teacher.model.name",
-         "diagnose.layer", "diagnose.before", "distributed.coordinator"}  # fmt: skip
+         "diagnose.layer", "diagnose.before", "distributed.coordinator",
+         "compilation_cache"}  # fmt: skip
 CASES = [(path, argument) for path in CONFIGS for argument in ["", *ARGUMENTS.get(path.stem, [])]]
 
 

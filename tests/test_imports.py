@@ -29,6 +29,7 @@ ORDER = (
         "metrics",
         "precision",
         "pretrained",
+        "process",
         "progress",
         "sharding",
         "splits",

@@ -196,6 +196,20 @@ def test_unfixed_search_moves_weights_and_steps_too(network, state, images, batc
     assert moved_labels(before, after) == {"kernels", "weights", "act_steps", "logits"}
 
 
+def test_frozen_weights_cost_no_gradient(network, state, images, batch, branches):
+    def convolutions(update, phase):
+        config = make_config()
+        apply_update = make_update(network.model, update, STEPS, config, network.budget)
+        inputs = (entered(state, phase, config), images, batch["label"], None, branches)
+        return str(jax.make_jaxpr(apply_update)(*inputs)).count("conv_general_dilated[")
+
+    layers = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
+    # Each is run, and differentiated for its input (not the first's, the image) and its kernel.
+    (full_precision,) = PHASES["full_precision"].updates
+    assert convolutions(full_precision, "full_precision") == 3 * layers - 1
+    assert convolutions(PHASES["bit_search"].updates[1], "bit_search") == 2 * layers - 1
+
+
 def test_bit_search_sees_the_weights_after_bit_metas_step(
     apply_updates, network, state, images, batch, branches
 ):

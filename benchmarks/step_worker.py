@@ -1,0 +1,248 @@
+"""One process of steps.py: builds a training step, makes it as often as it is told to.
+
+    python benchmarks/step_worker.py BY NETWORK KIND ARRAYS
+
+BY is one of steps.py's --frameworks, `prepare`, which writes start weights to ARRAYS, or `check`,
+which compares ours with PyTorch's in float64.
+"""
+
+import argparse
+import ctypes
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes, one device
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from metamix_jax import process
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name in ("by", "network", "kind", "arrays"):
+        parser.add_argument(name)
+    for name in ("batch_size", "image_size", "steps", "check_images", "cores"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--act_bits", type=lambda text: tuple(map(int, text.split(","))))
+    options = parser.parse_args()
+    config = configuration(options)
+    if options.by == "prepare":
+        prepare(config, options.arrays)
+    elif options.by == "check":
+        config.batch_size = options.check_images
+        check(config, options.arrays)
+    else:
+        if options.cores:
+            os.sched_setaffinity(0, range(options.cores))
+        if options.by in ("ours", "torch_kept_malloc"):
+            process.keep_freed_memory()
+        make = our_step if options.by.startswith("ours") else torch_step
+        compiled = options.by == "torch_compiled"
+        answer(options.steps, *make(config, options.kind, options.arrays, compiled=compiled))
+
+
+def answer(steps: int, step: Callable, device_bytes: Callable, before: int) -> None:
+    """Answers "steps" with their wall and CPU seconds and "memory" with MiB, line by line."""
+    started = time.perf_counter()
+    first = {name: float(value) for name, value in zip(("loss", "norm"), step(), strict=True)}
+    print(json.dumps(first | {"seconds": time.perf_counter() - started}), flush=True)
+    reset_peak()
+    for question in sys.stdin:
+        if question.strip() == "memory":
+            peak = device_bytes() or resident("VmHWM") - before
+            print(json.dumps(peak / 2**20), flush=True)
+            continue
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(steps):
+            loss, _ = step()
+        float(loss)
+        spent = [time.perf_counter() - wall, time.process_time() - cpu]
+        print(json.dumps(spent), flush=True)
+
+
+def resident(field: str) -> int:
+    """Returns bytes of this process: VmRSS, or VmHWM, the most since `reset_peak`."""
+    status = Path("/proc/self/status").read_text()
+    found = next((line for line in status.splitlines() if line.startswith(field)), None)
+    return int(found.split()[1]) * 1024 if found else resource.getrusage(0).ru_maxrss * 1024
+
+
+def reset_peak() -> None:
+    """Forgets the memory that compiling took."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def configuration(options: argparse.Namespace) -> Any:
+    config = importlib.import_module(f"configs.{options.network}").get_config()
+    config.loss = "cross_entropy"
+    config.batch_size = options.batch_size
+    config.data.image_size = options.image_size
+    config.data.augment = "none"
+    config.quant.act_bits = options.act_bits
+    config.budget.unit, config.budget.value = "fraction", 1.0
+    config.bit_search.alternate = False
+    config.bit_search.budget_form = "argmax"
+    for phase in ("full_precision", "bit_meta", "bit_search", "weight_training"):
+        config[phase].epochs = 1.0
+        if phase != "bit_search":
+            config[phase].learning_rate = 1e-4
+    return config
+
+
+def random_batch(config: Any) -> dict[str, np.ndarray]:
+    rng, size = np.random.default_rng(0), config.data.image_size
+    batch = config.batch_size
+    return {
+        "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
+        "label": rng.integers(0, config.data.num_classes, batch, np.int32),
+        "index": np.arange(batch, dtype=np.int32),
+        "epoch": np.zeros(batch, np.int32),
+    }
+
+
+def prepare(config: Any, path: str) -> None:
+    """Writes weights and calibrated step sizes by path to an .npz."""
+    import jax
+    from flax.traverse_util import flatten_dict
+
+    from metamix_jax import experiment
+    from metamix_jax.calibrate import calibrations, make_calibrate
+
+    network = experiment.make_network(config)
+    passes = calibrations(config, acts=True, weights=True)
+    calibrate = jax.jit(make_calibrate(network.model, passes, config, train=True))
+    state = calibrate(experiment.init_state(config, network), random_batch(config))
+    flat = flatten_dict({"params": state.params, "quant": state.quant}, sep="/")
+    np.savez(path, **jax.device_get(flat))
+
+
+def check(config: Any, path: str) -> None:
+    """Compares losses and gradients of every kind of pass with PyTorch's, in float64."""
+    import jax
+    import optax
+    import pytorch_metamix
+    import torch
+    from flax.traverse_util import unflatten_dict
+
+    from metamix_jax import experiment
+    from metamix_jax.models import mobilenet
+    from metamix_jax.precision import Precision
+
+    jax.config.update("jax_enable_x64", True)
+    mobilenet.DROPOUT = 0.0
+    network, arrays = experiment.make_network(config), dict(np.load(path))
+    arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
+    batch = random_batch(config)
+    images = (batch["image"] / 255 - config.data.mean) / config.data.std
+    reference = torch_network(config, path).double()
+
+    @jax.jit(static_argnums=1)
+    def ours(flat, precision):
+        scores, _ = network.model.apply(
+            unflatten_dict(flat, sep="/"), images, train=True, precision=precision,
+            mutable=["batch_stats"],
+        )  # fmt: skip
+        return optax.softmax_cross_entropy_with_integer_labels(scores, batch["label"]).mean()
+
+    for acts, weights in ((0, "quantized"), ("mixture", "full")):
+        loss, slopes = jax.value_and_grad(ours)(arrays, Precision(acts, weights))
+        reference.zero_grad()
+        inputs = torch.tensor(images).permute(0, 3, 1, 2)
+        scores = reference(inputs, (acts, weights == "quantized"))
+        theirs = torch.nn.functional.cross_entropy(scores, torch.tensor(batch["label"]).long())
+        theirs.backward()
+        found = pytorch_metamix.gradients(reference, arrays)
+        error = max(
+            np.max(np.abs(found[name] - slope)) / max(np.max(np.abs(slope)), 1e-3)
+            for name, slope in slopes.items()
+        )
+        off = abs(float(loss) - theirs.item())
+        print(f"float64, {acts} {weights}: loss {loss:.9f}, differs by {off:.1e}, gradients by "
+              f"{error:.1e}", file=sys.stderr)  # fmt: skip
+        assert off < 1e-6 and error < 1e-6, "not the same computation"
+
+
+def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Callable, Callable, int]:
+    """Returns a function that makes a step, one that gives peak bytes, and the bytes before."""
+    import jax
+    from flax.traverse_util import unflatten_dict
+
+    from metamix_jax import cost, experiment
+    from metamix_jax import policy as policy_lib
+    from metamix_jax.models import mobilenet
+    from metamix_jax.state import enter_phase
+    from metamix_jax.train_step import make_train_step
+
+    mobilenet.DROPOUT = 0.0  # or its losses could not be compared
+    device = jax.devices()[0]
+    before = resident("VmRSS")
+    network = experiment.make_network(config)
+    schedule = experiment.make_schedule(config, train_examples=10_000 * config.batch_size)
+    span = next(span for span in schedule if span.phase.name == kind)
+    trees = unflatten_dict({path: jax.device_put(x) for path, x in np.load(arrays).items()}, "/")
+    state = experiment.init_state(config, network).replace(**trees)
+    kept = [enter_phase(state, span, config)]
+    bits = cost.uniform_bits(network.costs, 4)
+    inputs = (jax.device_put(random_batch(config)), policy_lib.branches(bits, network.costs), {})
+    train_step = make_train_step(network.model, span, config, network.budget, None)
+
+    def step():
+        kept[0], metrics = train_step(kept[0], *inputs)
+        return metrics["loss"], metrics["gradient_norm"]
+
+    statistics = device.memory_stats if device.platform != "cpu" else dict
+    return step, lambda: statistics().get("peak_bytes_in_use", 0), before
+
+
+def torch_network(config: Any, arrays: str) -> Any:
+    import pytorch_metamix
+
+    network = pytorch_metamix.make_network(
+        config.model.name,
+        config.data.num_classes,
+        tuple(config.quant.act_bits),
+        config.quant.weight_bits[0],
+    )
+    pytorch_metamix.load(network, dict(np.load(arrays)))
+    return network
+
+
+def torch_step(
+    config: Any, kind: str, arrays: str, compiled: bool
+) -> tuple[Callable, Callable, int]:
+    """The same for pytorch_metamix.py."""
+    import pytorch_metamix
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before = resident("VmRSS")
+    network = torch_network(config, arrays).to(device, memory_format=torch.channels_last)
+    batch = random_batch(config)
+    images = torch.tensor(batch["image"]).permute(0, 3, 1, 2).to(device)  # stays channels-last
+    labels = torch.tensor(batch["label"]).long().to(device)
+    constants = {
+        name: torch.tensor(config.data[name], device=device).reshape(1, -1, 1, 1)
+        for name in ("mean", "std")
+    }
+    constants |= {"act_bits": tuple(config.quant.act_bits), "clip_norm": config.optimizer.clip_norm}
+    constants |= {"budget_weight": config.bit_search.budget_weight}
+    trainer = pytorch_metamix.Trainer(network, kind, constants)
+    if compiled:
+        trainer.network = torch.compile(network)
+    peak = torch.cuda.max_memory_allocated if device == "cuda" else int
+    return lambda: trainer.step(images, labels), peak, before
+
+
+if __name__ == "__main__":
+    main()
