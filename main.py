@@ -10,6 +10,8 @@ import logging
 import os
 import re
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 from absl import app, flags
@@ -123,13 +125,19 @@ def _unknown_key(text: str, argv: list[str]) -> str | None:
 
 
 def _fail(error: Exception, code: int = 2) -> int:
-    # The program ends with this line: what a library's abandoned work (Orbax after a disk was full,
-    # for one) raises while it is cleaned away is no news.
-    sys.unraisablehook = lambda _: None
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    if __name__ == "__main__":
+        _silence_libraries()
     start = "" if isinstance(error, InterruptedRunError) else "error: "
     print(start + " ".join(str(error).split()), file=sys.stderr, flush=True)
     return code
+
+
+def _silence_libraries() -> None:
+    # The program ends with our line: what a library's abandoned work (Orbax after a disk was full,
+    # for one) says in threads and while it is cleaned away is no news.
+    sys.unraisablehook = threading.excepthook = lambda _: None
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
 
 
 if __name__ == "__main__":

@@ -83,27 +83,26 @@ def test_comparison_through_main_and_again(processes, tmp_path):
     workdir = tmp_path / "comparison"
     overrides = {
         "compare.methods": ("random", "uniform"), "compare.budgets": (0.9,),
-        "compare.seeds": (0, 1), "quant.act_bits": (8, 4, 2), "full_precision.epochs": 0.1,
+        "compare.seeds": (3,), "quant.act_bits": (8, 4, 2), "full_precision.epochs": 0.1,
         "weight_training.act_epochs": 0.1, "weight_training.epochs": 0.1,
         "eval.bn_reestimate_batches": 0,
     }  # fmt: skip
     arguments = command(f"--workdir={workdir}", "--mode=compare", **overrides)
     result = processes.result(arguments)
-    assert (result["mode"], result["runs"]) == ("compare", 4)
+    assert (result["mode"], result["runs"]) == ("compare", 2)
     assert [(row["method"], row["budget"]) for row in result["rows"]] == [
         ("random", 0.9), ("uniform", 0.9),
     ]  # fmt: skip
-    assert all(row["seeds"] == 2 for row in result["rows"])
-    assert result["rows"][1]["agreement"] == 1.0
+    assert all(row["seeds"] == 1 for row in result["rows"])
     assert (workdir / "comparison.png").stat().st_size > 1000
     written = json.loads((workdir / "comparison.json").read_text())
-    assert written["rows"] == result["rows"] and len(written["runs"]) == 4
+    assert written["rows"] == result["rows"] and len(written["runs"]) == 2
     for run in written["runs"]:
         assert run["gbops"] <= run["budget_gbops"] * (1 + 1e-9)
         folder = workdir / f"{run['method']}_{run['budget']:g}_{run['seed']}"
         assert json.loads((folder / "results.json").read_text())["top1"] == run["top1"]
     # A run that was lost is made again, the others are not.
-    metrics = workdir / "random_0.9_0" / "metrics.jsonl"
+    metrics = workdir / "random_0.9_3" / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
     (workdir / "comparison.json").unlink()
     again = processes.result(arguments)

@@ -352,7 +352,7 @@ def test_full_disk(processes, finished, small_disk):
     assert done.returncode == 1
     # What the threads of libraries have printed comes before.
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {workdir}: the disk is full (0.0 MiB free)"), last
+    assert last.startswith(f"error: {workdir}: the disk is full (0.0 MiB free)"), done.stderr
     assert "make room" in last
     assert rows_of(workdir)[-1]["step"] < TOTAL
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)

@@ -200,8 +200,10 @@ def test_frozen_weights_cost_no_gradient(network, state, images, batch, branches
     def convolutions(update, phase):
         config = make_config()
         apply_update = make_update(network.model, update, STEPS, config, network.budget)
-        inputs = (entered(state, phase, config), images, batch["label"], None, branches)
-        return str(jax.make_jaxpr(apply_update)(*inputs)).count("conv_general_dilated[")
+        parts = [(images, batch["label"], None)]
+        before = entered(state, phase, config)
+        program = str(jax.make_jaxpr(apply_update)(before, parts, branches))
+        return program.count("conv_general_dilated[")
 
     layers = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
     # Each is run, and differentiated for its input (not the first's, the image) and its kernel.
