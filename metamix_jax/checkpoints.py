@@ -7,6 +7,7 @@ when the run is ready to make step k, phase entry included.
 """
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ class Checkpoints:
         if not create and not directory.is_dir():
             raise UserError(f"{directory}: no checkpoints here; train first, or set "
                             "config.checkpoint to a workdir that has some")  # fmt: skip
+        _ignore_abandoned_work()
         # What a kill left half written is removed by the run that goes on, not by a reader.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT, create=create, cleanup_tmp_directories=create
@@ -171,7 +173,6 @@ class Checkpoints:
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:
         # Orbax and TensorStore raise many kinds of errors for damaged or foreign files.
-        sys.unraisablehook = _report_unless_abandoned
         try:
             yield
         except Exception as error:
@@ -197,11 +198,18 @@ def locate(path: Path) -> tuple[Path, int | None]:
     return (path if path.name == DIRECTORY else path / DIRECTORY), step
 
 
-def _report_unless_abandoned(event: "sys.UnraisableHookArgs") -> None:
-    # Once one array cannot be read, TensorStore's threads report the others to an event loop that
-    # is gone, each with a traceback, and may go on while the checkpoint before is restored.
+def _ignore_abandoned_work() -> None:
+    # Once one array cannot be read or written, TensorStore's threads report the others to an event
+    # loop that is gone, each with a traceback, and may go on while our own message is printed.
+    if getattr(sys.unraisablehook, "func", None) is not _report_unless_abandoned:
+        sys.unraisablehook = functools.partial(_report_unless_abandoned, sys.unraisablehook)
+
+
+def _report_unless_abandoned(
+    report: Callable[["sys.UnraisableHookArgs"], None], event: "sys.UnraisableHookArgs"
+) -> None:
     if str(event.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(event)
+        report(event)
 
 
 def _pytrees(state: TrainState) -> dict[str, Any]:
