@@ -118,7 +118,18 @@ def rewritten(directory, change):
         lambda content, nodes: nodes[0]["kernel"].update(shape=[-1, 3, 3, 8]),
         lambda content, nodes: nodes[0]["quantizer"].update(step=0.0),
         lambda content, nodes: nodes[0].pop("kernel"),
+        lambda content, nodes: nodes[0]["kernel"]["step"].update(count=1),
+        lambda content, nodes: nodes[0]["quantizer"].update(bits=2.5),
+        lambda content, nodes: nodes[0]["quantizer"].update(shift=float("nan")),
         lambda content, nodes: nodes[0].update(inputs=["elsewhere"]),
+        lambda content, nodes: nodes[0].update(shape=[11, 9, 8, 1]),
+        lambda content, nodes: nodes[0].pop("options"),
+        lambda content, nodes: nodes[0]["options"].update(stride=0),
+        lambda content, nodes: nodes[0]["options"].update(padding=[[10**9, 0], [0, 0]]),
+        lambda content, nodes: nodes[1]["arrays"].pop("offset"),
+        lambda content, nodes: content.update(image_shape=[11, 9]),
+        lambda content, nodes: content.update(mean=["none"]),
+        lambda content, nodes: content.update(std=[float("inf")]),
     ],
 )
 def test_foreign_graphs_are_refused(change, directory):
