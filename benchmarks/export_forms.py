@@ -1,8 +1,8 @@
 """The exported forms of a network, run beside JAX: levels of every quantizer, and scores."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from metamix_jax.export.graph import Graph, Node
 from metamix_jax.quantizers import fake_quant
 
 BATCH = 10
+FORCED = "from JAX's levels"  # the form that goes on with JAX's levels after each comparison
 TIE = 1e-3  # of a step: how far from a rounding boundary a differing level's value may lie
 
 
@@ -62,8 +63,7 @@ class Levels:
 Form = Callable[[np.ndarray, Levels], np.ndarray]  # images [n, h, w, c], hook -> scores
 
 
-@dataclasses.dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """scores: of a form, [n, classes]; seconds: it took in all, comparing levels included."""
 
     levels: Levels
@@ -80,7 +80,7 @@ def compare(
     it shows of that in two ways, which round differently.
     """
     reference, scores = [], {name: [] for name in forms}
-    levels = {name: Levels(forced=name == "from JAX's levels") for name in forms}
+    levels = {name: Levels(forced=name == FORCED) for name in forms}
     seconds = dict.fromkeys(forms, 0.0)
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]

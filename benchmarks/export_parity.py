@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 import metamix_jax
 from benchmarks.export_forms import (
+    FORCED,
     Outcome,
     compare,
     numpy_form,
@@ -95,7 +96,7 @@ def report(network: library.QuantizedNetwork, directory: Path, examples: int, qo
     images = np.asarray(data.preprocess(pixels, mean=options.mean, std=options.std))
     files = {name: (directory / name).read_bytes() for name in exported["files"]}
     forms = {
-        "from JAX's levels": (numpy_form(graph), count),
+        FORCED: (numpy_form(graph), count),
         "numpy": (numpy_form(graph), count),
         "onnxruntime": (onnxruntime_form(files[card.QCDQ], graph), count),
         "stablehlo": (stablehlo_form(files[card.STABLEHLO]), count),

@@ -196,6 +196,7 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
         counts,
         data=f"{config.data.name} ({config.data.eval_split})",
         pretrained=config.pretrained,
+        licence=config.export.licence,
         versions={name: metadata.version(name) for name in ("jax", "flax", "numpy")},
     )
     write_bytes_atomic(directory / "README.md", text.encode())

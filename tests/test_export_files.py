@@ -234,9 +234,9 @@ def test_the_card_says_what_is_there(graph):
     }  # fmt: skip
     text = card(
         graph, sizes | {QCDQ: 1, QONNX: 2}, counts, data="photographs", pretrained="w.npz",
-        versions={"jax": "1"},
+        licence="CC0", versions={"jax": "1"},
     )  # fmt: skip
     assert "top-1 70.00 % (7 right)" in text and "10 images of\n  photographs" in text
     assert f"{graph.policy['gbops']:.6g} GBOPs" in text
-    assert f"{sizes[bundle.WEIGHTS]:,} bytes" in text and "`w.npz`; its licence" in text
+    assert f"{sizes[bundle.WEIGHTS]:,} bytes" in text and "CC0. Start weights: `w.npz`" in text
     assert all(f"| `{path}` |" in text for path in graph.policy["layers"])
