@@ -1,11 +1,12 @@
-"""Seconds an image of an exported network: QCDQ and the same network in float32 in onnxruntime, and
+"""CPU time an image of an exported network: QCDQ and the same network in float32 in onnxruntime, and
 the NumPy executor.
 
     python -m benchmarks.export_speed DIRECTORY [--batches=1,16] [--repeats=15]
 
-DIRECTORY is what --mode=export wrote. One thread each, at onnxruntime's default level; repetitions
-are interleaved, so that whatever else runs slows all of them; the median counts. Prints a table,
-then one line of JSON.
+DIRECTORY is what --mode=export wrote. One thread each, at onnxruntime's default level. What counts
+is the CPU time, which on an idle machine is the time that passes; repetitions are interleaved, so
+that whatever else runs disturbs all of them, and the median is taken. Prints a table, then one line
+of JSON.
 """
 
 import os
@@ -76,9 +77,9 @@ def main() -> None:
             form()  # allocates
         for _ in range(options.repeats):
             for name, form in forms.items():
-                began = time.perf_counter()
+                began = time.process_time()
                 form()
-                seconds[name].append((time.perf_counter() - began) / batch)
+                seconds[name].append((time.process_time() - began) / batch)
         rows[batch] = {name: statistics.median(found) for name, found in seconds.items()}
     print("| batch |", " | ".join(f"{name}, ms an image" for name in forms), "| QCDQ / float32 |")
     for batch, found in rows.items():
