@@ -1,5 +1,4 @@
-"""CPU time an image of an exported network: QCDQ and the same network in float32 in onnxruntime, and
-the NumPy executor.
+"""CPU time an image of an exported network: QCDQ and float32 in onnxruntime, and NumPy's executor.
 
     python -m benchmarks.export_speed DIRECTORY [--batches=1,16] [--repeats=15]
 
