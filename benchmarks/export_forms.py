@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from metamix_jax import library
 from metamix_jax.export import executor
-from metamix_jax.export.graph import Graph, Node
+from metamix_jax.export.graph import Graph, Node, Quantizer
 from metamix_jax.quantizers import fake_quant
 
 BATCH = 10
@@ -28,25 +28,25 @@ class Levels:
     """
 
     def __init__(self, *, forced: bool = False):
-        self.forced, self.inputs, self.parted = forced, {}, np.zeros(0, bool)
+        self.forced, self.inputs, self.expected = forced, {}, {}
+        self.parted = np.zeros(0, bool)
         self.compared = self.ties = self.errors = self.following = 0
         self.furthest = 0.0  # of the ties, from the boundary, in steps
 
-    def start(self, inputs: Mapping[str, np.ndarray], count: int) -> None:
-        """Begins `count` images; inputs: layer path -> what JAX quantizes there [count, ...]."""
-        self.inputs = inputs
+    def start(
+        self, inputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], count: int
+    ) -> None:
+        """Begins `count` images; layer path -> what JAX quantizes there, and its int32 levels."""
+        self.inputs, self.expected = inputs, expected
         self.parted = np.append(self.parted, np.zeros(count, bool))
 
     def __call__(self, node: Node, levels: np.ndarray) -> np.ndarray:
         """Compares int levels [n, ...] of one layer; returns those to go on with."""
-        x, (bits, signed, step, shift) = self.inputs[node.name], node.quantizer
-        fake = fake_quant(x, np.float32(step), bits, signed=signed, shift=shift)
-        expected = np.rint((np.asarray(fake) + np.float32(shift)) / np.float32(step))
-        expected = expected.astype(np.int32)
+        x, expected = (values[node.name][: len(levels)] for values in (self.inputs, self.expected))
         differs, parted = levels != expected, self.parted[-len(levels) :]
         image, *place = np.nonzero(differs)
-        value = np.float64(x[differs]) + shift
-        distance = np.abs(value / step - np.floor(value / step) - 0.5)
+        places = (np.float64(x[differs]) + node.quantizer.shift) / node.quantizer.step
+        distance = np.abs(places - np.floor(places) - 0.5)
         tie = (np.abs(levels - expected)[differs] == 1) & (distance < TIE)
         first = ~parted[image]
         self.compared += levels.size
@@ -71,8 +71,20 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+def jax_levels(x: np.ndarray, quantizer: Quantizer) -> np.ndarray:
+    """Returns the levels, int32, at which JAX quantizes real values."""
+    bits, signed, step, shift = quantizer
+    fake = np.array(fake_quant(x, np.float32(step), bits, signed=signed, shift=shift))
+    fake += np.float32(shift)
+    fake /= np.float32(step)
+    return np.rint(fake, out=fake).astype(np.int32)
+
+
 def compare(
-    network: library.QuantizedNetwork, images: np.ndarray, forms: Mapping[str, tuple[Form, int]]
+    network: library.QuantizedNetwork,
+    graph: Graph,
+    images: np.ndarray,
+    forms: Mapping[str, tuple[Form, int]],
 ) -> tuple[np.ndarray, dict[str, Outcome]]:
     """Returns JAX's scores of normalised images, and what each form makes of the first so many.
 
@@ -93,12 +105,16 @@ def compare(
             path.removesuffix("/quantizer_input"): np.asarray(values[0])
             for path, values in sown.items()
         }
+        expected = {
+            node.name: jax_levels(inputs[node.name], node.quantizer)
+            for node in graph.layers if node.quantizer
+        }  # fmt: skip
         reference.append(np.asarray(found))
         for name, (form, limit) in forms.items():
             number = min(len(batch), limit - start)
             if number <= 0:
                 continue
-            levels[name].start({path: x[:number] for path, x in inputs.items()}, number)
+            levels[name].start(inputs, expected, number)
             began = time.perf_counter()
             scores[name].append(form(batch[:number], levels[name]))
             seconds[name] += time.perf_counter() - began

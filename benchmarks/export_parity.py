@@ -103,7 +103,7 @@ def report(network: library.QuantizedNetwork, directory: Path, examples: int, qo
     }
     if qonnx:
         forms["qonnx"] = qonnx_form(files[card.QONNX], graph), min(qonnx, count)
-    reference, outcomes = compare(network, images, forms)
+    reference, outcomes = compare(network, graph, images, forms)
     rows = {name: row(outcome, reference, labels) for name, outcome in outcomes.items()}
     facts = {
         "model": graph.model,

@@ -78,7 +78,7 @@ def assert_equal_to_jax(network, images):
         "qonnx": export_forms.qonnx_form(onnx_files.qonnx_model(graph), graph),
     }
     limits = {name: (form, len(images)) for name, form in forms.items()}
-    reference, outcomes = export_forms.compare(network, images, limits)
+    reference, outcomes = export_forms.compare(network, graph, images, limits)
     expected = len(images) * sum(np.prod(graph.shape_of(node.inputs[0])) for node in graph.layers)
     for name, (levels, scores, _) in outcomes.items():
         assert (levels.compared, levels.errors) == (expected, 0), name
