@@ -22,6 +22,7 @@ from metamix_jax.export.graph import Kernel, Node, Quantizer, normalise
 from metamix_jax.export.packing import pack, packed_size, unpack
 from metamix_jax.export.stablehlo import PLATFORMS, stablehlo
 from metamix_jax.precision import QuantSettings
+from metamix_jax.quantizers import fake_quant
 
 ALL_BITS = tuple(range(2, 9))
 SHAPE = (11, 9, 3)  # odd sides, on which the paddings differ most
@@ -128,6 +129,23 @@ def test_cifar_resnets(shortcut):
     settings = QuantSettings(act_bits=(8, 4, 2), weight_bits=(8, 4, 2))
     model = models.make(ConfigDict(fields), CLASSES, settings)
     assert_equal_to_jax(quantized(model, (10, 10, 1)), random_images((10, 10, 1)))
+
+
+def test_weights_on_rounding_boundaries_are_rounded_as_in_jax():
+    model = Pieces(CLASSES, QuantSettings(act_bits=(8, 4), weight_bits=(8,)))
+    network = quantized(model, SHAPE)
+    generator = np.random.default_rng(0)
+    for path in network.network.costs:
+        leaves = network.variables["params"][path]
+        step = network.variables["quant"][path]["weight_step"][0]
+        places = generator.integers(-127, 127, leaves["kernel"].shape) + np.float32(0.5)
+        leaves["kernel"] = np.float32(places * step)
+    for node in graph_of(network).layers:
+        kernel = network.variables["params"][node.name]["kernel"]
+        real = jax.jit(fake_quant, static_argnums=2, static_argnames="signed")(
+            kernel, node.kernel.step, 8, signed=True
+        )
+        assert np.array_equal(np.rint(np.asarray(real) / node.kernel.step), node.kernel.levels)
 
 
 def test_an_image_that_is_not_quantized():

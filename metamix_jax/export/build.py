@@ -14,7 +14,7 @@ from metamix_jax.export.graph import IMAGE, Graph, Kernel, Node, Quantizer, resu
 from metamix_jax.export.wiring import draw
 from metamix_jax.layers import QuantConv, QuantDense, side_padding
 from metamix_jax.precision import FULL_BITS, Bits
-from metamix_jax.quantizers import POSITIVE_STEPS
+from metamix_jax.quantizers import POSITIVE_STEPS, fake_quant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +187,10 @@ def _kernel(
 ) -> Kernel:
     settings = module.fields["settings"]
     step = _steps(settings, quant["weight_step"])[settings.weight_bits.index(bits.weight)]
-    high = np.float32((1 << (bits.weight - 1)) - 1)
-    levels = np.rint(np.clip(np.float32(params["kernel"]) / step, -high, high)).astype(np.int8)
-    return Kernel(bits.weight, levels, step)
+    # By JAX, whose division differs from NumPy's in the last digit: weights that were decoded from
+    # integers lie on rounding boundaries by the hundred.
+    real = fake_quant(jnp.asarray(params["kernel"]), jnp.asarray(step), bits.weight, signed=True)
+    return Kernel(bits.weight, np.rint(np.asarray(real) / step).astype(np.int8), step)
 
 
 def _steps(settings: Any, stored: np.ndarray) -> np.ndarray:
