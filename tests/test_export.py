@@ -172,7 +172,7 @@ def test_an_image_that_is_not_quantized():
 def test_every_network_is_drawn_with_all_of_its_layers(name, padding):
     assert set(models.MODELS.values()) <= set(wiring.NETWORKS)
     # What each layer is fed with is asserted while drawing; scores are compared where the networks
-    # are real (test_real.py), and their pieces above.
+    # are real (benchmarks/export_parity.py), and their pieces above.
     model = models.make(ConfigDict({"name": name, "padding": padding}), CLASSES, QuantSettings())
     network = quantized(model, (33, 33, 3))
     graph = graph_of(network)
