@@ -16,7 +16,7 @@ from metamix_jax.quantizers import fake_quant
 
 BATCH = 10
 FORCED = "from JAX's levels"  # the form that goes on with JAX's levels after each comparison
-TIE = 1e-4  # of a step: how far from a rounding boundary a differing level's value may lie
+TIE = 1e-3  # of a step: how far from a rounding boundary a differing level's value may lie
 
 
 class Levels:
