@@ -1,102 +1,169 @@
-"""Compares every exported form of a network with JAX, image by image and level by level.
+"""Compares every exported form of a network with JAX: levels of every quantizer, scores, classes.
 
-    python benchmarks/export_parity.py run WORKDIR [--examples=N] [--qonnx=N]
-    python benchmarks/export_parity.py calibrated RECIPE WEIGHTS DATA_DIR EXPORT_DIR [--tf] ...
+    python -m benchmarks.export_parity run WORKDIR [--examples=N] [--qonnx=N]
+    python -m benchmarks.export_parity calibrated RECIPE WEIGHTS DATA_DIR DIRECTORY [--tf] ...
 
 The first exports a finished run into WORKDIR/export; the second a network of configs/RECIPE.py
-whose step sizes are calibrated only, its layers taking turns with 8 and 4 bits. Needs onnx,
-onnxruntime and, for --qonnx images, qonnx.
+with calibrated step sizes into DIRECTORY, nothing trained: the searched layers take turns with the
+activation / weight bits of --turns. WEIGHTS is a weight file, or `random`. Needs onnx and
+onnxruntime, and qonnx for the first --qonnx images. Prints a table, then one line of JSON.
 """
 
 import argparse
 import dataclasses
 import importlib
-import time
+import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
 import metamix_jax
-from metamix_jax import cost, data, datasets, experiment, library, policy
-from metamix_jax.export import bundle, card, executor
-from metamix_jax.export.graph import Graph, Node, normalise
-from metamix_jax.precision import Bits
-from metamix_jax.quantizers import fake_quant
+from benchmarks.export_forms import (
+    FORCED,
+    Outcome,
+    compare,
+    numpy_form,
+    onnxruntime_form,
+    qonnx_form,
+    stablehlo_form,
+)
+from metamix_jax import cost, data, datasets, experiment, library, policy, sharding
+from metamix_jax.checkpoints import DIRECTORY, Checkpoints
+from metamix_jax.evaluate import Evaluator
+from metamix_jax.export import bundle, card
+from metamix_jax.export.graph import normalise
+from metamix_jax.precision import FULL, Bits
 
-BATCH = 10
-TIE = 2e-3  # of a step: how far from a rounding boundary a differing level's value may lie
-
-
-@dataclasses.dataclass
-class LevelComparison:
-    """A hook for `executor.run` that counts levels unlike JAX's and goes on with JAX's.
-
-    inputs: layer path -> what JAX quantizes there, float32 [n, ...].
-    """
-
-    inputs: dict[str, np.ndarray]
-    levels: int = 0
-    ties: int = 0  # differing by one, where JAX's value lies on a rounding boundary
-    errors: int = 0  # differing otherwise
-
-    def __call__(self, node: Node, levels: np.ndarray) -> np.ndarray:
-        """Compares the levels of one layer's input."""
-        x, (bits, signed, step, shift) = self.inputs[node.name], node.quantizer
-        fake = fake_quant(x, np.float32(step), bits, signed=signed, shift=shift)
-        expected = np.rint((np.asarray(fake) + np.float32(shift)) / np.float32(step))
-        place = (np.float64(x) + shift) / step
-        on_boundary = np.abs(np.abs(place - np.floor(place)) - 0.5) < TIE
-        differs, by_one = levels != expected, np.abs(levels - expected) == 1
-        self.levels += levels.size
-        self.ties += int(np.sum(differs & by_one & on_boundary))
-        self.errors += int(np.sum(differs & ~(by_one & on_boundary)))
-        return expected.astype(np.int32)
+CLOSE = 1e-4  # of scores
 
 
-def compare_levels(network: library.QuantizedNetwork, graph: Graph, images: np.ndarray):
-    """Returns the comparison on normalised images, and the scores of JAX and of the executor.
-
-    JAX runs operation by operation. Compiled as a whole, it may compute what it quantizes and what
-    it shows of that in two ways, which round differently.
-    """
-    comparison, reference, found = LevelComparison({}), [], []
-    for start in range(0, len(images), BATCH):
-        batch = images[start : start + BATCH]
-        scores, collections = network.network.model.apply(
-            network.variables, jnp.asarray(batch), train=False, precision=network.precision,
-            mutable=["intermediates"],
-        )  # fmt: skip
-        sown = flatten_dict(collections["intermediates"], sep="/")
-        comparison.inputs = {
-            path.removesuffix("/quantizer_input"): np.asarray(values[0])
-            for path, values in sown.items()
-        }
-        reference.append(np.asarray(scores))
-        found.append(executor.run(graph, batch, comparison))
-    return comparison, np.concatenate(reference), np.concatenate(found)
+# The networks ----------------------------------------------------------------------------------
 
 
-def calibrated(recipe: str, weights: str, data_dir: str, tf: bool) -> library.QuantizedNetwork:
-    config = importlib.import_module(f"configs.{recipe}").get_config()
-    config.pretrained, config.data.data_dir = weights, data_dir
-    config.quant.act_bits, config.quant.weight_bits = (8, 4), (8, 4)
+def calibrated(options: argparse.Namespace) -> library.QuantizedNetwork:
+    """Returns a network whose step sizes are calibrated, at the bits of options.turns."""
+    config = importlib.import_module(f"configs.{options.recipe}").get_config()
+    turns = [Bits(*map(int, turn.split("/"))) for turn in options.turns.split(",")]
+    config.quant.act_bits = tuple(sorted({bits.act for bits in turns}, reverse=True))
+    config.quant.weight_bits = tuple(sorted({bits.weight for bits in turns}, reverse=True))
     config.quant.init_rule, config.batch_size = "mse", 32
     config.budget.unit, config.budget.value = "fraction", 1.0
-    config.data.augment, config.eval.bn_reestimate_batches = "none", 0
-    if tf:
+    config.data.data_dir, config.data.augment = options.data_dir, "none"
+    config.eval.bn_reestimate_batches = options.reestimate
+    config.pretrained = options.weights
+    if options.tf:
         config.model.padding = "tf"
         config.data.mean = config.data.std = (128 / 255,)
+    if options.weights == "random":
+        config.pretrained = ""
+        config.pretrained = save_random(config, options.directory / "random")
     network = experiment.make_network(config)
-    bits = {
-        path: Bits(*((8, 8) if i % 4 else (4, 8))) if layer.searched else layer.candidates[0]
-        for i, (path, layer) in enumerate(network.costs.items())
-    }
+    searched = [path for path, layer in network.costs.items() if layer.searched]
+    bits = {path: layer.candidates[0] for path, layer in network.costs.items()}
+    bits |= {path: turns[i % len(turns)] for i, path in enumerate(searched)}
     facts = {"model": network.label, "image_size": config.data.image_size, "searcher": "file"}
     chosen = policy.make_policy(network.costs, bits, seed=0, budget_gbops=None, **facts)
     return metamix_jax.quantize(config, chosen)
+
+
+def save_random(config: ConfigDict, workdir: Path) -> str:
+    """Saves random weights, with batch norm's statistics of some images, as a run's first step."""
+    network, mesh = experiment.make_network(config), sharding.make_mesh()
+    state = experiment.init_state(config, network)
+    dataset = experiment.load_dataset(config, mesh)
+    evaluator = Evaluator(network.model, dataset, config, mesh)
+    statistics = evaluator.reestimate(sharding.replicate(state.variables, mesh), FULL)
+    with Checkpoints(workdir / DIRECTORY, create=True) as checkpoints:
+        facts = {"model": network.label, "policy": None, "seconds": {}}
+        checkpoints.save(1, dataclasses.replace(state, batch_stats=statistics), facts)
+    return str(workdir)
+
+
+# The report ------------------------------------------------------------------------------------
+
+
+def report(network: library.QuantizedNetwork, directory: Path, examples: int, qonnx: int) -> None:
+    """Exports a network, and prints how the files compare with it."""
+    network.config.export.examples = examples
+    exported = metamix_jax.export(network, directory)
+    graph = bundle.read_bundle(directory)
+    split = datasets.load(network.config.data).evaluation
+    count = min(examples or len(split), len(split))
+    pixels, labels = split.gather(np.arange(count))
+    options = network.config.data
+    images = np.asarray(data.preprocess(pixels, mean=options.mean, std=options.std))
+    files = {name: (directory / name).read_bytes() for name in exported["files"]}
+    forms = {
+        FORCED: (numpy_form(graph), count),
+        "numpy": (numpy_form(graph), count),
+        "onnxruntime": (onnxruntime_form(files[card.QCDQ], graph), count),
+        "stablehlo": (stablehlo_form(files[card.STABLEHLO]), count),
+    }
+    if qonnx:
+        forms["qonnx"] = qonnx_form(files[card.QONNX], graph), min(qonnx, count)
+    reference, outcomes = compare(network, graph, images, forms)
+    rows = {name: row(outcome, reference, labels) for name, outcome in outcomes.items()}
+    facts = {
+        "model": graph.model,
+        "images": count,
+        "right in JAX": int(np.sum(reference.argmax(-1) == labels)),
+        "right in JAX, compiled": exported["reference_correct"],
+        "right in the bundle": exported["correct"],
+        "greatest score": float(np.abs(reference).max()),
+        "normalised apart by": float(np.abs(images - normalise(pixels, graph)).max()),
+        "bops": cost.bops(network.network.costs, policy.layer_bits(network.policy)),
+        "bops of qonnx": qonnx_bops(directory / card.QONNX) if qonnx else None,
+        "weights.bin": exported["files"][bundle.WEIGHTS],
+        "bits of the policy in bytes": weight_bytes(network),
+    }
+    for name, value in facts.items():
+        print(f"{name:28} {value}")
+    keys = next(iter(rows.values()))
+    print("| form |", " | ".join(keys), "|")
+    for name, found in rows.items():
+        cells = (f"{x:.2g}" if isinstance(x, float) else f"{x:,}" for x in found.values())
+        print(f"| {name} |", " | ".join(cells), "|")
+    print(json.dumps(facts | {"forms": rows}))
+
+
+def row(outcome: Outcome, reference: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Returns what is said of a form."""
+    scores, levels = outcome.scores, outcome.levels
+    reference, labels = reference[: len(scores)], labels[: len(scores)]
+    apart = np.abs(scores - reference).max(axis=-1)
+    changed = scores.argmax(-1) != reference.argmax(-1)
+    return {
+        "images": len(scores),
+        "right": int(np.sum(scores.argmax(-1) == labels)),
+        "right in JAX": int(np.sum(reference.argmax(-1) == labels)),
+        "levels": levels.compared,
+        "ties": levels.ties,
+        "furthest tie": float(levels.furthest),
+        "other differences": levels.errors,
+        "following a tie": levels.following,
+        "images parted": int(levels.parted.sum()),
+        "scores apart, not parted": float(max(apart[~levels.parted], default=0)),
+        "scores apart": float(apart.max()),
+        "images over 1e-4": int(np.sum(apart > CLOSE)),
+        "other class": int(changed.sum()),
+        "other class, not parted": int(np.sum(changed & ~levels.parted)),
+    }
+
+
+def weight_bytes(network: library.QuantizedNetwork) -> int:
+    """Returns the bytes of the policy's weight bits, each layer's rounded up, without a header."""
+    params = flatten_dict(network.variables["params"], sep="/")
+    rows = network.policy["layers"].items()
+    return sum(-(-params[f"{path}/kernel"].size * row["weight_bits"] // 8) for path, row in rows)
+
+
+def qonnx_bops(path: Path) -> int:
+    """Returns the bit operations that qonnx counts."""
+    from qonnx.util.inference_cost import inference_cost
+
+    return int(inference_cost(str(path), discount_sparsity=False)["total_cost"]["total_bops"])
 
 
 def main() -> None:
@@ -105,81 +172,22 @@ def main() -> None:
     run = commands.add_parser("run")
     run.add_argument("workdir", type=Path)
     other = commands.add_parser("calibrated")
-    for name in ("recipe", "weights", "data_dir", "directory"):
+    for name in ("recipe", "weights", "data_dir"):
         other.add_argument(name)
-    other.add_argument("--tf", action="store_true")
+    other.add_argument("directory", type=Path)
+    other.add_argument("--tf", action="store_true", help="TensorFlow's padding and input range")
+    other.add_argument("--turns", default="8/8,4/8,8/4,4/4")
+    other.add_argument("--reestimate", type=int, default=4, help="batches, of batch norm")
     for command in (run, other):
-        command.add_argument("--examples", type=int, default=0)
+        command.add_argument("--examples", type=int, default=0, help="0 = all")
         command.add_argument("--qonnx", type=int, default=0)
     options = parser.parse_args()
     if options.command == "run":
         network = library.restore(library.read_config(options.workdir), options.workdir)
         directory = options.workdir / library.EXPORT_DIRECTORY
     else:
-        network = calibrated(options.recipe, options.weights, options.data_dir, options.tf)
-        directory = Path(options.directory)
-    network.config.export.examples = options.examples
+        network, directory = calibrated(options), options.directory
     report(network, directory, options.examples, options.qonnx)
-
-
-def report(network: library.QuantizedNetwork, directory: Path, examples: int, qonnx: int) -> None:
-    found = metamix_jax.export(network, directory)
-    print({name: value for name, value in found.items() if name != "files"})
-    graph = bundle.read_bundle(directory)
-    assert found["files"][bundle.WEIGHTS] == bundle.weights_size(graph)
-    split = datasets.load(network.config.data).evaluation
-    count = min(examples or len(split), len(split))
-    pixels, labels = split.gather(np.arange(count))
-    options = network.config.data
-    images = np.asarray(data.preprocess(pixels, mean=options.mean, std=options.std))
-    apart = np.abs(images - normalise(pixels, graph)).max()
-    print(f"{count} images, normalised in NumPy and in JAX: {apart:.1e} apart at most")
-    comparison, reference, forced = compare_levels(network, graph, images)
-    print(f"levels, from JAX's levels before: {comparison.levels} compared, "
-          f"{comparison.ties} ties, {comparison.errors} other differences; scores differ by "
-          f"{np.abs(forced - reference).max():.2e} at most")  # fmt: skip
-    runs = {
-        "numpy": lambda x: executor.run(graph, x),
-        "onnxruntime": onnxruntime_runner(directory / card.QCDQ),
-        "stablehlo": jax.jit(
-            jax.export.deserialize((directory / card.STABLEHLO).read_bytes()).call
-        ),
-        "qonnx": qonnx_runner(directory / card.QONNX, network) if qonnx else None,
-    }
-    print(f"{'jax':12} {np.sum(reference.argmax(-1) == labels)} of {count} right")
-    for name, function in runs.items():
-        number = qonnx if name == "qonnx" else count
-        if not number:
-            continue
-        started = time.perf_counter()
-        scores = np.concatenate(
-            [np.asarray(function(x)) for x in np.split(images[:number], number)]
-        )
-        seconds = (time.perf_counter() - started) / number
-        print(f"{name:12} {np.sum(scores.argmax(-1) == labels[:number])} of {number} right, "
-              f"{np.sum(scores.argmax(-1) != reference[:number].argmax(-1))} predictions differ, "
-              f"scores by {np.abs(scores - reference[:number]).max():.2e} at most, by 1e-4 on "
-              f"{np.sum(np.abs(scores - reference[:number]).max(-1) > 1e-4)} images; "
-              f"{seconds:.4f} s an image", flush=True)  # fmt: skip
-
-
-def onnxruntime_runner(path: Path):
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"image": x.transpose(0, 3, 1, 2).copy()})[0]
-
-
-def qonnx_runner(path: Path, network: library.QuantizedNetwork):
-    from qonnx.core.modelwrapper import ModelWrapper
-    from qonnx.core.onnx_exec import execute_onnx
-    from qonnx.util.inference_cost import inference_cost
-
-    found = inference_cost(str(path), discount_sparsity=False)["total_cost"]["total_bops"]
-    ours = cost.bops(network.network.costs, policy.layer_bits(network.policy))
-    print(f"BOPs: qonnx {found:.0f}, ours {ours}")
-    model = ModelWrapper(str(path))
-    return lambda x: execute_onnx(model, {"image": x.transpose(0, 3, 1, 2).copy()})["scores"]
 
 
 if __name__ == "__main__":

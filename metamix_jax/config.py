@@ -177,6 +177,7 @@ def default() -> ConfigDict:
         {
             "onnx": True,  # write the ONNX files, which needs the package onnx
             "examples": 0,  # evaluation images that the bundle is judged on; 0 = all
+            "licence": "",  # of the weights, for the model card; "" = not known
         }
     )
     config.diagnose = ConfigDict(

@@ -196,6 +196,7 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
         counts,
         data=f"{config.data.name} ({config.data.eval_split})",
         pretrained=config.pretrained,
+        licence=config.export.licence,
         versions={name: metadata.version(name) for name in ("jax", "flax", "numpy")},
     )
     write_bytes_atomic(directory / "README.md", text.encode())
@@ -211,10 +212,11 @@ def judge_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:
     """
     graph = bundle.read_bundle(directory)
     size = config.data.image_size
-    if graph.image_shape != (size, size, config.data.channels):
+    wanted = (size, size, config.data.channels), config.data.num_classes
+    if (graph.image_shape, graph.num_classes) != wanted:
         raise UserError(
-            f"{directory} takes images of {graph.image_shape}, not config.data's "
-            f"{(size, size, config.data.channels)}"
+            f"{directory} takes images of {graph.image_shape} for {graph.num_classes} classes, "
+            f"not config.data's {wanted[0]} for {wanted[1]}"
         )
     split = experiment.load_dataset(config, sharding.make_mesh()).evaluation
     return judge(graph, split, config.export.examples)

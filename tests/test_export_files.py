@@ -118,7 +118,18 @@ def rewritten(directory, change):
         lambda content, nodes: nodes[0]["kernel"].update(shape=[-1, 3, 3, 8]),
         lambda content, nodes: nodes[0]["quantizer"].update(step=0.0),
         lambda content, nodes: nodes[0].pop("kernel"),
+        lambda content, nodes: nodes[0]["kernel"]["step"].update(count=1),
+        lambda content, nodes: nodes[0]["quantizer"].update(bits=2.5),
+        lambda content, nodes: nodes[0]["quantizer"].update(shift=float("nan")),
         lambda content, nodes: nodes[0].update(inputs=["elsewhere"]),
+        lambda content, nodes: nodes[0].update(shape=[11, 9, 8, 1]),
+        lambda content, nodes: nodes[0].pop("options"),
+        lambda content, nodes: nodes[0]["options"].update(stride=0),
+        lambda content, nodes: nodes[0]["options"].update(padding=[[10**9, 0], [0, 0]]),
+        lambda content, nodes: nodes[1]["arrays"].pop("offset"),
+        lambda content, nodes: content.update(image_shape=[11, 9]),
+        lambda content, nodes: content.update(mean=["none"]),
+        lambda content, nodes: content.update(std=[float("inf")]),
     ],
 )
 def test_foreign_graphs_are_refused(change, directory):
@@ -223,9 +234,9 @@ def test_the_card_says_what_is_there(graph):
     }  # fmt: skip
     text = card(
         graph, sizes | {QCDQ: 1, QONNX: 2}, counts, data="photographs", pretrained="w.npz",
-        versions={"jax": "1"},
+        licence="CC0", versions={"jax": "1"},
     )  # fmt: skip
     assert "top-1 70.00 % (7 right)" in text and "10 images of\n  photographs" in text
     assert f"{graph.policy['gbops']:.6g} GBOPs" in text
-    assert f"{sizes[bundle.WEIGHTS]:,} bytes" in text and "`w.npz`; its licence" in text
+    assert f"{sizes[bundle.WEIGHTS]:,} bytes" in text and "CC0. Start weights: `w.npz`" in text
     assert all(f"| `{path}` |" in text for path in graph.policy["layers"])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from export_networks import quantized
-from tiny_network import make_config
+from tiny_network import compiled, make_config
 
 import main
 import metamix_jax
@@ -112,7 +112,8 @@ def test_a_finished_run_from_a_notebook(run, exported, tmp_path):
     assert found["files"].keys() == exported[0]["files"].keys()
 
 
-def test_weights_and_a_policy_from_a_notebook(run, tmp_path):
+def test_weights_and_a_policy_from_a_notebook(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "jit", compiled)
     config, chosen = run[0].copy_and_resolve_references(), metamix_jax.load_policy(run[2])
     with pytest.raises(UserError, match="expected a file of trained weights"):
         metamix_jax.quantize(config, chosen)

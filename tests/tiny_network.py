@@ -17,9 +17,9 @@ STEPS = 10  # length of every phase
 BITS = (8, 2)  # candidates; index 1 is the narrower one
 
 
-def compiled(function):
+def compiled(function, *, jit=jax.jit, **options):
     """Returns `function` jitted with little optimization: compiling is most of the time here."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    return jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
 def make_config(**overrides):

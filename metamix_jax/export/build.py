@@ -10,11 +10,11 @@ import numpy as np
 from flax import linen as nn
 
 from metamix_jax import policy as policy_lib
-from metamix_jax.export.graph import IMAGE, Graph, Kernel, Node, Quantizer
+from metamix_jax.export.graph import IMAGE, Graph, Kernel, Node, Quantizer, result_shape
 from metamix_jax.export.wiring import draw
 from metamix_jax.layers import QuantConv, QuantDense, side_padding
 from metamix_jax.precision import FULL_BITS, Bits
-from metamix_jax.quantizers import POSITIVE_STEPS
+from metamix_jax.quantizers import POSITIVE_STEPS, fake_quant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,54 +110,43 @@ class _Drawing:
         return self._shapes[tensor]
 
     def layer(self, tensor: str, path: str, norm: str = "", activation: str = "") -> str:
-        module = self._modules[path]
+        module, params, quant = (
+            self._modules[path],
+            self._of("params", path),
+            self._of("quant", path),
+        )
         assert module.input_shape == self.shape(tensor), f"{path} is not fed by {tensor}"
         result = self._add(
-            Node(
-                op="conv" if module.fields["type"] is QuantConv else "dense",
-                name=path,
-                inputs=(tensor,),
-                shape=module.output_shape,
-                options=_conv_options(module),
-                arrays=_bias(self._of("params", path)),
-                quantizer=_quantizer(module, self._of("quant", path), self._bits[path]),
-                kernel=_kernel(
-                    module, self._of("params", path), self._of("quant", path), self._bits[path]
-                ),
-            )
+            "conv" if module.fields["type"] is QuantConv else "dense",
+            path,
+            (tensor,),
+            options=_conv_options(module),
+            arrays=_bias(params),
+            quantizer=_quantizer(module, quant, self._bits[path]),
+            kernel=_kernel(module, params, quant, self._bits[path]),
         )
+        assert module.output_shape == self.shape(result), f"{path} makes {module.output_shape}"
         if norm:
-            folded = _fold(
-                self._modules[norm], self._of("params", norm), self._of("batch_stats", norm)
-            )
-            result = self._add(Node("affine", norm, (result,), self.shape(result), arrays=folded))
+            statistics = self._of("batch_stats", norm)
+            folded = _fold(self._modules[norm], self._of("params", norm), statistics)
+            result = self._add("affine", norm, (result,), arrays=folded)
         return self.node(activation, result) if activation else result
 
     def node(self, op: str, *tensors: str, **options: Any) -> str:
-        shape = self.shape(tensors[0])
-        if op == "mean":
-            shape = (1, 1, shape[-1])
-        elif op == "flatten":
-            shape = (int(np.prod(shape)),)
-        elif op == "max_pool":
+        if op == "max_pool":
             size, stride, kind = options["size"], options["stride"], options["padding"]
-            padding = tuple(side_padding(side, size, stride, kind) for side in shape[:2])
+            sides = self.shape(tensors[0])[:2]
+            padding = tuple(side_padding(side, size, stride, kind) for side in sides)
             options = options | {"padding": padding}
-            sides = (
-                (side + sum(pad) - size) // stride + 1
-                for side, pad in zip(shape, padding, strict=False)
-            )
-            shape = (*sides, shape[-1])
-        elif op == "subsample":
-            stride, added = options["stride"], sum(options["channels"])
-            shape = (-(-shape[0] // stride), -(-shape[1] // stride), shape[-1] + added)
-        return self._add(Node(op, f"{tensors[-1]}/{op}", tensors, shape, options))
+        return self._add(op, f"{tensors[-1]}/{op}", tensors, options=options)
 
-    def _add(self, node: Node) -> str:
-        assert node.name not in self._shapes, f"two nodes called {node.name}"
-        self.nodes.append(node)
-        self._shapes[node.name] = node.shape
-        return node.name
+    def _add(self, op: str, name: str, inputs: tuple[str, ...], **facts: Any) -> str:
+        assert name not in self._shapes, f"two nodes called {name}"
+        node = Node(op, name, inputs, shape=(), **facts)
+        shape = result_shape(node, [self.shape(tensor) for tensor in inputs])
+        self.nodes.append(dataclasses.replace(node, shape=shape))
+        self._shapes[name] = shape
+        return name
 
     def _of(self, collection: str, path: str) -> Mapping[str, np.ndarray]:
         found = self._variables[collection]
@@ -198,9 +187,10 @@ def _kernel(
 ) -> Kernel:
     settings = module.fields["settings"]
     step = _steps(settings, quant["weight_step"])[settings.weight_bits.index(bits.weight)]
-    high = np.float32((1 << (bits.weight - 1)) - 1)
-    levels = np.rint(np.clip(np.float32(params["kernel"]) / step, -high, high)).astype(np.int8)
-    return Kernel(bits.weight, levels, step)
+    # By JAX, whose division differs from NumPy's in the last digit: weights that were decoded from
+    # integers lie on rounding boundaries by the hundred.
+    real = fake_quant(jnp.asarray(params["kernel"]), jnp.asarray(step), bits.weight, signed=True)
+    return Kernel(bits.weight, np.rint(np.asarray(real) / step).astype(np.int8), step)
 
 
 def _steps(settings: Any, stored: np.ndarray) -> np.ndarray:

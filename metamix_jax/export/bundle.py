@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from metamix_jax.errors import UserError
-from metamix_jax.export.graph import IMAGE, OPS, Graph, Kernel, Node, Quantizer
+from metamix_jax.export.graph import IMAGE, OPS, Graph, Kernel, Node, Quantizer, result_shape
 from metamix_jax.export.packing import pack, packed_size, unpack
 
 FORMAT = "metamix_jax integer bundle"
@@ -122,17 +122,21 @@ def decode(contents: dict[str, bytes], source: str) -> Graph:
 
 
 def _graph(content: dict[str, Any], contents: dict[str, bytes]) -> Graph:
-    nodes, known = [], {IMAGE}
+    nodes, shapes = [], {IMAGE: _tuples(content["image_shape"])}
     for row in content["nodes"]:
         node = _node(row, contents)
-        if not set(node.inputs) <= known or node.name in known:
-            raise ValueError(f"node {node.name!r} out of order")
-        if len(node.inputs) != OPS[node.op]:
-            raise ValueError(f"node {node.name!r} has {len(node.inputs)} inputs")
-        known.add(node.name)
+        if len(node.inputs) != OPS[node.op] or node.name in shapes:
+            raise ValueError(f"node {node.name!r} of {len(node.inputs)} inputs")
+        shapes[node.name] = result_shape(node, [shapes[name] for name in node.inputs])
+        if node.shape != shapes[node.name]:
+            raise ValueError(f"node {node.name!r} makes {shapes[node.name]}, not {node.shape}")
         nodes.append(node)
     if nodes[-1].shape != (content["num_classes"],):
         raise ValueError(f"the last node, {nodes[-1].name!r}, does not make class scores")
+    for name in ("mean", "std"):
+        values = np.float32(content[name])
+        if values.shape not in ((1,), shapes[IMAGE][-1:]) or not np.isfinite(values).all():
+            raise ValueError(f"{name} of {values.shape[0]} channels")
     facts = {
         field.name: _tuples(content[field.name])
         for field in dataclasses.fields(Graph)
@@ -145,12 +149,13 @@ def _node(row: dict[str, Any], contents: dict[str, bytes]) -> Node:
     quantizer = kernel = None
     if "quantizer" in row:
         quantizer = Quantizer(**row["quantizer"])
-        if not (2 <= quantizer.bits <= 8 and 0 < quantizer.step < np.inf):
+        numbers = quantizer.bits in range(2, 9) and quantizer.signed in (False, True)
+        if not (numbers and 0 < quantizer.step < np.inf and abs(quantizer.shift) < np.inf):
             raise ValueError(f"{row['name']}: no such quantizer: {quantizer}")
     if "kernel" in row:
         facts = row["kernel"]
         bits, shape, start = facts["bits"], _tuples(facts["shape"]), facts["offset"]
-        if not 2 <= bits <= 8 or min(shape) < 1:
+        if bits not in range(2, 9) or min(shape) < 1:
             raise ValueError(f"{row['name']}: no such kernel: {shape} at {bits} bits")
         stop = start + packed_size(math.prod(shape), bits)
         levels = unpack(contents[WEIGHTS][start:stop], bits, shape)

@@ -25,6 +25,7 @@ def card(
     *,
     data: str,
     pretrained: str,
+    licence: str,
     versions: Mapping[str, str],
 ) -> str:
     """Returns the model card in Markdown.
@@ -35,6 +36,7 @@ def card(
       counts: what `judge` says of the bundle as read back, with JAX as the reference.
       data: what the counts were taken on.
       pretrained: the weights that training started from; "" = random ones.
+      licence: of the weights; "" = not known.
       versions: package -> version.
     """
     height, width, channels = graph.image_shape
@@ -47,7 +49,7 @@ def card(
         f"| `{path}` | {row['act_bits']} | {row['weight_bits']} | {row['macs'] / 1e6:.3f} |"
         for path, row in layers.items()
     )
-    start = f"`{pretrained}`; its licence goes on to hold" if pretrained else "random weights"
+    start = f"`{pretrained}`, whose licence goes on to hold" if pretrained else "random"
     return f"""# {graph.model}, bits chosen by {graph.policy["searcher"]}
 
 Written by metamix_jax ({", ".join(f"{name} {version}" for name, version in versions.items())}).
@@ -66,7 +68,7 @@ Written by metamix_jax ({", ".join(f"{name} {version}" for name, version in vers
 - **Weights**: {weights:,} in {sizes[WEIGHTS]:,} bytes, {len(MAGIC)} of them the header, against
   {4 * weights:,} in float32 and {weights:,} in int8; {sizes[SCALES]:,} bytes more of step sizes
   and batch norm.
-- **Licence of the weights**: not recorded. Training started from {start}.
+- **Licence of the weights**: {licence or "not known"}. Start weights: {start}.
 
 | file | bytes | |
 |---|---|---|

@@ -7,7 +7,8 @@ and returns real values.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,3 +118,54 @@ def normalise(pixels: np.ndarray, graph: Graph) -> np.ndarray:
     """Returns uint8 pixels [n, h, w, c] as the network takes them, float32."""
     mean, std = np.float32(graph.mean), np.float32(graph.std)
     return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
+def result_shape(node: Node, inputs: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Returns the shape of a node's result, without the batch, from those of its inputs.
+
+    Raises:
+      ValueError, LookupError or TypeError: inputs, options, kernel and arrays do not fit together.
+    """
+    first, options = inputs[0], node.options
+    if node.op == "conv":
+        size, width, channels, features = node.kernel.levels.shape
+        _require(width == size and channels * options["groups"] == first[2])
+        _require(features % options["groups"] == 0)
+        shape = (*_windows(first, size, options), features)
+    elif node.op == "dense":
+        channels, features = node.kernel.levels.shape
+        _require(first == (channels,))
+        shape = (features,)
+    elif node.op == "max_pool":
+        shape = (*_windows(first, options["size"], options), first[2])
+    elif node.op == "subsample":
+        stride, (before, after) = options["stride"], options["channels"]
+        _require(stride >= 1 and 0 <= before <= first[2] and 0 <= after <= first[2])
+        shape = (-(-first[0] // stride), -(-first[1] // stride), before + first[2] + after)
+    elif node.op == "mean":
+        shape = (1, 1, first[2])
+    elif node.op == "flatten":
+        shape = (math.prod(first),)
+    else:
+        _require(node.op != "add" or inputs[1] == first)
+        _require(node.op != "multiply" or inputs[1] == (1, 1, first[2]))
+        shape = first
+    if node.op == "affine":
+        _require(node.arrays.keys() == {"scale", "offset"})
+    arrays = [*node.arrays.values(), *([node.kernel.step] if node.kernel else [])]
+    _require(all(array.shape == shape[-1:] for array in arrays))
+    return shape
+
+
+def _windows(shape: tuple[int, ...], size: int, options: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns how many windows of `size` there are along height and width."""
+    stride, padding = options["stride"], options["padding"]
+    _require(stride >= 1 and all(0 <= margin < size for pair in padding for margin in pair))
+    sides = [side + sum(pair) - size for side, pair in zip(shape[:2], padding, strict=True)]
+    _require(min(sides) >= 0)
+    return sides[0] // stride + 1, sides[1] // stride + 1
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError("shapes or options that do not fit together")

@@ -34,15 +34,16 @@ SCORES = "scores"
 
 def qcdq_model(graph: Graph) -> bytes:
     """Returns the QCDQ form: float32 `image` [batch, c, h, w] -> `scores` [batch, num_classes]."""
-    return _encode(graph, QcdqWriter(), batch="batch")
+    return encode(graph, QcdqWriter(), batch="batch")
 
 
 def qonnx_model(graph: Graph) -> bytes:
     """Returns the QONNX form: float32 `image` [1, c, h, w] -> `scores` [1, num_classes]."""
-    return _encode(graph, QonnxWriter(), batch=1)
+    return encode(graph, QonnxWriter(), batch=1)
 
 
-def _encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
+def encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
+    """Returns an ONNX model of the nodes that `writer` makes; batch: a size or a symbol."""
     onnx = require_onnx()
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     for node in graph.nodes:

@@ -1,0 +1,200 @@
+"""The exported forms of a network, run beside JAX: levels of every quantizer, and scores."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from metamix_jax import library
+from metamix_jax.export import executor
+from metamix_jax.export.graph import Graph, Node, Quantizer
+from metamix_jax.quantizers import fake_quant
+
+BATCH = 10
+FORCED = "from JAX's levels"  # the form that goes on with JAX's levels after each comparison
+TIE = 1e-3  # of a step: how far from a rounding boundary a differing level's value may lie
+
+
+class Levels:
+    """A hook for a form that runs a network: compares the levels of every layer's input with JAX's.
+
+    An image parts from JAX's at the first layer that has another level for it; later ones follow.
+
+    forced: go on with JAX's levels, so that every layer is compared from the same start.
+    """
+
+    def __init__(self, *, forced: bool = False):
+        self.forced, self.inputs, self.expected = forced, {}, {}
+        self.parted = np.zeros(0, bool)
+        self.compared = self.ties = self.errors = self.following = 0
+        self.furthest = 0.0  # of the ties, from the boundary, in steps
+
+    def start(
+        self, inputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], count: int
+    ) -> None:
+        """Begins `count` images; layer path -> what JAX quantizes there, and its int32 levels."""
+        self.inputs, self.expected = inputs, expected
+        self.parted = np.append(self.parted, np.zeros(count, bool))
+
+    def __call__(self, node: Node, levels: np.ndarray) -> np.ndarray:
+        """Compares int levels [n, ...] of one layer; returns those to go on with."""
+        x, expected = (values[node.name][: len(levels)] for values in (self.inputs, self.expected))
+        differs, parted = levels != expected, self.parted[-len(levels) :]
+        image, *place = np.nonzero(differs)
+        places = (np.float64(x[differs]) + node.quantizer.shift) / node.quantizer.step
+        distance = np.abs(places - np.floor(places) - 0.5)
+        tie = (np.abs(levels - expected)[differs] == 1) & (distance < TIE)
+        first = ~parted[image]
+        self.compared += levels.size
+        self.ties += int(np.sum(first & tie))
+        self.errors += int(np.sum(first & ~tie))
+        self.following += int(np.sum(~first))
+        self.furthest = max([self.furthest, *distance[first & tie]])
+        if self.forced:
+            return expected
+        parted[image] = True  # a view of self.parted
+        return levels
+
+
+Form = Callable[[np.ndarray, Levels], np.ndarray]  # images [n, h, w, c], hook -> scores
+
+
+class Outcome(NamedTuple):
+    """scores: of a form, [n, classes]; seconds: it took in all, comparing levels included."""
+
+    levels: Levels
+    scores: np.ndarray
+    seconds: float
+
+
+def jax_levels(x: np.ndarray, quantizer: Quantizer) -> np.ndarray:
+    """Returns the levels, int32, at which JAX quantizes real values."""
+    bits, signed, step, shift = quantizer
+    fake = np.array(fake_quant(x, np.float32(step), bits, signed=signed, shift=shift))
+    fake += np.float32(shift)
+    fake /= np.float32(step)
+    return np.rint(fake, out=fake).astype(np.int32)
+
+
+def compare(
+    network: library.QuantizedNetwork,
+    graph: Graph,
+    images: np.ndarray,
+    forms: Mapping[str, tuple[Form, int]],
+) -> tuple[np.ndarray, dict[str, Outcome]]:
+    """Returns JAX's scores of normalised images, and what each form makes of the first so many.
+
+    JAX runs operation by operation. Compiled as a whole, it may compute what it quantizes and what
+    it shows of that in two ways, which round differently.
+    """
+    reference, scores = [], {name: [] for name in forms}
+    levels = {name: Levels(forced=name == FORCED) for name in forms}
+    seconds = dict.fromkeys(forms, 0.0)
+    for start in range(0, len(images), BATCH):
+        batch = images[start : start + BATCH]
+        found, collections = network.network.model.apply(
+            network.variables, jnp.asarray(batch), train=False, precision=network.precision,
+            mutable=["intermediates"],
+        )  # fmt: skip
+        sown = flatten_dict(collections["intermediates"], sep="/")
+        inputs = {
+            path.removesuffix("/quantizer_input"): np.asarray(values[0])
+            for path, values in sown.items()
+        }
+        expected = {
+            node.name: jax_levels(inputs[node.name], node.quantizer)
+            for node in graph.layers if node.quantizer
+        }  # fmt: skip
+        reference.append(np.asarray(found))
+        for name, (form, limit) in forms.items():
+            number = min(len(batch), limit - start)
+            if number <= 0:
+                continue
+            levels[name].start(inputs, expected, number)
+            began = time.perf_counter()
+            scores[name].append(form(batch[:number], levels[name]))
+            seconds[name] += time.perf_counter() - began
+    outcomes = {
+        name: Outcome(levels[name], np.concatenate(scores[name]), seconds[name]) for name in forms
+    }
+    return np.concatenate(reference), outcomes
+
+
+# The forms -------------------------------------------------------------------------------------
+
+
+def numpy_form(graph: Graph) -> Form:
+    """The bundle in the reference executor."""
+    return lambda images, hook: executor.run(graph, images, hook)
+
+
+def onnxruntime_form(model: bytes, graph: Graph) -> Form:
+    """QCDQ in onnxruntime at its default level; levels from a copy that gives them out, too."""
+    import onnx
+    import onnxruntime
+
+    def session(content: bytes) -> onnxruntime.InferenceSession:
+        return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+    shown, plain = onnx.load_model_from_string(model), session(model)
+    made = {name for node in shown.graph.node for name in node.output}
+    names = {
+        node.name: next(
+            name for last in ("clipped", "levels")
+            if (name := f"{node.name}/input/{last}") in made
+        )
+        for node in graph.layers if node.quantizer
+    }  # fmt: skip
+    known = {info.name: info for info in shown.graph.value_info}
+    shown.graph.output.extend(known[name] for name in names.values())
+    with_levels = session(shown.SerializeToString())
+
+    def run(images: np.ndarray, hook: Levels) -> np.ndarray:
+        inputs = {"image": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
+        found = with_levels.run(list(names.values()), inputs)
+        for name, levels in zip(names, found, strict=True):
+            hook(_layer(graph, name), _channels_last(levels).astype(np.int32))
+        return plain.run(None, inputs)[0]
+
+    return run
+
+
+def qonnx_form(model: bytes, graph: Graph) -> Form:
+    """QONNX in qonnx's own executor, image by image."""
+    import onnx
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.core.onnx_exec import execute_onnx
+
+    wrapper = ModelWrapper(onnx.load_model_from_string(model))
+
+    def run(images: np.ndarray, hook: Levels) -> np.ndarray:
+        tensors = [
+            execute_onnx(wrapper, {"image": image[None].copy()}, return_full_exec_context=True)
+            for image in images.transpose(0, 3, 1, 2)
+        ]
+        for node in graph.layers:
+            if node.quantizer:
+                real = np.concatenate([each[f"{node.name}/input"] for each in tensors])
+                levels = np.rint(_channels_last(real) / np.float32(node.quantizer.step))
+                hook(node, levels.astype(np.int32))
+        return np.concatenate([each["scores"] for each in tensors])
+
+    return run
+
+
+def stablehlo_form(content: bytes) -> Form:
+    """StableHLO, compiled; it shows no levels."""
+    call = jax.jit(jax.export.deserialize(bytearray(content)).call)
+    return lambda images, hook: np.asarray(call(images))
+
+
+def _layer(graph: Graph, name: str) -> Node:
+    return next(node for node in graph.layers if node.name == name)
+
+
+def _channels_last(x: np.ndarray) -> np.ndarray:
+    return x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
