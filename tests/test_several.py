@@ -4,6 +4,7 @@ Real processes on the CPU, connected by gloo: `make check-faults`.
 """
 
 import contextlib
+import random
 import signal
 import socket
 import time
@@ -120,6 +121,26 @@ def test_one_of_two_killed(processes, on_two_devices, tmp_path):
         assert code == 1 or (victim == 0 and code == -signal.SIGABRT), text
         if code == 1:
             assert_one_error_line(text, "another process of this run is gone", "start all of them")
+    with two(processes, arguments, tmp_path) as (pair, logs):
+        assert [process.wait(TIMEOUT) for process in pair] == [0, 0], logs[0].read_text()
+    assert "going on from step" in logs[0].read_text()
+    assert_as_on_two_devices(processes, workdir, on_two_devices)
+
+
+def test_both_killed_at_random(processes, on_two_devices, tmp_path):
+    """While they set up, and once in each phase, with a save at every step."""
+    generator, workdir = random.Random(0), tmp_path / "run"
+    arguments = command(f"--workdir={workdir}", checkpoint_every_steps=1)
+    for start in (None, 0, 16, 32, 48, 64):
+        with two(processes, arguments, tmp_path) as (pair, logs):
+            if start is not None:
+                wait_for_step(start + generator.randint(1, 8), workdir, pair, logs)
+            time.sleep(generator.uniform(0, 16 if start is None else 0.5))
+            for process in generator.sample(pair, 2):
+                process.kill()
+            codes = [process.wait() for process in pair]
+            assert codes == 2 * [-signal.SIGKILL], logs[0].read_text()
+        print("both killed at step", rows_of(workdir)[-1]["step"] if rows_of(workdir) else "none")
     with two(processes, arguments, tmp_path) as (pair, logs):
         assert [process.wait(TIMEOUT) for process in pair] == [0, 0], logs[0].read_text()
     assert "going on from step" in logs[0].read_text()
