@@ -24,6 +24,9 @@ def default() -> ConfigDict:
     # Micro-batches that a batch is split into where it does not fit into memory; batch norm and its
     # running statistics then go by micro-batches. See train_step.py.
     config.accumulation_steps = 1
+    # So many steps whose numbers are not finite change nothing and are passed over; 0 = stop at the
+    # first. The state is kept in memory twice for that.
+    config.max_skipped_steps = 0
     config.loss = "cross_entropy"  # "distillation": soft targets only; "both": their sum
     config.checkpoint = ""  # evaluate, diagnose: checkpoint directory or workdir; "" = the workdir
     # Start weights: .npz, .safetensors, .pth, or the workdir of another run; "" = train them first.

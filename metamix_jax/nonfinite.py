@@ -1,5 +1,6 @@
 """Numbers gone wrong: a run stops at the first that is not finite, and never saves one."""
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,12 @@ def _summary(leaf: np.ndarray) -> dict[str, Any]:
     finite = np.isfinite(leaf)
     largest = np.abs(leaf).max(initial=0.0, where=finite)
     return {"largest": float(largest), "not_finite": int(np.sum(~finite))}
+
+
+def log_skipped(step: int, phase: str, names: list[str], count: int) -> None:
+    """Says that a step was skipped, the run's `count`-th; `names` are what was not finite."""
+    text = "step %d (%s) skipped: %s not finite; %d of config.max_skipped_steps so far"
+    logging.warning(text, step, phase, ", ".join(names), count)
 
 
 def stop(

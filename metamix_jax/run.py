@@ -29,7 +29,7 @@ from metamix_jax.phases import BIT_SEARCH, Phase, Span, phase_at
 from metamix_jax.precision import FULL, Precision
 from metamix_jax.progress import Progress, waiting
 from metamix_jax.report import tables
-from metamix_jax.state import TrainState, enter_phase, swap_search
+from metamix_jax.state import SKIPPED, TrainState, enter_phase, swap_search
 from metamix_jax.train_step import make_train_step
 from metamix_jax.validate import validate_start
 
@@ -52,6 +52,7 @@ class Run:
     progress: Progress | None = None
     policy: dict[str, Any] | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase
+    skipped: int = 0  # steps whose numbers were not finite, so far
 
     @classmethod
     def prepare(cls, config: ConfigDict, workdir: Path) -> "Run":
@@ -115,6 +116,7 @@ class Run:
         for later in damaged:
             checkpoints.set_aside(later)
         self.policy, self.seconds = facts["policy"], facts["seconds"]
+        self.skipped = int(state.opt_states.get(SKIPPED, 0))
         if self.policy is not None:
             policy_lib.check_policy(self.policy, self.network.costs, "the checkpoint's policy")
             policy_lib.write_policy(self.workdir / "policy.json", self.policy)
@@ -199,10 +201,19 @@ class Run:
     ) -> None:
         """Waits for the step that makes `metrics`; ends the run if one of them is not finite.
 
+        Up to config.max_skipped_steps of them are logged instead: they have changed nothing.
+
         Raises:
           RunError: what is wrong is in nonfinite.json.
         """
-        if names := nonfinite.broken_metrics(metrics):
+        names = nonfinite.broken_metrics(metrics)
+        if metrics and SKIPPED in metrics:
+            known, self.skipped = self.skipped, int(metrics[SKIPPED])
+            names = (names or ["what it leads to"]) if self.skipped > known else []
+            if names and self.skipped <= self.config.max_skipped_steps:
+                nonfinite.log_skipped(step, phase.name, names, self.skipped)
+                return
+        if names:
             self._stop_not_finite(step, phase, names, state)
 
     def save(self, checkpoints: Checkpoints, step: int, phase: Phase, state: TrainState) -> None:

@@ -15,7 +15,9 @@ from metamix_jax.phases import Span, Update
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-GAP = "surrogate_gap"  # of the last sharpness-aware step, beside the optimizer states
+# Beside the optimizer states:
+GAP = "surrogate_gap"  # of the last sharpness-aware step
+SKIPPED = "skipped_steps"  # over all phases, with config.max_skipped_steps
 
 
 @struct.dataclass
@@ -62,6 +64,8 @@ def enter_phase(state: TrainState, span: Span, config: ConfigDict) -> TrainState
             logits = split_by_label(state, update.trains)[0]
             copy = {"logits": jax.tree.map(jnp.copy, logits), "optimizer": new_optimizer_state()}
             opt_states[key] = state.opt_states.get(key, copy)
+    if config.max_skipped_steps:
+        opt_states[SKIPPED] = state.opt_states.get(SKIPPED, jnp.int32(0))
     return state.replace(opt_states=opt_states)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from metamix_jax import data
 from metamix_jax.budget import Budget
 from metamix_jax.phases import Span
-from metamix_jax.state import Batch, Metrics, TrainState, swap_search
+from metamix_jax.state import SKIPPED, Batch, Metrics, TrainState, swap_search
 from metamix_jax.update import make_update
 
 Part = tuple[jax.Array, jax.Array, jax.Array | None]  # images, labels, soft targets
@@ -94,4 +95,30 @@ def make_train_step(
                 metrics[f"cost_{key}"] = numbers["cost"]
         return state.replace(step=count(state.step)), metrics
 
-    return train_step
+    return _skipping(train_step) if config.max_skipped_steps else train_step
+
+
+def _skipping(
+    train_step: Callable[..., tuple[TrainState, Metrics]],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns a step that changes nothing but the step's number where one is not finite.
+
+    It counts such steps in the state, and in the metric of the same name.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def choose(
+        before: TrainState, after: TrainState, metrics: Metrics
+    ) -> tuple[TrainState, Metrics]:
+        leaves = jax.tree.leaves((metrics, after.variables, after.opt_states))
+        finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()
+        kept = jax.tree.map(functools.partial(jnp.where, finite), after, before)
+        skipped = before.opt_states[SKIPPED] + (~finite).astype(jnp.int32)
+        opt_states = kept.opt_states | {SKIPPED: skipped}
+        return kept.replace(step=after.step, opt_states=opt_states), metrics | {SKIPPED: skipped}
+
+    def step(state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
+        before = jax.tree.map(jnp.copy, state)  # the step consumes its own
+        return choose(before, *train_step(state, *inputs))
+
+    return step

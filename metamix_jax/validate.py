@@ -39,7 +39,7 @@ _RANGES = {
             "bit_search.budget_weight", "bit_search.weight_decay", "weight_training.act_epochs",
             "weight_training.epochs", "weight_training.learning_rate", "data.in_memory_gib",
             "data.eval_resize", "data.max_bad_examples", "asga.start_radius", "asga.max_radius",
-            "asga.alignment", "ompq.beta", "export.examples",
+            "asga.alignment", "ompq.beta", "export.examples", "max_skipped_steps",
         ),
     ),
     "0 or more and less than 1": (

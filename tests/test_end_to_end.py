@@ -139,7 +139,7 @@ def test_leftovers_of_a_kill_are_ignored(processes, finished, finished_copy):
     assert_same_run(finished_copy, finished[0])
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, 2, pytest.param(8, marks=pytest.mark.faults)])
 def test_evaluate_counts_as_training_did(devices, processes, finished):
     workdir, result = finished
     before = files_of(workdir)

@@ -14,7 +14,6 @@ import time
 import types
 
 import jax
-import numpy as np
 import pytest
 from damage import array_file
 from processes import (
@@ -28,8 +27,8 @@ from processes import (
     tiny_config,
 )
 
-from metamix_jax import data, digests, experiment, failures, lock, nonfinite
-from metamix_jax.checkpoints import DIRECTORY
+from metamix_jax import digests, experiment, failures, lock
+from metamix_jax.checkpoints import DIRECTORY, KEPT
 from metamix_jax.errors import RunError, UserError
 
 # Damage ----------------------------------------------------------------------------------------
@@ -213,6 +212,21 @@ def test_killed_during_saves(processes, finished, tmp_path):
 
 
 @pytest.mark.faults
+def test_killed_while_old_checkpoints_are_deleted(processes, finished, tmp_path):
+    workdir, arguments = tmp_path / "run", command(f"--workdir={tmp_path / 'run'}")
+    for number in (1, 4, 12):
+        program = [sys.executable, "-m", "tests.die_deleting", str(number)]
+        done = processes.finish([*program, *arguments[2:]])
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        steps = sorted(int(path.name) for path in (workdir / DIRECTORY).iterdir())
+        print(f"killed at file {number} of {steps[0]}; there were", steps)
+        assert len(steps) > KEPT
+    processes.result(arguments)
+    assert sorted(path.name for path in (workdir / DIRECTORY).iterdir()) == ["75", "80"]
+    assert_same_run(workdir, finished[0])
+
+
+@pytest.mark.faults
 def test_many_random_kills(processes, finished, tmp_path):
     kills = int(os.environ.get("KILLS", "100"))
     kill_at_random(processes, tmp_path, finished[0], kills)
@@ -301,36 +315,7 @@ def test_code_is_told_apart_by_what_trains(monkeypatch, tmp_path):
     assert digests.of_code()["metamix_jax"] != code["metamix_jax"]
 
 
-# Numbers, disk and memory ----------------------------------------------------------------------
-
-
-def test_numbers_that_are_not_finite(processes, tmp_path):
-    workdir = tmp_path / "run"
-    settings = {"full_precision.learning_rate": 1e30, "log_every_steps": 100}
-    done = processes.finish(command(f"--workdir={workdir}", **settings, checkpoint_every_steps=1))
-    assert done.returncode == 1
-    assert_one_error_line(done.stderr, "not finite at step", nonfinite.NAME)
-    report = json.loads((workdir / nonfinite.NAME).read_text())
-    step = report["step"]
-    assert f"not finite at step {step} (full_precision)" in done.stderr
-    assert report["phase"] == "full_precision" and report["not_finite"]
-    indices, _ = data.train_indices(1437, seed=0, step=step - 1, batch_size=64)
-    assert report["examples"] == indices.tolist()
-    assert report["largest"]["params/conv1/kernel"].keys() == {"largest", "not_finite"}
-    assert any(row["largest"] > 1e20 or row["not_finite"] for row in report["largest"].values())
-    # The newest checkpoint is from before, and good.
-    steps = [int(path.name) for path in (workdir / DIRECTORY).iterdir()]
-    assert max(steps) == step - 1
-    evaluate = command(f"--workdir={workdir}", "--mode=evaluate", **settings)
-    assert processes.result(evaluate)["checkpoint_step"] == step - 1
-
-
-def test_broken_leaves():
-    state = {"a": jax.numpy.array([1.0, -3.0]), "b": {"c": jax.numpy.array([np.nan, -2, np.inf])}}
-    assert nonfinite.broken_leaves(state) == ["b/c"]
-    assert nonfinite.largest_values(state) == {
-        "a": {"largest": 3.0, "not_finite": 0}, "b/c": {"largest": 2.0, "not_finite": 2},
-    }  # fmt: skip
+# Disk and memory --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -343,6 +328,18 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small file system is not allowed here")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_read_only_workdir(small_disk):
+    (small_disk / "old").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for workdir in (small_disk / "old", small_disk / "new"):
+        with (
+            pytest.raises(UserError, match=f"{workdir}: not usable as --workdir .*Read-only"),
+            experiment.claim_workdir(tiny_config(), workdir, None),
+        ):
+            pass
+    assert [path.name for path in small_disk.iterdir()] == ["old"]
 
 
 def test_full_disk(processes, finished, small_disk):
