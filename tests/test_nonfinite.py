@@ -16,6 +16,7 @@ from processes import (
 from tiny_network import (
     BATCH,
     calibrated_state,
+    compiled,
     entered,
     make_batch,
     make_branches,
@@ -85,7 +86,7 @@ def test_a_skipped_step_changes_nothing(monkeypatch):
         state = entered(calibrated_state(config, network, make_batch()), "bit_search", config)
         span, branches = span_of("bit_search"), make_branches(network)
         # The same compiled parts with and without.
-        plain = make_train_step(network.model, span, make_config(), network.budget, None)
+        plain = compiled(make_train_step(network.model, span, make_config(), network.budget, None))
         train_step = _skipping(plain)
 
         def after(step, state, batch):
