@@ -1,6 +1,6 @@
 """Checks of a configuration before any work; they need no data and no devices."""
 
-import math
+import sys
 
 from ml_collections import ConfigDict
 
@@ -114,9 +114,9 @@ def validate(config: ConfigDict) -> None:
         "search.budgets", value, "none, but with searcher metamix and a fixed meta-state",
     )  # fmt: skip
     _require(
-        all(isinstance(v, float | int) and 0 < v != config.budget.value for v in value)
+        all(_is_finite(v) and 0 < v != config.budget.value for v in value)
         and len({f"{v:g}" for v in value}) == len(value),
-        "search.budgets", value, "different values above 0, other than budget.value",
+        "search.budgets", value, "different numbers above 0, other than budget.value",
     )  # fmt: skip
     value = config.search.policy
     _require(
@@ -163,7 +163,8 @@ def validate_start(config: ConfigDict) -> None:
 
 
 def _is_finite(value) -> bool:
-    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    # Nor a whole number of 400 digits, which is none as a float.
+    return isinstance(value, float | int) and abs(value) <= sys.float_info.max
 
 
 def _get(config: ConfigDict, path: str):

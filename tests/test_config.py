@@ -391,6 +391,8 @@ def test_unknown_choices_name_the_known(path, config):
         ("data.eval_resize", 7, "0, or at least data.image_size="),
         ("data.max_bad_examples", -1, "0 or more"),
         ("ompq.beta", -1.0, "0 or more"),
+        ("max_skipped_steps", -1, "0 or more"),
+        ("search.budgets", (10**400,), "different numbers above 0"),
         ("quant.image_bits", 16, "2 to 8, or 32"),
         ("quant.act_bits", (4,), "two or more, or several quant.weight_bits, to choose from"),
         ("quant.act_bits", (), BIT_WIDTHS),
