@@ -1,4 +1,4 @@
-"""Numbers gone wrong: a run stops at the first that is not finite, and never saves one."""
+"""Numbers gone wrong: a run stops at the first, or skips so many steps, and never saves one."""
 
 import logging
 import math
@@ -72,5 +72,6 @@ def stop(
     raise RunError(
         f"{', '.join(names[:3])} not finite at step {step} ({phase}); the last checkpoint in "
         f"{workdir} is from before, its examples and the largest values by layer are in {NAME}; "
-        "try a lower learning rate of the phase, or config.optimizer.clip_norm, elsewhere"
+        "try a lower learning rate of the phase, config.optimizer.clip_norm or "
+        "config.max_skipped_steps, elsewhere"
     )

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from inject import poisoned
 from processes import (
+    TOTAL,
     assert_one_error_line,
     assert_same_run,
     command,
+    rows_of,
 )
 from tiny_network import (
     BATCH,
@@ -65,10 +67,13 @@ def injected(arguments, *steps):
 
 
 @pytest.mark.faults
-def test_one_number_of_one_gradient(processes, tmp_path):
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_one_number_of_one_gradient(allowed, processes, tmp_path):
     workdir = tmp_path / "run"
-    done = processes.finish(injected(command(f"--workdir={workdir}"), 3))
+    arguments = command(f"--workdir={workdir}", max_skipped_steps=allowed)
+    done = processes.finish(injected(arguments, 3, *[1] * allowed))
     assert done.returncode == 1
+    assert done.stderr.count("step 2 (full_precision) skipped: gradient_norm") == allowed
     assert_one_error_line(done.stderr, "gradient_norm not finite at step 4 .full_precision")
     report = json.loads((workdir / nonfinite.NAME).read_text())
     assert (report["step"], report["not_finite"]) == (4, ["gradient_norm"])
@@ -125,7 +130,8 @@ def test_skipped_steps_when_killed(processes, tmp_path):
     reference, workdir = tmp_path / "reference", tmp_path / "run"
     done = processes.finish(injected(command(f"--workdir={reference}", **settings), *steps))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("skipped, gradient_norm not finite") == 2
+    assert done.stderr.count(" skipped: ") == 3
+    assert rows_of(reference)[-1]["step"] == TOTAL
     arguments = injected(command(f"--workdir={workdir}", **settings), *steps)
     for step in (6, 37, 72):
         with processes.running(arguments, workdir, step):
