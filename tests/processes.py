@@ -127,9 +127,9 @@ def files_of(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def final_leaves(workdir, step=TOTAL):
+def final_leaves(workdir, step=TOTAL, **overrides):
     """Returns path -> array of everything in a checkpoint: weights, optimizer states, key."""
-    config = tiny_config()
+    config = tiny_config(**overrides)
     network = experiment.make_network(config)
     schedule = experiment.make_schedule(config, 1437)
     target = experiment.abstract_state(config, network, phase_at(step - 1, schedule))
@@ -141,9 +141,9 @@ def final_leaves(workdir, step=TOTAL):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def assert_same_run(workdir, reference):
-    """Asserts that two runs left the same bits."""
-    found, expected = final_leaves(workdir), final_leaves(reference)
+def assert_same_run(workdir, reference, **overrides):
+    """Asserts that two runs, of the tiny configuration with `overrides`, left the same bits."""
+    found, expected = (final_leaves(folder, **overrides) for folder in (workdir, reference))
     assert found.keys() == expected.keys()
     different = [path for path in found if found[path].tobytes() != expected[path].tobytes()]
     assert not different

@@ -137,4 +137,4 @@ def test_skipped_steps_when_killed(processes, tmp_path):
         with processes.running(arguments, workdir, step):
             pass
     processes.result(arguments)
-    assert_same_run(workdir, reference)
+    assert_same_run(workdir, reference, **settings)
