@@ -3,8 +3,8 @@
     python -m benchmarks.export_speed DIRECTORY [--batches=1,16] [--repeats=15]
 
 DIRECTORY is what --mode=export wrote. One thread each, at onnxruntime's default level. What counts
-is the CPU time, which on an idle machine is the time that passes; repetitions are interleaved, so
-that whatever else runs disturbs all of them, and the median is taken. Prints a table, then one line
+is CPU time, which other work on the machine disturbs less than the time that passes; repetitions
+are interleaved, and the median is taken. Prints a table, then one line
 of JSON.
 """
 
