@@ -32,7 +32,7 @@ ARGUMENTS = {
 NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir", "data.train_split",
          "search.policy", "data.eval_split", "teacher.path", "teacher.model.name",
          "diagnose.layer", "diagnose.before", "distributed.coordinator",
-         "compilation_cache"}  # fmt: skip
+         "compilation_cache", "export.licence"}  # fmt: skip
 CASES = [(path, argument) for path in CONFIGS for argument in ["", *ARGUMENTS.get(path.stem, [])]]
 
 
