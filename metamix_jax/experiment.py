@@ -46,6 +46,7 @@ HARMLESS = (
     "distributed.process",
     "distributed.processes",
     "export.examples",
+    "export.licence",
     "export.onnx",
 )
 
