@@ -342,6 +342,7 @@ def test_read_only_workdir(small_disk):
     assert [path.name for path in small_disk.iterdir()] == ["old"]
 
 
+@pytest.mark.faults
 def test_full_disk(processes, finished, small_disk):
     workdir = small_disk / "run"
     arguments = command(f"--workdir={workdir}")
