@@ -25,6 +25,13 @@ def strict_dtypes():
         yield
 
 
+@pytest.fixture(scope="module")
+def optax_arithmetic():
+    """Allows optax to mix its int32 step counts with floats, where modules forbid that."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
     """Shared by the workers of pytest-xdist too."""

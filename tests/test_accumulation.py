@@ -25,14 +25,8 @@ from metamix_jax.state import GAP, split_by_label
 from metamix_jax.train_step import micro_batch
 from metamix_jax.update import make_update
 
+pytestmark = pytest.mark.usefixtures("optax_arithmetic")
 PARTS = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_arithmetic():
-    """Allows optax to mix its int32 step counts with floats, where tests forbid that."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -201,9 +201,9 @@ def test_killed_during_saves(processes, finished, tmp_path):
     for step in (2, 14, 21, 37, 53, 70):
         with processes.running(
             command(f"--workdir={workdir}", checkpoint_every_steps=1), workdir, step
-        ):
+        ) as (process, _):
             while not (left := list((workdir / DIRECTORY).glob("*tmp*"))):
-                pass
+                assert process.poll() is None
         found += any(path.exists() for path in left)
     assert found >= 3  # the others were complete before the signal had come
     processes.result(command(f"--workdir={workdir}", checkpoint_every_steps=1))

@@ -37,12 +37,7 @@ from metamix_jax.state import enter_phase, split_by_label
 from metamix_jax.train_step import make_train_step
 from metamix_jax.update import make_update, task_loss
 
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_arithmetic():
-    """Allows optax to mix its int32 step counts with floats, where tests forbid that."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_arithmetic")
 
 
 @pytest.fixture(scope="module")

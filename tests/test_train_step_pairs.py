@@ -25,6 +25,7 @@ from metamix_jax.quantizers import init_step
 from metamix_jax.state import enter_phase, split_by_label
 from metamix_jax.update import make_update
 
+pytestmark = pytest.mark.usefixtures("optax_arithmetic")
 PAIRS = (Bits(8, 4), Bits(8, 2), Bits(2, 4), Bits(2, 2))
 NARROW_FIRST = (3, 2, 1, 0)
 # The gradient is to be read from what the step changes.
@@ -36,13 +37,6 @@ PLAIN = {
     "optimizer.clip_norm": 1e9,
     "bit_meta.learning_rate": 0.125,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def optax_arithmetic():
-    """Allows optax to mix its int32 step counts with floats, where tests forbid that."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

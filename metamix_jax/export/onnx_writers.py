@@ -1,5 +1,6 @@
 """The two ways in which exported layers say what is quantized: QCDQ and QONNX (onnx_files.py)."""
 
+import abc
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def kernel_levels(node: Node) -> np.ndarray:
     return levels.transpose(3, 2, 0, 1) if node.op == "conv" else levels
 
 
-class Writer:
+class Writer(abc.ABC):
     """The nodes and constants so far."""
 
     domain = ""
@@ -66,13 +67,13 @@ class Writer:
             x = self.add("Add", [x, shift], f"{node.name}/shifted")
         return self.quantized(node, x)
 
+    @abc.abstractmethod
     def quantized(self, node: Node, x: str) -> str:
         """Returns level * step of the layer's input, already shifted."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def kernel(self, node: Node, axis: int) -> str:
         """Returns level * step of a layer's kernel, its features along `axis`."""
-        raise NotImplementedError
 
 
 class QcdqWriter(Writer):

@@ -13,7 +13,7 @@ _CHARTS = {
     "diagnose_activations.png": "Density of one layer's input at each activation width",
     "diagnose_variance.png": "Variance after one layer while its width is redrawn at every step",
     "diagnose_gaussian.png": "Variance of a quantized Gaussian by clip rule",
-    "diagnose_bits.png": "Chosen bits against operations and the Hessian's trace",
+    "diagnose_bits.png": "Chosen bits against operations and, if measured, the Hessian's trace",
 }
 
 
