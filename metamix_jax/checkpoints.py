@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
@@ -146,6 +147,7 @@ class Checkpoints:
             for name, tree in target.items()
         }
         _, saved = self._facts_and_digests(step)
+        self._require_same_shapes(step, target)
         with self._readable(step):
             composite = self._manager.restore(step, args=ocp.args.Composite(**items))
             restored = {name: composite[name] for name in target}
@@ -155,6 +157,19 @@ class Checkpoints:
             if different:
                 raise self._damaged(step, f"{_listed(different)}: not what was saved")
         return restored
+
+    def _require_same_shapes(self, step: int, target: dict[str, Any]) -> None:
+        # Orbax would begin to read, stop at the first difference and abandon the rest.
+        with self._readable(step), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            folder = self._directory / str(step)
+            network = [name for name in target if name != "training"]
+            there = _shapes({name: handler.metadata(folder / name).tree for name in network})
+        here = _shapes({name: target[name] for name in network})
+        different = [path for path in here if path in there and here[path] != there[path]]
+        if different:
+            path = different[0]
+            shapes = f"{path} has shape {there[path]} there, {here[path]} in this configuration"
+            raise self._damaged(step, f"{shapes}; different in {len(different)} arrays")
 
     def _facts_and_digests(self, step: int) -> tuple[dict[str, Any], dict[str, str] | None]:
         """Returns the facts and path -> digest; None for a checkpoint of an early version."""
@@ -215,6 +230,11 @@ def _report_unless_abandoned(
 def _pytrees(state: TrainState) -> dict[str, Any]:
     training = {"opt_states": state.opt_states, "step": state.step, "rng": state.rng}
     return state.variables | {"training": training}
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
 
 
 def _listed(paths: list[str], most: int = 3) -> str:

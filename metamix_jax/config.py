@@ -1,8 +1,8 @@
 """Every configuration field with its default and meaning; validate.py checks the values.
 
 A file in `configs/` starts from `default()` and overrides. The ConfigDict is locked: a key that is
-not here cannot be set, so no key is ever silently unread (tests/test_config_reads.py holds that each
-key here is read somewhere).
+not here cannot be set, so no key is ever silently unread (tests/test_config_reads.py holds that
+each key here is read somewhere).
 """
 
 from typing import Any
