@@ -7,11 +7,16 @@ import shutil
 
 import pytest
 
-DEVICES_FLAG = "--xla_force_host_platform_device_count"
+XLA_FLAGS = {
+    "xla_force_host_platform_device_count": 2,
+    # XLA's older code generator needs half the time, and compiling is most of what tests do.
+    "xla_cpu_use_fusion_emitters": "false",
+}
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}=2".strip()
+given = os.environ.get("XLA_FLAGS", "")
+missing = [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
 import jax  # noqa: E402  reads the environment on import
 

@@ -1,6 +1,5 @@
 import io
 import json
-import logging
 import pathlib
 import shutil
 
@@ -10,7 +9,7 @@ import tiny_images
 from PIL import Image
 from tiny_images import data_config, tiny_config, to_bytes
 
-from metamix_jax import data, datasets, images, splits
+from metamix_jax import data, datasets, images
 from metamix_jax.errors import UserError
 
 REAL_DATA = pathlib.Path(__file__).parents[2] / "shared/data"
@@ -177,7 +176,7 @@ def test_tfds_damaged_files(tiny_copy, damage, in_memory_gib):
 def test_streamed_split_names_the_bad_example(example, message):
     good = {"image": to_bytes(Image.new("RGB", (4, 4)), "PNG"), "label": 1}
     examples = [good, {**example, "image": example["image"] or good["image"]}]
-    split = listed_split(examples, images.Resize((4, 4, 3)))
+    split = tiny_images.listed_split(examples, images.Resize((4, 4, 3)))
     assert split.gather(np.array([0]))[0].shape == (1, 4, 4, 3)
     assert split.gather(np.array([], int))[0].shape == (0, 4, 4, 3)
     with pytest.raises(UserError, match=message):
@@ -185,16 +184,6 @@ def test_streamed_split_names_the_bad_example(example, message):
 
 
 # Random resized crops and evaluation of photographs
-
-
-def listed_split(examples, transform, **fields):
-    """A streamed split of examples in a list."""
-
-    class Records(list):
-        def __getitems__(self, indices):
-            return [self[i] for i in indices]
-
-    return splits.StreamedSplit(Records(examples), dict, transform, "somewhere", **fields)
 
 
 def crops_config(folder, **fields):
@@ -280,90 +269,6 @@ def test_eval_resize_crops_the_centre(tiny):
 def test_digits_are_no_photographs(fields, message):
     with pytest.raises(UserError, match=message):
         datasets.load(digits_config(**fields))
-
-
-# Damaged images
-
-
-@pytest.fixture(scope="module")
-def damaged(tmp_path_factory):
-    """A data set whose training examples 2, 3, 9 (in TFDS's order) are damaged: no image at all, an
-    empty one, and one cut short; and evaluation example 1.
-    """
-    # TFDS shuffles as it writes; all are the same size in bytes, so order is found by reading.
-    encoded = [tiny_images.encoded(i) for i in range(12)]
-    folder = tmp_path_factory.mktemp("damaged")
-    tiny_images.write(folder, {"train": encoded, "test": encoded[:3]})
-    train = datasets.load(tiny_config(folder, in_memory_gib=0.0)).train
-    order = [encoded.index(example["image"]) for example in train._examples(list(range(12)))]
-    encoded[order[2]] = b"no image"
-    encoded[order[3]] = b"\xff\xd8\xff"
-    encoded[order[9]] = to_bytes(Image.effect_noise((40, 40), 60).convert("RGB"))[:-100]
-    folder = tmp_path_factory.mktemp("damaged_now")
-    bad_test = [encoded[0], b"no image", encoded[1]]
-    return tiny_images.write(folder, {"train": encoded, "test": bad_test})
-
-
-@pytest.mark.parametrize("augment", ["none", "random_resized_crop_flip"])
-@pytest.mark.parametrize("in_memory_gib", [0.0, 4.0])
-def test_damaged_training_images_are_replaced_by_the_next(damaged, augment, in_memory_gib, caplog):
-    options = {"augment": augment, "in_memory_gib": in_memory_gib, "eval_split": "train[:1]"}
-    with caplog.at_level(logging.WARNING):
-        train = datasets.load(tiny_config(damaged, **options, max_bad_examples=3)).train
-        rows = np.arange(12)
-        result, labels = train.gather(rows, 4, seed=1)
-        again, labels_again = train.gather(rows[::-1], 4, seed=1)
-    np.testing.assert_array_equal(again, result[::-1])
-    np.testing.assert_array_equal(labels_again, labels[::-1])
-    for bad, instead in ((2, 4), (3, 4), (9, 10)):
-        np.testing.assert_array_equal(result[bad], result[instead])
-        assert labels[bad] == labels[instead]
-    assert len({image.tobytes() for image in result}) == 9
-    # Each is reported once, however often it is read.
-    found = [record.message for record in caplog.records if "replaced" in record.message]
-    assert sorted(message.split(":")[0] for message in found) == [
-        f"tiny_images train, example {i}" for i in (2, 3, 9)
-    ]
-    assert sorted(message.rsplit("(")[-1] for message in found) == [
-        f"{i} of 3 allowed)" for i in (1, 2, 3)
-    ]
-
-
-@pytest.mark.parametrize(("allowed", "last"), [(0, "2"), (1, "3"), (2, "9")])
-def test_too_many_damaged_training_images(damaged, allowed, last):
-    fields = {"eval_split": "train[:1]", "in_memory_gib": 0.0, "max_bad_examples": allowed}
-    train = datasets.load(tiny_config(damaged, **fields)).train
-    message = rf"tiny_images train, example {last}: .*config\.data\.max_bad_examples is {allowed}$"
-    with pytest.raises(UserError, match=message):
-        for index in range(12):
-            train.gather(np.array([index]))
-
-
-def test_one_damaged_training_image_read_many_times_counts_once():
-    good = {"image": tiny_images.encoded(1), "label": 1}
-    examples = [{"image": b"", "label": 2}, good]
-    transform = images.RandomResizedCropFlip((8, 8, 3))
-    split = listed_split(examples, transform, max_bad_examples=1)
-    for epoch in range(5):
-        assert split.gather(np.zeros(6, int), epoch)[1].tolist() == [1] * 6
-    assert split.bad_examples == {0}
-
-
-def test_all_training_images_damaged():
-    examples = [{"image": b"no image", "label": 0}] * 3
-    split = listed_split(examples, images.Resize((8, 8, 3)), max_bad_examples=100)
-    with pytest.raises(UserError, match="no image"):
-        split.gather(np.arange(3))
-
-
-@pytest.mark.parametrize("in_memory_gib", [0.0, 4.0])
-def test_a_damaged_evaluation_image_is_an_error(damaged, in_memory_gib):
-    with pytest.raises(UserError, match=r"tiny_images test, example \d: its 8 bytes") as error:
-        dataset = datasets.load(
-            tiny_config(damaged, max_bad_examples=9, in_memory_gib=in_memory_gib)
-        )
-        list(data.eval_batches(dataset.evaluation, batch_size=3))
-    assert "max_bad_examples" not in str(error.value)  # which would not help here
 
 
 # Real data

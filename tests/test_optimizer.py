@@ -209,14 +209,16 @@ class OrderedLabels(collections.abc.Set):
         return len(self._labels)
 
 
-def test_compiled_program_does_not_depend_on_the_order_of_a_set(config):
+def test_compiled_program_does_not_depend_on_the_order_of_a_set():
     # The order of a frozenset of strings differs from process to process. The processes of a pod
     # must compile the same program, and a compilation cache must find that of an earlier run.
     programs = set()
     trained = {path: jnp.asarray(leaf) for path, leaf in TRAINED.items() if path != LOGITS}
     labels = sorted({label(path, leaf) for path, leaf in trained.items()})
     for order in (labels, labels[::-1]):
-        optimizer = make_optimizer(Update("bit_meta", OrderedLabels(order), None), STEPS, config)
+        optimizer = make_optimizer(
+            Update("bit_meta", OrderedLabels(order), None), STEPS, make_config()
+        )
         programs.add(
             str(jax.make_jaxpr(optimizer.update)(trained, optimizer.init(trained), trained))
         )

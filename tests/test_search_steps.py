@@ -149,7 +149,7 @@ def test_sharpness_aware_gradient_is_the_mean_of_two_at_different_weights(
     before = copied(state).replace(
         opt_states={update.name: None, GAP: jnp.expm1(jnp.float32(radius))}
     )
-    after, metrics = apply_update(before, [(images, labels, None)], {})
+    after, metrics = compiled(apply_update)(before, [(images, labels, None)], {})
     found = after.opt_states[update.name]
     difference = optax.tree.norm({path: found[path] - expected[path] for path in expected})
     assert float(difference / optax.tree.norm(expected)) < 0.01  # roundings, see test_train_step
