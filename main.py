@@ -12,7 +12,6 @@ import re
 import sys
 import threading
 import warnings
-from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -47,21 +46,22 @@ def main(_: list[str]) -> int:
     try:
         if not flags.FLAGS.workdir:
             raise UserError("--workdir: expected a directory, such as --workdir=runs/digits")
-        if "://" in flags.FLAGS.workdir:
+        if "://" in flags.FLAGS.workdir and not flags.FLAGS.workdir.startswith("gs://"):
             raise UserError(
                 f"--workdir={flags.FLAGS.workdir}: expected a folder of a local or network file "
-                "system; object stores (gs://, s3://) are not supported, copy the workdir there "
-                "afterwards"
+                "system, or gs://BUCKET/FOLDER; other object stores are not supported"
             )
         # Imported after the flags are parsed, so that their mistakes show at once.
-        from metamix_jax import distributed, process
+        from metamix_jax import distributed, process, remote
 
         process.keep_freed_memory()
-        from metamix_jax.modes import MODES
+        from metamix_jax.modes import MODES, RUNNING
 
         process.keep_compiled(flags.FLAGS.config)
         distributed.initialize(flags.FLAGS.config)
-        result = MODES[flags.FLAGS.mode](flags.FLAGS.config, Path(flags.FLAGS.workdir))
+        mode = flags.FLAGS.mode
+        with remote.opened(flags.FLAGS.workdir, alone=mode in RUNNING) as workdir:
+            result = MODES[mode](flags.FLAGS.config, workdir)
     except tuple(EXIT_CODES) as error:
         code = next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
         _fail(error, code)

@@ -18,11 +18,11 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from metamix_jax import digests, distributed, sharding
+from metamix_jax import digests, distributed, remote, sharding
 from metamix_jax.errors import UserError
 from metamix_jax.state import TrainState
 
-DIRECTORY = "checkpoints"
+DIRECTORY = remote.CHECKPOINTS
 KEPT = 2  # complete ones, the newest; while one is saved there are more
 _ITEMS = ("params", "batch_stats", "quant", "training", "facts")
 _DIGESTS = "digests"  # among the facts
@@ -48,7 +48,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT, create=create, cleanup_tmp_directories=create
         )
-        self._directory = directory.resolve()
+        self._directory = directory if remote.is_remote(directory) else directory.resolve()
         self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=_ITEMS)
 
     def __enter__(self) -> "Checkpoints":
@@ -57,7 +57,8 @@ class Checkpoints:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Closing waits for the other processes.
         if error is None or not distributed.shows_lost_process(error):
-            self._manager.close()
+            with self._writable():
+                self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -102,7 +103,11 @@ class Checkpoints:
         raise UserError(f"{damaged[newest]}; none of them can be read") from damaged[newest]
 
     def set_aside(self, step: int) -> None:
-        """Renames a damaged checkpoint, so that a good one is the newest."""
+        """Renames a damaged checkpoint, so that a good one is the newest.
+
+        In a bucket that is copying and deleting. Killed in between, it is damaged still, or Orbax
+        takes it for half-written, as it lacks the file that is written last.
+        """
         path = self._directory / str(step)
         names = (f"{step}.damaged{suffix}" for suffix in ["", *(f".{i}" for i in range(2, 1000))])
         aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
@@ -121,11 +126,13 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()} | {
             "facts": ocp.args.JsonSave(facts | {_DIGESTS: own})
         }
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        with self._writable():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
         """Waits until what was saved is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        with self._writable():
+            self._manager.wait_until_finished()
 
     def read_facts(self, step: int) -> dict[str, Any]:
         """Returns what `save` got as facts. Raises DamagedError."""
@@ -186,6 +193,17 @@ class Checkpoints:
         return facts, saved
 
     @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        # What goes wrong with a bucket comes as errors of many kinds.
+        try:
+            yield
+        except Exception as error:
+            lost = distributed.shows_lost_process(error)
+            if lost or not remote.is_remote(self._directory):
+                raise
+            raise remote.not_written(self._directory, error) from error
+
+    @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:
         # Orbax and TensorStore raise many kinds of errors for damaged or foreign files.
         try:
@@ -210,7 +228,7 @@ def locate(path: Path) -> tuple[Path, int | None]:
     step = None
     if path.name.isdigit():
         path, step = path.parent, int(path.name)
-    return (path if path.name == DIRECTORY else path / DIRECTORY), step
+    return remote.origin(path if path.name == DIRECTORY else path / DIRECTORY), step
 
 
 def _ignore_abandoned_work() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, experiment
+from metamix_jax import cost, experiment, remote
 from metamix_jax.budget import make_budget
 from metamix_jax.config import default
 from metamix_jax.errors import UserError, suggestion
@@ -72,7 +72,12 @@ def compare(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         write_json(workdir / "comparison.json", {"rows": rows, "runs": runs})
     print(tables.comparison_table(rows))
     charts.accuracy_against_cost(rows, workdir / "comparison.png")
-    return {"mode": "compare", "runs": len(runs), "rows": rows, "workdir": str(workdir)}
+    return {
+        "mode": "compare",
+        "runs": len(runs),
+        "rows": rows,
+        "workdir": str(remote.origin(workdir)),
+    }
 
 
 def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> ConfigDict:

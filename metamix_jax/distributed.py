@@ -6,8 +6,9 @@ them together, which is Orbax's business.
 """
 
 import contextlib
+import functools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -85,6 +86,27 @@ def agree(error: UserError | None) -> None:
     text = np.asarray(received).astype(np.uint8).tobytes().decode(errors="replace").strip()
     if text:
         raise UserError(text) from error
+
+
+@contextlib.contextmanager
+def others_wait() -> Iterator[Callable[[], None]]:
+    """What the first process does in the block, the others wait for at its end.
+
+    They cannot wait for longer than half a minute at a time, so the first one is to call what it
+    gets every few seconds.
+    """
+    try:
+        yield functools.partial(_told, True)
+    finally:
+        while _told(False):
+            pass  # the first one says no, the others hear it
+
+
+def _told(value: bool) -> bool:
+    """Returns in each process the value of the first."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def wait_for_all(what: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from metamix_jax import data, experiment, sharding
+from metamix_jax import data, experiment, remote, sharding
 from metamix_jax import policy as policy_lib
 from metamix_jax.config import default
 from metamix_jax.errors import UserError
@@ -128,7 +128,8 @@ def _settled(network: QuantizedNetwork, evaluator: Evaluator) -> QuantizedNetwor
 def _network(source: Source) -> QuantizedNetwork:
     if isinstance(source, QuantizedNetwork):
         return source
-    return restore(read_config(Path(source)), Path(source))
+    workdir = remote.path_of(source)
+    return restore(read_config(workdir), workdir)
 
 
 def read_config(workdir: Path) -> ConfigDict:

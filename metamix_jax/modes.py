@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax import cost, experiment, sharding
+from metamix_jax import cost, experiment, remote, sharding
 from metamix_jax import policy as policy_lib
 from metamix_jax.errors import UserError
 from metamix_jax.metrics import write_text_atomic
@@ -46,7 +46,7 @@ def evaluate(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     from metamix_jax.progress import waiting
     from metamix_jax.weights import load_checkpoint
 
-    if config.checkpoint and (Path(config.checkpoint) / "graph.json").exists():
+    if config.checkpoint and (remote.path_of(config.checkpoint) / "graph.json").exists():
         return _evaluate_bundle(config)
     network, mesh = experiment.make_network(config), sharding.make_mesh()
     dataset = experiment.load_dataset(config, mesh)
@@ -81,8 +81,11 @@ def _evaluate_bundle(config: ConfigDict) -> dict[str, Any]:
     from metamix_jax.library import judge_bundle
     from metamix_jax.progress import waiting
 
-    with waiting(f"evaluating the integers in {config.checkpoint}"):
-        counts = judge_bundle(config, Path(config.checkpoint))
+    with (
+        waiting(f"evaluating the integers in {config.checkpoint}"),
+        remote.fetched(remote.path_of(config.checkpoint)) as directory,
+    ):
+        counts = judge_bundle(config, directory)
     return {"mode": "evaluate", "bundle": config.checkpoint, **counts}
 
 
@@ -97,7 +100,11 @@ def export(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with waiting("exporting"):
         found = library.export(network, directory)
     gbops = network.policy["gbops"]
-    facts = {"mode": "export", "model": network.network.label, "directory": str(directory)}
+    facts = {
+        "mode": "export",
+        "model": network.network.label,
+        "directory": str(remote.origin(directory)),
+    }
     return facts | {"gbops": gbops} | found
 
 
@@ -137,7 +144,12 @@ def diagnose(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def report(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Writes report.html anew from the files of a finished run; `config` plays no part."""
-    return {"mode": "report", "workdir": str(workdir), "report": str(write_report(workdir))}
+    path = write_report(workdir)
+    return {
+        "mode": "report",
+        "workdir": str(remote.origin(workdir)),
+        "report": str(remote.origin(path)),
+    }
 
 
 def compare(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -147,6 +159,7 @@ def compare(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return compare_methods(config, workdir)
 
 
+RUNNING = ("train", "search", "compare")  # what must be alone in its workdir
 MODES = {
     "train": train,
     "search": search,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from metamix_jax import cost
+from metamix_jax import cost, remote
 from metamix_jax import policy as policy_lib
 from metamix_jax.cost import LayerCosts, Policy
 from metamix_jax.experiment import Network, is_finished
@@ -63,7 +63,7 @@ def write(
         "average_act_bits": _average(cost.average_act_bits, network, policy),
         "average_weight_bits": _average(cost.average_weight_bits, network, policy),
         "seconds": round(sum(seconds.values()), 1),
-        "workdir": str(workdir),
+        "workdir": str(remote.origin(workdir)),
     }
     summary = result | {
         "statistics": final["statistics"],
@@ -87,7 +87,7 @@ def write(
         logging.info("policy:\n%s", tables.policy_table(policy))
     write_report(workdir)
     names = sorted(path.name for path in workdir.iterdir() if not path.name.startswith("."))
-    logging.info("in %s: %s", workdir, ", ".join(names))
+    logging.info("in %s: %s", remote.origin(workdir), ", ".join(names))
     return result
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax import distributed, experiment, failures
+from metamix_jax import distributed, experiment, failures, remote
 from metamix_jax.checkpoints import DIRECTORY, KEPT, Checkpoints
 from metamix_jax.interruption import Interruption
 from metamix_jax.metrics import MetricWriter
@@ -54,12 +54,14 @@ def _train(
     if stop_after_search:
         schedule = [span for span in schedule if not span.phase.needs_policy]
     total = schedule[-1].stop if schedule else 0
-    with Checkpoints(workdir / DIRECTORY, create=True) as checkpoints:
+    home = remote.origin(workdir)
+    with Checkpoints(home / DIRECTORY, create=True) as checkpoints:
         latest, state = run.resume(checkpoints) or (None, run.init_state())
         step = latest or 0
-        failures.require_room(workdir, state, saves=KEPT + 1 - len(checkpoints.steps))
+        if not remote.is_remote(home):
+            failures.require_room(workdir, state, saves=KEPT + 1 - len(checkpoints.steps))
         if latest is not None and latest >= total:
-            logging.info("%s: finished before, nothing to do", workdir)
+            logging.info("%s: finished before, nothing to do", home)
             return run.finish(stop_after_search)
         if latest is not None:
             logging.info("going on from step %d in %s", step, phase_at(step, schedule).phase.name)
@@ -70,6 +72,7 @@ def _train(
             run.writer, run.progress = writer, progress
             if latest is None:
                 state = run.begin(state, run.schedule[0])
+                remote.push(run.workdir)
                 run.save(checkpoints, step, run.schedule[0].phase, state)
             for span in schedule:
                 if step >= span.stop:
@@ -100,6 +103,8 @@ def _train(
                     elif ends:
                         state = run.settle_statistics(state, span.phase)
                     if saves:
+                        # Before there can be the checkpoint: it counts on what came before it.
+                        remote.push(run.workdir)
                         run.save(checkpoints, step, span.phase, state)
                     if stops:
                         interruption.stop_if_requested(step)

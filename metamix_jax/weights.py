@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import experiment, models, pretrained, sharding
+from metamix_jax import experiment, models, pretrained, remote, sharding
 from metamix_jax import policy as policy_lib
 from metamix_jax.calibrate import calibrations, make_calibrate
 from metamix_jax.checkpoints import Checkpoints, locate
@@ -54,7 +54,7 @@ def load_checkpoint(
     Raises:
       UserError: not there, damaged, or of another network.
     """
-    directory, step = locate(Path(config.checkpoint) if config.checkpoint else workdir)
+    directory, step = locate(remote.path_of(config.checkpoint) if config.checkpoint else workdir)
     with Checkpoints(directory, create=False) as checkpoints:
 
         def restore(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,11 +90,14 @@ def load_weights(
       UserError: not there, damaged, or of another network.
     """
     target = {name: variables[name] for name in ("params", "batch_stats")}
-    if not Path(path).is_dir():
+    path = remote.path_of(path)
+    if not path.is_dir():
+        if remote.is_remote(path):
+            raise UserError(f"{path}: no workdir there; copy weight files to this machine first")
         weights, report = pretrained.load_pretrained(path, target)
         logging.info("%s:\n%s", path, pretrained.format_report(report))
         return weights, None
-    directory, step = locate(Path(path))
+    directory, step = locate(path)
     with Checkpoints(directory, create=False) as checkpoints:
         step = checkpoints.require_latest_step() if step is None else step
         weights = checkpoints.restore_items(step, target, mesh)

@@ -73,3 +73,14 @@ def finished(processes):
 def finished_copy(finished, tmp_path):
     """A copy of the finished workdir that may be changed."""
     return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def buckets():
+    """A server with one bucket, gs://bucket, for everything in this and in started processes."""
+    from bucket import serving
+
+    # For the whole session: clients read the environment once and keep their connections.
+    with serving("bucket") as server:
+        os.environ.update(server.environment)
+        yield server

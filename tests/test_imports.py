@@ -35,6 +35,7 @@ ORDER = (
         "splits",
         "validate",
     },
+    {"remote"},
     {"layers", "report", "datasets", "convert_tfrecord", "nonfinite", "failures"},
     {"models", "data"},
     {"cost"},

@@ -25,7 +25,8 @@ import main
         (["--config=configs/digit.py"], ["configs/digit.py"]),
         (["stray"], ["stray"]),
         ([], ["--workdir"]),
-        (["--workdir=gs://bucket/run"], ["gs://bucket/run", "object stores"]),
+        (["--workdir=s3://bucket/run"], ["s3://bucket/run", "other object stores"]),
+        (["--workdir=gs://bucket"], ["gs://bucket: expected gs://BUCKET/FOLDER"]),
     ],
     ids=[
         "unknown key",
@@ -34,7 +35,8 @@ import main
         "missing file",
         "stray",
         "no workdir",
-        "bucket",
+        "another store",
+        "no folder",
     ],
 )
 def test_mistakes_on_the_command_line(arguments, parts, processes):

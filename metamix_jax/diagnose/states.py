@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax import experiment, sharding
+from metamix_jax import experiment, remote, sharding
 from metamix_jax import weights as weights_lib
 from metamix_jax.calibrate import calibrations, make_calibrate
 from metamix_jax.checkpoints import Checkpoints, locate
@@ -53,7 +53,7 @@ def load_states(
         weights, step = weights_lib.load_weights(before, shapes, mesh)
         facts = {"source": before} | ({} if step is None else {"step": step})
         found["before"] = _calibrated(config, network, weights, facts, batch, mesh, True, True)
-    after = Path(config.checkpoint) if config.checkpoint else workdir
+    after = remote.path_of(config.checkpoint) if config.checkpoint else workdir
     directory, _ = locate(after)
     if config.checkpoint or directory.is_dir():
         found["after"] = _after(config, after, network, schedule, batch, mesh)
@@ -86,7 +86,7 @@ def _after(
     phase = phase_of(step, schedule)
     anew = config.diagnose.recalibrate
     entered = [] if anew else [span.phase for span in schedule if span.start <= step]
-    facts = {"source": str(path), "step": step, "phase": phase}
+    facts = {"source": str(remote.origin(path)), "step": step, "phase": phase}
     return _calibrated(
         config, network, variables, facts, batch, mesh,
         acts=not any(phase.quantizes for phase in entered),

@@ -3,6 +3,7 @@
 import base64
 import json
 
+from metamix_jax import remote
 from metamix_jax.report import charts, tables
 from metamix_jax.report.finished import Finished
 from metamix_jax.report.markup import (
@@ -80,7 +81,10 @@ def summary(run: Finished) -> Section:
         )
     else:
         note = "A full-precision run: nothing was searched or quantized, and no budget was set."
-    came_out |= {"Training time": _duration(results["seconds"]), "Workdir": run.workdir}
+    came_out |= {
+        "Training time": _duration(results["seconds"]),
+        "Workdir": remote.origin(run.workdir),
+    }
     return section(
         "summary",
         "What was asked and what came out",
