@@ -226,7 +226,7 @@ def locate(path: Path) -> tuple[Path, int | None]:
       path: a workdir, its folder of checkpoints, or one checkpoint in that (DIR/checkpoints/1234).
     """
     step = None
-    if path.name.isdigit():
+    if path.name.isdigit() and path.parent.name == DIRECTORY:
         path, step = path.parent, int(path.name)
     return remote.origin(path if path.name == DIRECTORY else path / DIRECTORY), step
 
