@@ -258,6 +258,7 @@ def test_locate(tmp_path):
     folder = tmp_path / DIRECTORY
     for path, step in ((tmp_path, None), (folder, None), (folder / "12", 12)):
         assert locate(path) == (folder, step)
+    assert locate(tmp_path / "12") == (tmp_path / "12" / DIRECTORY, None)
 
 
 # The mode --------------------------------------------------------------------------------------

@@ -66,7 +66,9 @@ def test_paths_in_a_copy_know_where_they_come_from(folder, tmp_path):
         assert workdir == tmp_path
     remote.push(tmp_path)
     assert remote.path_of("runs/a") == Path("runs/a")
-    assert locate(remote.path_of(f"{folder}/12")) == (epath.Path(folder) / DIRECTORY, 12)
+    folder = epath.Path(folder)
+    assert locate(folder / DIRECTORY / "12") == (folder / DIRECTORY, 12)
+    assert locate(folder / "12") == (folder / "12" / DIRECTORY, None)
 
 
 def test_errors_name_the_bucket_and_what_is_new_is_kept(buckets, folder):
