@@ -1,8 +1,8 @@
 """The exported forms of a network, run beside JAX: levels of every quantizer, and scores."""
 
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from metamix_jax.export.graph import Graph, Node, Quantizer
 from metamix_jax.quantizers import fake_quant
 
 BATCH = 10
-FORCED = "from JAX's levels"  # the form that goes on with JAX's levels after each comparison
+FORCED = " from JAX's levels"  # ends the name of a form in which each layer starts from those
 TIE = 1e-3  # of a step: how far from a rounding boundary a differing level's value may lie
 
 
@@ -24,7 +24,7 @@ class Levels:
 
     An image parts from JAX's at the first layer that has another level for it; later ones follow.
 
-    forced: go on with JAX's levels, so that every layer is compared from the same start.
+    forced: the form goes on with JAX's levels, so that every layer is compared from the same start.
     """
 
     def __init__(self, *, forced: bool = False):
@@ -92,7 +92,7 @@ def compare(
     it shows of that in two ways, which round differently.
     """
     reference, scores = [], {name: [] for name in forms}
-    levels = {name: Levels(forced=name == FORCED) for name in forms}
+    levels = {name: Levels(forced=name.endswith(FORCED)) for name in forms}
     seconds = dict.fromkeys(forms, 0.0)
     for start in range(0, len(images), BATCH):
         batch = images[start : start + BATCH]
@@ -135,26 +135,14 @@ def numpy_form(graph: Graph) -> Form:
 def onnxruntime_form(model: bytes, graph: Graph) -> Form:
     """QCDQ in onnxruntime at its default level; levels from a copy that gives them out, too."""
     import onnx
-    import onnxruntime
 
-    def session(content: bytes) -> onnxruntime.InferenceSession:
-        return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-
-    shown, plain = onnx.load_model_from_string(model), session(model)
-    made = {name for node in shown.graph.node for name in node.output}
-    names = {
-        node.name: next(
-            name for last in ("clipped", "levels")
-            if (name := f"{node.name}/input/{last}") in made
-        )
-        for node in graph.layers if node.quantizer
-    }  # fmt: skip
-    known = {info.name: info for info in shown.graph.value_info}
-    shown.graph.output.extend(known[name] for name in names.values())
-    with_levels = session(shown.SerializeToString())
+    plain, shown = _session(model), onnx.load_model_from_string(model)
+    names = _level_tensors(shown, graph)
+    shown.graph.output.extend(_known(shown)[name] for name in names.values())
+    with_levels = _session(shown.SerializeToString())
 
     def run(images: np.ndarray, hook: Levels) -> np.ndarray:
-        inputs = {"image": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
+        inputs = {"image": _channels_first(images)}
         found = with_levels.run(list(names.values()), inputs)
         for name, levels in zip(names, found, strict=True):
             hook(_layer(graph, name), _channels_last(levels).astype(np.int32))
@@ -163,24 +151,55 @@ def onnxruntime_form(model: bytes, graph: Graph) -> Form:
     return run
 
 
-def qonnx_form(model: bytes, graph: Graph) -> Form:
-    """QONNX in qonnx's own executor, image by image."""
+def onnxruntime_form_by_layer(model: bytes, graph: Graph) -> Form:
+    """QCDQ in onnxruntime with every layer fed with JAX's levels."""
+    import onnx
+
+    shown = onnx.load_model_from_string(model)
+    names = _level_tensors(shown, graph)
+    types = {name: _known(shown)[tensor].type for name, tensor in names.items()}
+    outputs = _cut(shown, names.values())
+    session = _session(shown.SerializeToString())
+
+    def run(images: np.ndarray, hook: Levels) -> np.ndarray:
+        inputs = {"image": _channels_first(images)}
+        for name, tensor in names.items():
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(types[name].tensor_type.elem_type)
+            levels = hook.expected[name][: len(images)]
+            inputs[tensor] = _channels_first(levels).astype(dtype)
+        scores, *found = session.run(["scores", *outputs], inputs)
+        for name, levels in zip(names, found, strict=True):
+            hook(_layer(graph, name), _channels_last(levels).astype(np.int32))
+        return scores
+
+    return run
+
+
+def qonnx_form(model: bytes, graph: Graph, *, by_layer: bool = False) -> Form:
+    """QONNX in qonnx's own executor, image by image; `by_layer` feeds each with JAX's levels."""
     import onnx
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
 
-    wrapper = ModelWrapper(onnx.load_model_from_string(model))
+    loaded = onnx.load_model_from_string(model)
+    quantized = [node for node in graph.layers if node.quantizer]
+    names = [f"{node.name}/input" for node in quantized]
+    own = _cut(loaded, names) if by_layer else names
+    wrapper = ModelWrapper(loaded)
 
     def run(images: np.ndarray, hook: Levels) -> np.ndarray:
-        tensors = [
-            execute_onnx(wrapper, {"image": image[None].copy()}, return_full_exec_context=True)
-            for image in images.transpose(0, 3, 1, 2)
-        ]
-        for node in graph.layers:
-            if node.quantizer:
-                real = np.concatenate([each[f"{node.name}/input"] for each in tensors])
-                levels = np.rint(_channels_last(real) / np.float32(node.quantizer.step))
-                hook(node, levels.astype(np.int32))
+        tensors = []
+        for i in range(len(images)):
+            inputs = {"image": _channels_first(images[i : i + 1])}
+            if by_layer:
+                for node, name in zip(quantized, names, strict=True):
+                    levels = np.float32(hook.expected[node.name][i : i + 1])
+                    inputs[name] = _channels_first(levels * np.float32(node.quantizer.step))
+            tensors.append(execute_onnx(wrapper, inputs, return_full_exec_context=True))
+        for node, name in zip(quantized, own, strict=True):
+            real = np.concatenate([each[name] for each in tensors])
+            levels = np.rint(_channels_last(real) / np.float32(node.quantizer.step))
+            hook(node, levels.astype(np.int32))
         return np.concatenate([each["scores"] for each in tensors])
 
     return run
@@ -192,9 +211,48 @@ def stablehlo_form(content: bytes) -> Form:
     return lambda images, hook: np.asarray(call(images))
 
 
+def _session(content: bytes) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+
+def _level_tensors(model: Any, graph: Graph) -> dict[str, str]:
+    """Returns layer -> the tensor of a QCDQ file that holds its input's levels."""
+    made = {name for node in model.graph.node for name in node.output}
+    return {
+        node.name: next(
+            name for last in ("clipped", "levels")
+            if (name := f"{node.name}/input/{last}") in made
+        )
+        for node in graph.layers if node.quantizer
+    }  # fmt: skip
+
+
+def _known(model: Any) -> dict[str, Any]:
+    return {info.name: info for info in model.graph.value_info}
+
+
+def _cut(model: Any, names: Iterable[str]) -> list[str]:
+    """Makes inputs of tensors in an ONNX model; returns the outputs that now hold what it makes."""
+    known, names = _known(model), list(names)
+    for node in model.graph.node:
+        node.output[:] = [f"{name}/own" if name in names else name for name in node.output]
+    for name in names:
+        model.graph.input.append(known[name])
+        model.graph.output.append(known[name])
+        model.graph.output[-1].name = f"{name}/own"
+        model.graph.value_info.remove(known[name])
+    return [f"{name}/own" for name in names]
+
+
 def _layer(graph: Graph, name: str) -> Node:
     return next(node for node in graph.layers if node.name == name)
 
 
 def _channels_last(x: np.ndarray) -> np.ndarray:
     return x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
+
+
+def _channels_first(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x

@@ -26,6 +26,7 @@ from benchmarks.export_forms import (
     compare,
     numpy_form,
     onnxruntime_form,
+    onnxruntime_form_by_layer,
     qonnx_form,
     stablehlo_form,
 )
@@ -96,13 +97,16 @@ def report(network: library.QuantizedNetwork, directory: Path, examples: int, qo
     images = np.asarray(data.preprocess(pixels, mean=options.mean, std=options.std))
     files = {name: (directory / name).read_bytes() for name in exported["files"]}
     forms = {
-        FORCED: (numpy_form(graph), count),
+        f"numpy{FORCED}": (numpy_form(graph), count),
+        f"onnxruntime{FORCED}": (onnxruntime_form_by_layer(files[card.QCDQ], graph), count),
         "numpy": (numpy_form(graph), count),
         "onnxruntime": (onnxruntime_form(files[card.QCDQ], graph), count),
         "stablehlo": (stablehlo_form(files[card.STABLEHLO]), count),
     }
     if qonnx:
-        forms["qonnx"] = qonnx_form(files[card.QONNX], graph), min(qonnx, count)
+        some, content = min(qonnx, count), files[card.QONNX]
+        forms[f"qonnx{FORCED}"] = qonnx_form(content, graph, by_layer=True), some
+        forms["qonnx"] = qonnx_form(content, graph), some
     reference, outcomes = compare(network, graph, images, forms)
     rows = {name: row(outcome, reference, labels) for name, outcome in outcomes.items()}
     facts = {

@@ -72,11 +72,16 @@ def assert_equal_to_jax(network, images):
     for package in ("onnxruntime", "qonnx"):
         pytest.importorskip(package)
     graph = graph_of(network)
+    qcdq, qonnx, forced = (
+        onnx_files.qcdq_model(graph), onnx_files.qonnx_model(graph), export_forms.FORCED,
+    )  # fmt: skip
     forms = {
-        export_forms.FORCED: export_forms.numpy_form(graph),
+        f"numpy{forced}": export_forms.numpy_form(graph),
+        f"onnxruntime{forced}": export_forms.onnxruntime_form_by_layer(qcdq, graph),
+        f"qonnx{forced}": export_forms.qonnx_form(qonnx, graph, by_layer=True),
         "numpy": export_forms.numpy_form(graph),
-        "onnxruntime": export_forms.onnxruntime_form(onnx_files.qcdq_model(graph), graph),
-        "qonnx": export_forms.qonnx_form(onnx_files.qonnx_model(graph), graph),
+        "onnxruntime": export_forms.onnxruntime_form(qcdq, graph),
+        "qonnx": export_forms.qonnx_form(qonnx, graph),
     }
     limits = {name: (form, len(images)) for name, form in forms.items()}
     reference, outcomes = export_forms.compare(network, graph, images, limits)
