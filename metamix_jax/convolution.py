@@ -11,9 +11,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from metamix_jax.depthwise import Padding
+from metamix_jax.materialise import materialised
 
 _FOLDS = (8, 4, 2, 1)
 
@@ -55,34 +55,19 @@ def cpu_convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding)
         return _folded(x, kernel, stride, padding)
 
     def forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        x = materialised(x)
+        (x,) = materialised(x)
         return _folded(x, kernel, stride, padding), (x, kernel)
 
     def backward(
         residuals: tuple[jax.Array, jax.Array], slope: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         x, kernel = residuals
-        slope = materialised(slope)
+        (slope,) = materialised(slope)
         _, pull = jax.vjp(lambda k: plain_convolve(x, k, stride, padding), kernel)
         return _input_slope(slope, x, kernel, stride, padding), *pull(slope)
 
     run.defvjp(forward, backward)
     return run(x, kernel)
-
-
-def materialised(x: jax.Array) -> jax.Array:
-    """Returns `x`, which XLA for CPUs then computes once and keeps, at no other cost.
-
-    By itself it fuses cheap producers into all their consumers, however slow that makes these, and
-    takes an optimization_barrier away before. A call that is not inlined stays.
-    """
-    with set_xla_metadata(inlineable="false"):
-        return _barrier(x)
-
-
-@jax.jit
-def _barrier(x: jax.Array) -> jax.Array:
-    return jax.lax.optimization_barrier(x)  # lest JAX passes the argument on without a call
 
 
 def _folded(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:

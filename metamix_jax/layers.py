@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from metamix_jax.convolution import convolve
 from metamix_jax.depthwise import depthwise_conv
+from metamix_jax.materialise import keeping_arguments
 from metamix_jax.precision import FULL, FULL_BITS, LayerCost, Precision, QuantSettings
 from metamix_jax.quantizers import POSITIVE_STEPS, fake_quant, init_step
 
@@ -90,7 +91,10 @@ class _QuantLayer(nn.Module):
 
         def quantized(index: jax.Array | int) -> jax.Array:
             step, width = _pick(positive.step(stored.value), bits, index)
-            return fake_quant(x, step, width, **kind)
+            fake = functools.partial(fake_quant, **kind)
+            arguments = x, step, jnp.asarray(width)
+            # Otherwise its gradient keeps as much as the rest of the layer's.
+            return jax.lax.platform_dependent(*arguments, cpu=keeping_arguments(fake), default=fake)
 
         if mode in ("calibrate", "calibrate_lowest"):
             stored.value = positive.raw(jnp.stack([first_step(x, b) for b in bits]))

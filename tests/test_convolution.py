@@ -1,11 +1,10 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metamix_jax.convolution import convolve, cpu_convolve, materialised, plain_convolve
+from metamix_jax.convolution import convolve, cpu_convolve, plain_convolve
 
 SAME = ((1, 1), (1, 1))
 # Size of kernel, stride, padding, height, width, channels, features.
@@ -80,9 +79,3 @@ def test_the_transposed_input_is_not_computed_again():
     bodies = re.findall(r"^%\S*fused_computation\S* .*?^}", program, re.MULTILINE | re.DOTALL)
     transposing = [body for body in bodies if " transpose(" in body]
     assert transposing and not any("maximum(" in body for body in transposing)
-
-
-def test_what_is_materialised_keeps_value_and_gradient():
-    x = jnp.arange(3.0)
-    np.testing.assert_array_equal(jax.jit(materialised)(x), x)
-    np.testing.assert_array_equal(jax.grad(lambda x: (materialised(x) ** 2).sum())(x), 2 * x)
