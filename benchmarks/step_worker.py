@@ -43,7 +43,7 @@ def main() -> None:
         check(config, options.arrays)
     else:
         if options.cores:
-            os.sched_setaffinity(0, range(options.cores))
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
         if options.by in ("ours", "torch_kept_malloc"):
             process.keep_freed_memory()
         make = our_step if options.by.startswith("ours") else torch_step

@@ -152,9 +152,28 @@ def init_state(
       network: what to initialise.
       weights: params and batch_stats to start from; None: random ones.
     """
-    variables = jax.jit(lambda: _init_variables(network, config.seed))()
+    # It runs once, so that compiling takes longer than what optimization could save.
+    make = jax.jit(
+        lambda: _init_variables(network, config.seed),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    variables = make()
     if weights is not None:
         variables |= {name: weights[name] for name in ("params", "batch_stats")}
+    return _first_state(config, variables)
+
+
+def abstract_state(config: ConfigDict, network: Network, span: Span) -> TrainState:
+    """Returns the shapes of the state during a phase."""
+
+    def state() -> TrainState:
+        first = _first_state(config, _init_variables(network, config.seed))
+        return enter_phase(first, span, config)
+
+    return jax.eval_shape(state)
+
+
+def _first_state(config: ConfigDict, variables: Mapping[str, Any]) -> TrainState:
     return TrainState(
         # An array, not a Python int, or the first step would be compiled twice.
         step=jnp.int32(0),
@@ -162,11 +181,6 @@ def init_state(
         rng=jax.random.fold_in(jax.random.key(config.seed), 2),
         **variables,
     )
-
-
-def abstract_state(config: ConfigDict, network: Network, span: Span) -> TrainState:
-    """Returns the shapes of the state during a phase."""
-    return jax.eval_shape(lambda: enter_phase(init_state(config, network), span, config))
 
 
 def _init_variables(network: Network, seed: int) -> dict[str, Any]:

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from metamix_jax.convolution import convolve
 from metamix_jax.depthwise import depthwise_conv
+from metamix_jax.materialise import keeping_arguments
 from metamix_jax.precision import FULL, FULL_BITS, LayerCost, Precision, QuantSettings
 from metamix_jax.quantizers import POSITIVE_STEPS, fake_quant, init_step
 
@@ -89,7 +91,10 @@ class _QuantLayer(nn.Module):
 
         def quantized(index: jax.Array | int) -> jax.Array:
             step, width = _pick(positive.step(stored.value), bits, index)
-            return fake_quant(x, step, width, **kind)
+            fake = functools.partial(fake_quant, **kind)
+            arguments = x, step, jnp.asarray(width)
+            # Otherwise its gradient keeps as much as the rest of the layer's.
+            return jax.lax.platform_dependent(*arguments, cpu=keeping_arguments(fake), default=fake)
 
         if mode in ("calibrate", "calibrate_lowest"):
             stored.value = positive.raw(jnp.stack([first_step(x, b) for b in bits]))
@@ -188,19 +193,12 @@ class QuantConv(_QuantLayer):
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         padding = tuple(side_padding(size, k, self.stride, self.padding) for size in x.shape[1:3])
 
-        def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        def multiply(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
             if self.groups == channels == self.features:
                 return depthwise_conv(inputs, kernel, self.stride, padding)
-            return jax.lax.conv_general_dilated(
-                inputs,
-                kernel,
-                window_strides=(self.stride, self.stride),
-                padding=padding,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                feature_group_count=self.groups,
-            )
+            return convolve(inputs, kernel, self.stride, padding, self.groups)
 
-        y = self._product(x, kernel, precision, convolve)
+        y = self._product(x, kernel, precision, multiply)
         self._record_cost(x, kernel, macs=math.prod(y.shape[1:3]) * kernel.size)
         return self._add_bias(y)
 

@@ -51,4 +51,5 @@ def keep_compiled(config: ConfigDict | None) -> None:
     except OSError as error:
         raise UserError(f"config.compilation_cache={str(folder)!r}: {error.strerror}") from error
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Small programs too: a run has some twenty of them before its first step.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

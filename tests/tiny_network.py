@@ -54,7 +54,7 @@ def make_branches(network):
 
 
 def fresh_state(config, network):
-    return compiled(lambda: experiment.init_state(config, network))()
+    return experiment.init_state(config, network)
 
 
 def calibrated_state(config, network, batch):

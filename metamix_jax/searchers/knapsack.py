@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import block_diag, csr_array
 
 from metamix_jax.budget import Budget
 from metamix_jax.cost import LayerCosts
@@ -112,6 +110,10 @@ def maximise(
 def _solve(
     values: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], limit: float
 ) -> dict[str, int]:
+    # Imported here, as it takes long and a run's first steps need none of it.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import block_diag, csr_array
+
     paths = list(values)
     value = np.concatenate([np.asarray(values[path], float) for path in paths])
     cost = np.concatenate([np.asarray(costs[path], float) for path in paths])
