@@ -23,7 +23,7 @@ from typing import Any
 
 from etils import epath
 
-from metamix_jax import distributed, lock
+from metamix_jax import lock
 from metamix_jax.errors import InterruptedRunError, RunError, UserError
 
 SCHEME = "gs://"
@@ -76,6 +76,8 @@ def opened(workdir: str, *, alone: bool) -> Iterator[Path]:
     if not is_remote(workdir):
         yield Path(workdir)
         return
+    from metamix_jax import distributed  # imports JAX, which the report does without
+
     url = workdir.rstrip("/")
     folder = Path(tempfile.mkdtemp(prefix="metamix_jax_"))
     try:

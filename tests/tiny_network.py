@@ -19,7 +19,7 @@ BITS = (8, 2)  # candidates; index 1 is the narrower one
 
 def compiled(function, *, jit=jax.jit, **options):
     """Returns `function` jitted with little optimization: compiling is most of the time here."""
-    return jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+    return jit(function, **options | {"compiler_options": {"xla_backend_optimization_level": 0}})
 
 
 def make_config(**overrides):
