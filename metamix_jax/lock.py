@@ -38,7 +38,6 @@ def hold(workdir: Path) -> Iterator[None]:
     """
     path = workdir / NAME
     file = _open_locked(path)
-    released = threading.Event()
     try:
         holder = _read(path)
         host = holder.get("host", socket.gethostname())
@@ -47,18 +46,10 @@ def hold(workdir: Path) -> Iterator[None]:
             raise _in_use(workdir, holder)
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(_this_process()).encode(), 0)
-
-        def refresh() -> None:
-            while not released.wait(_REFRESH_SECONDS):
-                os.utime(file)
-
-        refresher = threading.Thread(target=refresh, daemon=True, name="lock")
-        refresher.start()
         try:
-            yield
+            with _repeated(lambda: os.utime(file), _REFRESH_SECONDS):
+                yield
         finally:
-            released.set()
-            refresher.join()
             path.unlink(missing_ok=True)
     finally:
         os.close(file)
@@ -82,29 +73,42 @@ def hold_object(url: str, look: Callable[[], None] = lambda: None) -> Iterator[N
     """
     lock = _ObjectLock(url)
     lock.take(look)
-    released = threading.Event()
 
     def refresh() -> None:
-        while not released.wait(_OBJECT_REFRESH_SECONDS):
-            # What cannot be reached now is tried again: who takes over is found out then.
-            with contextlib.suppress(Exception):
-                if not lock.write():
-                    sys.stderr.write(
-                        f"error: {url}: its lock is no longer this run's, another may be at work "
-                        "there; stopping at once, nothing more is saved\n"
-                    )
-                    sys.stderr.flush()
-                    os._exit(1)
+        # What cannot be reached now is tried again: who takes over is found out then.
+        with contextlib.suppress(Exception):
+            if not lock.write():
+                sys.stderr.write(
+                    f"error: {url}: its lock is no longer this run's, another may be at work "
+                    "there; stopping at once, nothing more is saved\n"
+                )
+                sys.stderr.flush()
+                os._exit(1)
 
-    refresher = threading.Thread(target=refresh, daemon=True, name="lock")
-    refresher.start()
+    try:
+        with _repeated(refresh, _OBJECT_REFRESH_SECONDS):
+            yield
+    finally:
+        with contextlib.suppress(Exception):  # it counts for 75 s at most
+            lock.release()
+
+
+@contextlib.contextmanager
+def _repeated(action: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls `action` every so many seconds, in another thread, for as long as the block runs."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=repeat, daemon=True, name="lock")
+    thread.start()
     try:
         yield
     finally:
-        released.set()
-        refresher.join()
-        with contextlib.suppress(Exception):  # it counts for 75 s at most
-            lock.release()
+        ended.set()
+        thread.join()
 
 
 class _ObjectLock:
