@@ -44,8 +44,10 @@ def main() -> None:
     else:
         if options.cores:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-        if options.by in ("ours", "torch_kept_malloc"):
+        if options.by in ("ours", "ours_one_device", "torch_kept_malloc"):
             process.keep_freed_memory()
+        if options.by in ("ours", "ours_plain_malloc"):
+            process.use_cores(config)
         make = our_step if options.by.startswith("ours") else torch_step
         compiled = options.by == "torch_compiled"
         answer(options.steps, *make(config, options.kind, options.arrays, compiled=compiled))
@@ -178,7 +180,7 @@ def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Calla
     import jax
     from flax.traverse_util import unflatten_dict
 
-    from metamix_jax import cost, experiment
+    from metamix_jax import cost, experiment, sharding
     from metamix_jax import policy as policy_lib
     from metamix_jax.models import mobilenet
     from metamix_jax.state import enter_phase
@@ -192,9 +194,11 @@ def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Calla
     span = next(span for span in schedule if span.phase.name == kind)
     trees = unflatten_dict({path: jax.device_put(x) for path, x in np.load(arrays).items()}, "/")
     state = experiment.init_state(config, network).replace(**trees)
-    kept = [enter_phase(state, span, config)]
-    bits = cost.uniform_bits(network.costs, 4)
-    inputs = (jax.device_put(random_batch(config)), policy_lib.branches(bits, network.costs), {})
+    mesh = sharding.make_mesh()
+    kept = [sharding.replicate(enter_phase(state, span, config), mesh)]
+    branches = policy_lib.branches(cost.uniform_bits(network.costs, 4), network.costs)
+    batch = sharding.shard_batch(random_batch(config), mesh)
+    inputs = (batch, sharding.replicate(branches, mesh), {})
     train_step = make_train_step(network.model, span, config, network.budget, None)
 
     def step():

@@ -37,6 +37,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.data.std = (0.229, 0.224, 0.225)
     config.data.augment = "crop_flip"
     config.batch_size = 128
+    config.cpu_devices = 0  # where there is no accelerator, one device per core
 
     config.quant.act_bits = (8, 4, 2)
     config.quant.weight_bits = tuple(int(bits) for bits in choice["weight_bits"])

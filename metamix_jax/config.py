@@ -24,6 +24,9 @@ def default() -> ConfigDict:
     # Micro-batches that a batch is split into where it does not fit into memory; batch norm and its
     # running statistics then go by micro-batches. See train_step.py.
     config.accumulation_steps = 1
+    # Devices that a CPU is split into, as XLA uses one core for a convolution; 0 = one a core, if
+    # the batch can be split so. Small networks are faster on 1. Not read where JAX may use others.
+    config.cpu_devices = 1
     # So many steps whose numbers are not finite change nothing and are passed over; 0 = stop at the
     # first. The state is kept in memory twice for that.
     config.max_skipped_steps = 0

@@ -22,11 +22,9 @@ def convolve(
     x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, groups: int = 1
 ) -> jax.Array:
     """Convolves [n, h, w, c] with [kh, kw, c / groups, features] -> [n, h', w', features]."""
-    plain = functools.partial(plain_convolve, stride=stride, padding=padding, groups=groups)
     if groups > 1 or kernel.shape[:2] == (1, 1):  # which is a matrix product
-        return plain(x, kernel)
-    ours = functools.partial(cpu_convolve, stride=stride, padding=padding)
-    return jax.lax.platform_dependent(x, kernel, cpu=ours, default=plain)
+        return plain_convolve(x, kernel, stride, padding, groups)
+    return _convolve(x, kernel, stride, padding)
 
 
 def plain_convolve(
@@ -47,27 +45,37 @@ def plain_convolve(
     )
 
 
-def cpu_convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """The same for CPUs, gradients included."""
+def _value(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    options = {"stride": stride, "padding": padding}
+    ours, plain = (functools.partial(form, **options) for form in (_folded, plain_convolve))
+    return jax.lax.platform_dependent(x, kernel, cpu=ours, default=plain)
 
-    @jax.custom_vjp
-    def run(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _folded(x, kernel, stride, padding)
 
-    def forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        (x,) = materialised(x)
-        return _folded(x, kernel, stride, padding), (x, kernel)
+def _forward(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    (x,) = materialised(x)
+    return _value(x, kernel, stride, padding), (x, kernel)
 
-    def backward(
-        residuals: tuple[jax.Array, jax.Array], slope: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        x, kernel = residuals
-        (slope,) = materialised(slope)
-        _, pull = jax.vjp(lambda k: plain_convolve(x, k, stride, padding), kernel)
-        return _input_slope(slope, x, kernel, stride, padding), *pull(slope)
 
-    run.defvjp(forward, backward)
-    return run(x, kernel)
+def _backward(
+    stride: int, padding: Padding, residuals: tuple[jax.Array, jax.Array], slope: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    (slope,) = materialised(slope)
+    options = {"stride": stride, "padding": padding}
+
+    def plain(slope: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: plain_convolve(x, kernel, **options), x)[1](slope)[0]
+
+    ours = functools.partial(_input_slope, **options)
+    input_slope = jax.lax.platform_dependent(slope, x, kernel, cpu=ours, default=plain)
+    return input_slope, *jax.vjp(lambda k: plain_convolve(x, k, **options), kernel)[1](slope)
+
+
+# The platform is chosen inside value and gradient: JAX takes long to differentiate the choice.
+_convolve = jax.custom_vjp(_value, nondiff_argnums=(2, 3))
+_convolve.defvjp(_forward, _backward)
 
 
 def _folded(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:

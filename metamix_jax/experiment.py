@@ -30,6 +30,7 @@ HARMLESS = (
     "checkpoint",
     "checkpoint_every_steps",
     "compilation_cache",
+    "cpu_devices",
     "log_every_steps",
     "eval.batch_size",
     "eval.every_steps",
@@ -152,15 +153,15 @@ def init_state(
       network: what to initialise.
       weights: params and batch_stats to start from; None: random ones.
     """
+    given = {} if weights is None else {key: weights[key] for key in ("params", "batch_stats")}
+
+    def missing() -> dict[str, Any]:  # what is given is not compiled either
+        variables = _init_variables(network, config.seed)
+        return {name: tree for name, tree in variables.items() if name not in given}
+
     # It runs once, so that compiling takes longer than what optimization could save.
-    make = jax.jit(
-        lambda: _init_variables(network, config.seed),
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
-    variables = make()
-    if weights is not None:
-        variables |= {name: weights[name] for name in ("params", "batch_stats")}
-    return _first_state(config, variables)
+    make = jax.jit(missing, compiler_options={"xla_backend_optimization_level": 0})
+    return _first_state(config, make() | given)
 
 
 def abstract_state(config: ConfigDict, network: Network, span: Span) -> TrainState:

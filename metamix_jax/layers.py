@@ -91,10 +91,9 @@ class _QuantLayer(nn.Module):
 
         def quantized(index: jax.Array | int) -> jax.Array:
             step, width = _pick(positive.step(stored.value), bits, index)
-            fake = functools.partial(fake_quant, **kind)
-            arguments = x, step, jnp.asarray(width)
             # Otherwise its gradient keeps as much as the rest of the layer's.
-            return jax.lax.platform_dependent(*arguments, cpu=keeping_arguments(fake), default=fake)
+            fake = keeping_arguments(functools.partial(fake_quant, **kind))
+            return fake(x, step, jnp.asarray(width))
 
         if mode in ("calibrate", "calibrate_lowest"):
             stored.value = positive.raw(jnp.stack([first_step(x, b) for b in bits]))

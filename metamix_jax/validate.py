@@ -39,7 +39,7 @@ _RANGES = {
             "bit_search.budget_weight", "bit_search.weight_decay", "weight_training.act_epochs",
             "weight_training.epochs", "weight_training.learning_rate", "data.in_memory_gib",
             "data.eval_resize", "data.max_bad_examples", "asga.start_radius", "asga.max_radius",
-            "asga.alignment", "ompq.beta", "export.examples", "max_skipped_steps",
+            "asga.alignment", "ompq.beta", "export.examples", "max_skipped_steps", "cpu_devices",
         ),
     ),
     "0 or more and less than 1": (
@@ -56,6 +56,7 @@ _RANGES = {
         lambda value: value <= 2**20,
         ("batch_size", "eval.batch_size", "data.num_classes"),
     ),
+    "at most 1024": (lambda value: value <= 1024, ("cpu_devices",)),
     "0 to 4294967295": (lambda value: 0 <= value < 2**32, ("seed",)),
     "2 to 8": (lambda value: 2 <= value <= 8, ("quant.first_last_bits",)),
 }  # fmt: skip

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_network import compiled
 
-from metamix_jax.convolution import convolve, cpu_convolve, plain_convolve
+from metamix_jax.convolution import convolve, plain_convolve
 
 SAME = ((1, 1), (1, 1))
 # Size of kernel, stride, padding, height, width, channels, features.
@@ -42,7 +42,7 @@ def test_equals_the_plain_convolution_in_value_and_gradients(
     @compiled
     def both(x, kernel):
         found = []
-        for form in (cpu_convolve, plain_convolve):
+        for form in (convolve, plain_convolve):
             y, pull = jax.vjp(lambda *args, form=form: form(*args, stride, padding), x, kernel)
             found.append((y, *pull(jnp.cos(jnp.arange(y.size)).reshape(y.shape))))
         return found
@@ -79,7 +79,7 @@ def test_the_transposed_input_is_not_computed_again():
 
     def loss(kernel, x):
         y = jax.nn.relu(x * 2.0 + 1.0)
-        return (cpu_convolve(y, kernel, 1, SAME) ** 2).sum()
+        return (convolve(y, kernel, 1, SAME) ** 2).sum()
 
     x, kernel = arrays(3, 32, 32, 16, 16)
     program = jax.jit(jax.grad(loss)).lower(kernel, x).compile().as_text()

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metamix_jax.convolution import cpu_convolve
+from metamix_jax.convolution import convolve
 from metamix_jax.materialise import keeping_arguments, materialised
 from metamix_jax.quantizers import fake_quant
 
@@ -45,7 +45,7 @@ def test_less_is_kept_for_the_gradient_of_a_step():
             x = X
             for step in steps:
                 x = form(jax.nn.relu(x), step, jnp.int32(4))
-                x = cpu_convolve(x, kernel, 1, ((1, 1), (1, 1)))
+                x = convolve(x, kernel, 1, ((1, 1), (1, 1)))
             return (x**2).sum()
 
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))

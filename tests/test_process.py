@@ -62,3 +62,62 @@ def test_the_cache_is_set_where_asked_alone(tmp_path, monkeypatch):
     process.keep_compiled(config)
     assert found["jax_compilation_cache_dir"] == config.compilation_cache
     assert (tmp_path / "new" / "cache").is_dir()
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Four cores, nothing set in the environment; returns what JAX is told."""
+    found = {}
+    monkeypatch.setattr(process.jax.config, "update", found.__setitem__)
+    monkeypatch.setattr(process.sys, "platform", "other")
+    monkeypatch.setattr(process.os, "cpu_count", lambda: 4)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch_size", "accumulation_steps", "expected"),
+    [
+        (1, 256, 1, 1),
+        (3, 256, 1, 3),  # what was asked for, which the batch's check refuses later
+        (0, 256, 1, 4),
+        (0, 96, 1, 3),
+        (0, 64, 1, 2),  # 32 images each
+        (0, 256, 4, 2),
+        (0, 100, 1, 2),
+        (0, 101, 1, 1),
+        (0, 8, 1, 1),
+    ],
+)
+def test_devices_are_those_the_batch_can_be_split_over(
+    cores, devices, batch_size, accumulation_steps, expected
+):
+    config = default()
+    config.cpu_devices, config.batch_size = devices, batch_size
+    config.accumulation_steps = accumulation_steps
+    assert process.use_cores(config) == expected
+    assert cores == {"jax_num_cpu_devices": expected}
+
+
+def test_devices_are_left_alone_where_the_user_or_the_machine_has_its_own(cores, monkeypatch):
+    config = default()
+    config.cpu_devices = 0
+    assert process.use_cores(None) == 0
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+        assert process.use_cores(config) == 0
+    with monkeypatch.context() as patch:
+        patch.setenv("JAX_NUM_CPU_DEVICES", "2")
+        assert process.use_cores(config) == 0
+    with monkeypatch.context() as patch:
+        patch.delenv("JAX_PLATFORMS")
+        patch.setattr(process, "_ACCELERATORS", ("jax",))
+        assert process.use_cores(config) == 0
+    assert cores == {}
+
+
+def test_processes_of_one_run_take_a_device_each(cores):
+    config = default()
+    config.cpu_devices, config.distributed.coordinator = 0, "localhost:1"
+    assert process.use_cores(config) == 1
