@@ -207,8 +207,9 @@ def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Calla
 
 def torch_network(config: Any, arrays: str) -> Any:
     import pytorch_metamix
+    import pytorch_networks
 
-    network = pytorch_metamix.make_network(
+    network = pytorch_networks.make_network(
         config.model.name,
         config.data.num_classes,
         tuple(config.quant.act_bits),
