@@ -20,7 +20,11 @@ def round_through(x: torch.Tensor) -> torch.Tensor:
     return x + (x.round() - x).detach()
 
 
-def fake_quant(x: torch.Tensor, step: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
+def fake_quant(
+    x: torch.Tensor, step: torch.Tensor, bits: int, signed: bool, shift: float = 0.0
+) -> torch.Tensor:
+    if shift:
+        return fake_quant(x + shift, step, bits, signed) - shift
     low, high = (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     scale = 1 / math.sqrt(x.numel() * high)
     step = step.detach() + scale * (step - step.detach())
@@ -30,9 +34,10 @@ def fake_quant(x: torch.Tensor, step: torch.Tensor, bits: int, signed: bool) -> 
 class Quantized(nn.Module):
     """Quantizers of a convolution or dense layer."""
 
-    def __init__(self, shape: tuple, act_bits: tuple, weight_bits: int, signed: bool) -> None:
+    def __init__(self, shape, act_bits, weight_bits, signed=False, shift=0.0, bias=False) -> None:
         super().__init__()
         self.act_bits, self.weight_bits, self.signed = act_bits, weight_bits, signed
+        self.shift, self.bias = shift, nn.Parameter(torch.zeros(shape[0])) if bias else None
         self.weight = nn.Parameter(torch.empty(shape))
         self.act_step = nn.Parameter(torch.ones(len(act_bits)))
         self.weight_step = nn.Parameter(torch.ones(1, shape[0]))
@@ -46,7 +51,7 @@ class Quantized(nn.Module):
         if acts == FULL:
             return x, weight
         levels = [
-            fake_quant(x, self.act_step[i], bits, self.signed)
+            fake_quant(x, self.act_step[i], bits, self.signed, self.shift)
             for i, bits in enumerate(self.act_bits)
             if acts in (MIXTURE, i) or len(self.act_bits) == 1
         ]
@@ -59,13 +64,13 @@ class Quantized(nn.Module):
 class Conv(Quantized):
     """Quantized 2-D convolution."""
 
-    def __init__(self, channels, features, bits, size=3, stride=1, groups=1, signed=False) -> None:
-        super().__init__((features, channels // groups, size, size), *bits, signed)
+    def __init__(self, channels, features, bits, size=3, stride=1, groups=1, **options) -> None:
+        super().__init__((features, channels // groups, size, size), *bits, **options)
         self.options = {"stride": stride, "padding": size // 2, "groups": groups}
         self.macs = None
 
     def forward(self, x: torch.Tensor, how: tuple) -> torch.Tensor:
-        y = functional.conv2d(*self.operands(x, *how), **self.options)
+        y = functional.conv2d(*self.operands(x, *how), self.bias, **self.options)
         self.macs = y.shape[2] * y.shape[3] * self.weight.numel()
         return y
 
@@ -73,9 +78,8 @@ class Conv(Quantized):
 class Dense(Quantized):
     """Quantized dense layer."""
 
-    def __init__(self, channels, features, bits) -> None:
-        super().__init__((features, channels), *bits, signed=False)
-        self.bias = nn.Parameter(torch.zeros(features))
+    def __init__(self, channels, features, bits, shift=0.0) -> None:
+        super().__init__((features, channels), *bits, shift=shift, bias=True)
         self.macs = self.weight.numel()
 
     def forward(self, x: torch.Tensor, how: tuple) -> torch.Tensor:
