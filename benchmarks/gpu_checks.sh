@@ -42,12 +42,10 @@ frameworks=ours
 python -c "import torch" 2> /dev/null && frameworks=ours,torch,torch_compiled
 python benchmarks/steps.py --frameworks=$frameworks --batch_size=512 --steps=20 \
   --json="$OUT/steps_resnet20.json" | tee "$OUT/steps_resnet20.txt"
-for network in resnet18 mbv2; do
+for network in resnet18 mbv2 mbv3; do
   python benchmarks/steps.py --networks=$network --frameworks=$frameworks --batch_size=128 \
     --image_size=224 --steps=10 --json="$OUT/steps_$network.json" | tee "$OUT/steps_$network.txt"
 done
-python benchmarks/steps.py --networks=mbv3 --frameworks=ours --batch_size=128 --image_size=224 \
-  --steps=10 --json="$OUT/steps_mbv3.json" | tee "$OUT/steps_mbv3.txt"
 # 5. Scaling with the number of candidates and the batch.
 for bits in 8,4 8,4,3,2; do
   python benchmarks/steps.py --frameworks=ours --act_bits=$bits --kinds=full_precision,bit_meta \

@@ -1,8 +1,8 @@
 """MetaMix as one would write it in PyTorch without further thought: what steps.py compares with.
 
 LSQ as modules with autograd, one forward and backward pass per branch in bit-meta, the softmax's
-mixture of quantized inputs in bit-search. Networks and names are those of metamix_jax.models, so
-that both start from the same weights. Images are channels-last, which PyTorch runs fastest.
+mixture of quantized inputs in bit-search. The networks are in pytorch_networks.py; both start from
+the same weights. Images are channels-last, which PyTorch runs fastest.
 """
 
 import math
@@ -16,17 +16,15 @@ from torch.nn import functional
 FULL, MIXTURE = "full", "mixture"  # how activations run; an int is a branch
 
 
-def make_network(name: str, num_classes: int, act_bits: tuple, weight_bits: int) -> nn.Module:
-    """Returns the network that the config.model.name of metamix_jax means."""
-    networks = {"cifar_resnet": CifarResNet20, "resnet18": ResNet18, "mobilenet_v2": MobileNetV2}
-    return networks[name](num_classes, act_bits, weight_bits)
-
-
 def round_through(x: torch.Tensor) -> torch.Tensor:
     return x + (x.round() - x).detach()
 
 
-def fake_quant(x: torch.Tensor, step: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
+def fake_quant(
+    x: torch.Tensor, step: torch.Tensor, bits: int, signed: bool, shift: float = 0.0
+) -> torch.Tensor:
+    if shift:
+        return fake_quant(x + shift, step, bits, signed) - shift
     low, high = (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     scale = 1 / math.sqrt(x.numel() * high)
     step = step.detach() + scale * (step - step.detach())
@@ -36,9 +34,10 @@ def fake_quant(x: torch.Tensor, step: torch.Tensor, bits: int, signed: bool) -> 
 class Quantized(nn.Module):
     """Quantizers of a convolution or dense layer."""
 
-    def __init__(self, shape: tuple, act_bits: tuple, weight_bits: int, signed: bool) -> None:
+    def __init__(self, shape, act_bits, weight_bits, signed=False, shift=0.0, bias=False) -> None:
         super().__init__()
         self.act_bits, self.weight_bits, self.signed = act_bits, weight_bits, signed
+        self.shift, self.bias = shift, nn.Parameter(torch.zeros(shape[0])) if bias else None
         self.weight = nn.Parameter(torch.empty(shape))
         self.act_step = nn.Parameter(torch.ones(len(act_bits)))
         self.weight_step = nn.Parameter(torch.ones(1, shape[0]))
@@ -52,7 +51,7 @@ class Quantized(nn.Module):
         if acts == FULL:
             return x, weight
         levels = [
-            fake_quant(x, self.act_step[i], bits, self.signed)
+            fake_quant(x, self.act_step[i], bits, self.signed, self.shift)
             for i, bits in enumerate(self.act_bits)
             if acts in (MIXTURE, i) or len(self.act_bits) == 1
         ]
@@ -65,13 +64,13 @@ class Quantized(nn.Module):
 class Conv(Quantized):
     """Quantized 2-D convolution."""
 
-    def __init__(self, channels, features, bits, size=3, stride=1, groups=1, signed=False) -> None:
-        super().__init__((features, channels // groups, size, size), *bits, signed)
+    def __init__(self, channels, features, bits, size=3, stride=1, groups=1, **options) -> None:
+        super().__init__((features, channels // groups, size, size), *bits, **options)
         self.options = {"stride": stride, "padding": size // 2, "groups": groups}
         self.macs = None
 
     def forward(self, x: torch.Tensor, how: tuple) -> torch.Tensor:
-        y = functional.conv2d(*self.operands(x, *how), **self.options)
+        y = functional.conv2d(*self.operands(x, *how), self.bias, **self.options)
         self.macs = y.shape[2] * y.shape[3] * self.weight.numel()
         return y
 
@@ -79,126 +78,12 @@ class Conv(Quantized):
 class Dense(Quantized):
     """Quantized dense layer."""
 
-    def __init__(self, channels, features, bits) -> None:
-        super().__init__((features, channels), *bits, signed=False)
-        self.bias = nn.Parameter(torch.zeros(features))
+    def __init__(self, channels, features, bits, shift=0.0) -> None:
+        super().__init__((features, channels), *bits, shift=shift, bias=True)
         self.macs = self.weight.numel()
 
     def forward(self, x: torch.Tensor, how: tuple) -> torch.Tensor:
         return functional.linear(*self.operands(x, *how), self.bias)
-
-
-class BasicBlock(nn.Module):
-    """ResNet's block of two convolutions."""
-
-    def __init__(self, channels, features, stride, shortcut_conv, bits) -> None:
-        super().__init__()
-        self.stride, self.extra = stride, features - channels
-        self.conv1, self.bn1 = Conv(channels, features, bits, 3, stride), nn.BatchNorm2d(features)
-        self.conv2, self.bn2 = Conv(features, features, bits), nn.BatchNorm2d(features)
-        self.downsample_conv = None
-        if shortcut_conv and (stride > 1 or self.extra):
-            self.downsample_conv = Conv(channels, features, bits, 1, stride)
-            self.downsample_bn = nn.BatchNorm2d(features)
-
-    def forward(self, x: torch.Tensor, how: tuple) -> torch.Tensor:
-        y = functional.relu(self.bn1(self.conv1(x, how)))
-        y = self.bn2(self.conv2(y, how))
-        if self.downsample_conv is not None:
-            x = self.downsample_bn(self.downsample_conv(x, how))
-        elif self.extra:
-            half = self.extra // 2
-            x = x[:, :, :: self.stride, :: self.stride]
-            x = functional.pad(x, (0, 0, 0, 0, half, self.extra - half))
-        return functional.relu(x + y)
-
-
-class ResNet(nn.Module):
-    """Stem, stages of basic blocks, classifier."""
-
-    def __init__(self, classes, bits, width, stages, stem_size, shortcut_conv) -> None:
-        super().__init__()
-        ends = ((8,), 8)
-        self.conv1 = Conv(3, width, ends, stem_size, 1 if stem_size == 3 else 2, signed=True)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.pool = nn.Identity() if stem_size == 3 else nn.MaxPool2d(3, 2, 1)
-        self.blocks, channels = [], width
-        for stage, size in enumerate(stages):
-            for block in range(size):
-                stride = 2 if stage and not block else 1
-                new = BasicBlock(channels, width * 2**stage, stride, shortcut_conv, bits)
-                self.add_module(f"layer{stage + 1}_{block}", new)
-                self.blocks.append(f"layer{stage + 1}_{block}")
-                channels = width * 2**stage
-        self.fc = Dense(channels, classes, ends)
-
-    def forward(self, x: torch.Tensor, how: tuple) -> torch.Tensor:
-        x = self.pool(functional.relu(self.bn1(self.conv1(x, how))))
-        for name in self.blocks:
-            x = getattr(self, name)(x, how)
-        return self.fc(x.mean((2, 3)), how)
-
-
-def CifarResNet20(classes: int, act_bits: tuple, weight_bits: int) -> ResNet:  # noqa: N802
-    return ResNet(classes, (act_bits, weight_bits), 16, (3, 3, 3), 3, shortcut_conv=False)
-
-
-def ResNet18(classes: int, act_bits: tuple, weight_bits: int) -> ResNet:  # noqa: N802
-    return ResNet(classes, (act_bits, weight_bits), 64, (2, 2, 2, 2), 7, shortcut_conv=True)
-
-
-class InvertedResidual(nn.Module):
-    """MobileNet-v2's block."""
-
-    def __init__(self, channels, features, factor, stride, bits) -> None:
-        super().__init__()
-        wide, self.residual = factor * channels, stride == 1 and channels == features
-        self.expand = None
-        if factor > 1:
-            self.expand = Conv(channels, wide, bits, 1, signed=True)
-            self.expand_bn = nn.BatchNorm2d(wide)
-        self.depthwise, self.depthwise_bn = (
-            Conv(wide, wide, bits, 3, stride, groups=wide),
-            nn.BatchNorm2d(wide),
-        )
-        self.project, self.project_bn = Conv(wide, features, bits, 1), nn.BatchNorm2d(features)
-
-    def forward(self, x: torch.Tensor, how: tuple) -> torch.Tensor:
-        y = x
-        if self.expand is not None:
-            y = functional.relu6(self.expand_bn(self.expand(y, how)))
-        y = functional.relu6(self.depthwise_bn(self.depthwise(y, how)))
-        y = self.project_bn(self.project(y, how))
-        return x + y if self.residual else y
-
-
-class MobileNetV2(nn.Module):
-    """MobileNet-v2 of width 1.0, without dropout."""
-
-    STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1),
-              (6, 160, 3, 2), (6, 320, 1, 1))  # fmt: skip
-
-    def __init__(self, classes: int, act_bits: tuple, weight_bits: int) -> None:
-        super().__init__()
-        bits, ends, channels = (act_bits, weight_bits), ((8,), 8), 32
-        self.stem, self.stem_bn = Conv(3, 32, ends, 3, 2, signed=True), nn.BatchNorm2d(32)
-        self.blocks = 0
-        for factor, features, repeats, stride in self.STAGES:
-            for repeat in range(repeats):
-                self.blocks += 1
-                new = InvertedResidual(channels, features, factor, 1 if repeat else stride, bits)
-                self.add_module(f"block{self.blocks}", new)
-                channels = features
-        self.last_conv = Conv(channels, 1280, bits, 1, signed=True)
-        self.last_bn = nn.BatchNorm2d(1280)
-        self.classifier = Dense(1280, classes, ends)
-
-    def forward(self, x: torch.Tensor, how: tuple) -> torch.Tensor:
-        x = functional.relu6(self.stem_bn(self.stem(x, how)))
-        for number in range(1, self.blocks + 1):
-            x = getattr(self, f"block{number}")(x, how)
-        x = functional.relu6(self.last_bn(self.last_conv(x, how)))
-        return self.classifier(x.mean((2, 3)), how)
 
 
 def load(network: nn.Module, arrays: dict[str, np.ndarray]) -> None:
