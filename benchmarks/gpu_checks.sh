@@ -35,11 +35,11 @@ python main.py --config=configs/cifar10_resnet20.py --mode=compare --workdir=/tm
   --config.compare.methods="('metamix','metamix_spent','joint','asga','ompq','hessian','random','uniform')" \
   --config.compare.budgets="(1.0,0.8,0.65)" 2> >(tee "$OUT/compare.log" >&2) | tee "$OUT/compare.result"
 cp /tmp/gpu_checks/compare/comparison.{json,png} "$OUT"
-# 4. Time, compile time and memory of the steps, float32, beside PyTorch's where torch is installed;
-#    hours of ResNet-18's two search epochs on ImageNet = 1,281,167 / 3600 times
-#    (2 / bit_meta's images per second + 1 / bit_search's).
-frameworks=ours
-python -c "import torch" 2> /dev/null && frameworks=ours,torch,torch_compiled
+# 4. Time, compile time and memory of the steps, float32 and with config.compute_dtype=bfloat16,
+#    beside PyTorch's where torch is installed; hours of ResNet-18's two search epochs on
+#    ImageNet = 1,281,167 / 3600 times (2 / bit_meta's images per second + 1 / bit_search's).
+frameworks=ours,ours_bfloat16
+python -c "import torch" 2> /dev/null && frameworks=$frameworks,torch,torch_compiled
 python benchmarks/steps.py --frameworks=$frameworks --batch_size=512 --steps=20 \
   --json="$OUT/steps_resnet20.json" | tee "$OUT/steps_resnet20.txt"
 for network in resnet18 mbv2 mbv3; do

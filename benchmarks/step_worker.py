@@ -44,9 +44,9 @@ def main() -> None:
     else:
         if options.cores:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-        if options.by in ("ours", "ours_one_device", "torch_kept_malloc"):
+        if options.by in ("ours", "ours_bfloat16", "ours_one_device", "torch_kept_malloc"):
             process.keep_freed_memory()
-        if options.by in ("ours", "ours_plain_malloc"):
+        if options.by in ("ours", "ours_bfloat16", "ours_plain_malloc"):
             process.use_cores(config)
         make = our_step if options.by.startswith("ours") else torch_step
         compiled = options.by == "torch_compiled"
@@ -95,6 +95,8 @@ def configuration(options: argparse.Namespace) -> Any:
     config.budget.unit, config.budget.value = "fraction", 1.0
     config.bit_search.alternate = False
     config.bit_search.budget_form = "argmax"
+    if options.by == "ours_bfloat16":
+        config.compute_dtype = "bfloat16"
     for phase in ("full_precision", "bit_meta", "bit_search", "weight_training"):
         config[phase].epochs = 1.0
         if phase != "bit_search":

@@ -7,10 +7,10 @@
 A network is a configuration of `configs/`; it starts from random weights, the same in all, with
 step sizes calibrated, on random images that lie on the device already: the steps alone are
 measured, not the input. `torch` is pytorch_metamix.py with pytorch_networks.py (needs torch),
-`torch_compiled` the same through torch.compile; `ours_plain_malloc` and `torch_kept_malloc` show
-what process.py's keeping of freed memory does for each, `ours_one_device` leaves out that it splits
-a CPU into devices. `bit_search` is the logits' update alone, without the bit-meta step that goes
-before it in a run.
+`torch_compiled` the same through torch.compile; `ours_bfloat16` has config.compute_dtype set;
+`ours_plain_malloc` and `torch_kept_malloc` show what process.py's keeping of freed memory does for
+each, `ours_one_device` leaves out that it splits a CPU into devices. `bit_search` is the logits'
+update alone, without the bit-meta step that goes before it in a run.
 
 Every kind of step has a process of its own, kept waiting while the others run; repetitions are
 interleaved, so that whatever else runs slows all of them. The median counts; ratios are of the same

@@ -31,6 +31,8 @@ def default() -> ConfigDict:
     # first. The state is kept in memory twice for that.
     config.max_skipped_steps = 0
     config.loss = "cross_entropy"  # "distillation": soft targets only; "both": their sum
+    # "bfloat16": operands of convolutions and dense layers, their sums float32; see bfloat16.py.
+    config.compute_dtype = "float32"
     config.checkpoint = ""  # evaluate, diagnose: checkpoint directory or workdir; "" = the workdir
     # Start weights: .npz, .safetensors, .pth, or the workdir of another run; "" = train them first.
     config.pretrained = ""

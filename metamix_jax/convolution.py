@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from metamix_jax.depthwise import Padding
 from metamix_jax.materialise import materialised
@@ -33,6 +34,7 @@ def plain_convolve(
     stride: int | tuple[int, int],
     padding: Padding,
     groups: int = 1,
+    preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
     """The convolution as XLA has it."""
     return jax.lax.conv_general_dilated(
@@ -42,6 +44,7 @@ def plain_convolve(
         padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
+        preferred_element_type=preferred_element_type,
     )
 
 

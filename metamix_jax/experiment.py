@@ -101,6 +101,7 @@ def make_network(config: ConfigDict) -> Network:
         image_bits=options.image_bits,
         init_rule=options.init_rule,
         positive_step=options.positive_step,
+        compute_dtype=config.compute_dtype,
     )
     model = models.make(config.model, config.data.num_classes, settings)
     size = config.data.image_size

@@ -12,8 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
-from metamix_jax.convolution import convolve
+from metamix_jax import bfloat16
+from metamix_jax.bfloat16 import Operand
+from metamix_jax.convolution import convolve, plain_convolve
 from metamix_jax.depthwise import depthwise_conv
 from metamix_jax.materialise import keeping_arguments
 from metamix_jax.precision import FULL, FULL_BITS, LayerCost, Precision, QuantSettings
@@ -42,13 +45,19 @@ class _QuantLayer(nn.Module):
         x: jax.Array,
         kernel: jax.Array,
         precision: Precision,
-        multiply: Callable[[jax.Array, jax.Array], jax.Array],
+        multiply: Callable[..., jax.Array],
     ) -> jax.Array:
         """Returns multiply(input, kernel), both as `precision` has them.
 
         A mixture over pairs costs one product per weight width, not one per pair, as `multiply` is
         linear: sum_aw p_aw Q_a(x) * Q_w(kernel) = sum_w (sum_a p_aw Q_a(x)) * Q_w(kernel).
         """
+
+        def product(x: Operand, kernel: Operand) -> jax.Array:
+            if self.settings.compute_dtype == "bfloat16":
+                return bfloat16.product(multiply, x, kernel)
+            return multiply(x.real, kernel.real)
+
         widths = len(self.settings.act_bits), len(self.settings.weight_bits)
         mode, searched = precision.activations, math.prod(widths) > 1
         quantized_input = self._input_quantizer(x, precision)
@@ -59,51 +68,52 @@ class _QuantLayer(nn.Module):
             shares = jax.nn.softmax(logits.value).reshape(widths)
             if precision.weights != "quantized":
                 shares = shares.sum(axis=1, keepdims=True)
-            inputs = [quantized_input(i) for i in range(widths[0])]
-            products = (
-                multiply(sum(shares[i, j] * x for i, x in enumerate(inputs)), quantized_kernel(j))
-                for j in range(shares.shape[1])
+            inputs = [quantized_input(i).real for i in range(widths[0])]
+            mixtures = (
+                sum(shares[i, j] * x for i, x in enumerate(inputs)) for j in range(shares.shape[1])
             )
+            products = (product(Operand(x), quantized_kernel(j)) for j, x in enumerate(mixtures))
             return functools.reduce(operator.add, products)
         branch = 0
         if searched and mode == "chosen":
             branch = precision.branches["/".join(self.path)]
         elif searched and isinstance(mode, int):
             branch = mode
-        return multiply(quantized_input(branch // widths[1]), quantized_kernel(branch % widths[1]))
+        return product(quantized_input(branch // widths[1]), quantized_kernel(branch % widths[1]))
 
     def _input_quantizer(
         self, x: jax.Array, precision: Precision
-    ) -> Callable[[jax.Array | int], jax.Array]:
+    ) -> Callable[[jax.Array | int], Operand]:
         """Returns the function from the index of an activation width to the input at it."""
         bits, mode = self.settings.act_bits, precision.activations
         # Kept only where a caller makes "intermediates" mutable, which `init` does not.
         self.sow("intermediates", "quantizer_input", x)
         if bits == (FULL_BITS,):
-            return lambda index: x
+            return lambda index: Operand(x)
         kind = {"signed": self.signed, "shift": self.shift}
         first_step = functools.partial(init_step, rule=self.settings.init_rule, **kind)
         x = self._probe("act", x, bits, first_step, kind)
         if mode == "full" and not self.is_initializing():
-            return lambda index: x  # needs no quantization state: a teacher has none, for example
+            # Needs no quantization state: a teacher has none, for example.
+            return lambda index: Operand(x)
         positive = POSITIVE_STEPS[self.settings.positive_step]
         stored = self.variable("quant", "act_step", lambda: positive.raw(jnp.ones(len(bits))))
 
-        def quantized(index: jax.Array | int) -> jax.Array:
+        def quantized(index: jax.Array | int) -> Operand:
             step, width = _pick(positive.step(stored.value), bits, index)
             # Otherwise its gradient keeps as much as the rest of the layer's.
             fake = keeping_arguments(functools.partial(fake_quant, **kind))
-            return fake(x, step, jnp.asarray(width))
+            return self._operand(fake(x, step, jnp.asarray(width)), x, step, width, kind=kind)
 
         if mode in ("calibrate", "calibrate_lowest"):
             stored.value = positive.raw(jnp.stack([first_step(x, b) for b in bits]))
         if mode == "calibrate_lowest":
             return lambda index: quantized(bits.index(min(bits)))
-        return (lambda index: x) if mode in ("full", "calibrate") else quantized
+        return (lambda index: Operand(x)) if mode in ("full", "calibrate") else quantized
 
     def _kernel_quantizer(
         self, kernel: jax.Array, precision: Precision
-    ) -> Callable[[jax.Array | int], jax.Array]:
+    ) -> Callable[[jax.Array | int], Operand]:
         """Returns the function from the index of a weight width to the kernel at it."""
         bits, mode = self.settings.weight_bits, precision.weights
         # The unshifted rule is about activations.
@@ -111,18 +121,24 @@ class _QuantLayer(nn.Module):
         first_step = functools.partial(init_step, signed=True, rule=rule, per_channel=True)
         kernel = self._probe("weight", kernel, bits, first_step, {"signed": True})
         if mode == "full" and not self.is_initializing():
-            return lambda index: kernel
+            return lambda index: Operand(kernel)
         positive = POSITIVE_STEPS[self.settings.positive_step]
         shape = (len(bits), self.features)
         stored = self.variable("quant", "weight_step", lambda: positive.raw(jnp.ones(shape)))
 
-        def quantized(index: jax.Array | int) -> jax.Array:
+        def quantized(index: jax.Array | int) -> Operand:
             step, width = _pick(positive.step(stored.value), bits, index)
-            return fake_quant(kernel, step, width, signed=True)
+            real = fake_quant(kernel, step, width, signed=True)
+            return self._operand(real, kernel, step, width, kind={"signed": True})
 
         if mode == "calibrate":
             stored.value = positive.raw(jnp.stack([first_step(kernel, b) for b in bits]))
-        return quantized if mode == "quantized" else lambda index: kernel
+        return quantized if mode == "quantized" else lambda index: Operand(kernel)
+
+    def _operand(self, real: jax.Array, *quantized: jax.Array | int, kind: dict) -> Operand:
+        """Returns real = fake_quant(*quantized, **kind) as the products need it."""
+        in_levels = self.settings.compute_dtype == "bfloat16"
+        return bfloat16.take_apart(real, *quantized, **kind) if in_levels else Operand(real)
 
     def _probe(
         self, name: str, x: jax.Array, bits: tuple[int, ...], first_step: Callable, kind: dict
@@ -192,7 +208,12 @@ class QuantConv(_QuantLayer):
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         padding = tuple(side_padding(size, k, self.stride, self.padding) for size in x.shape[1:3])
 
-        def multiply(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+        def multiply(
+            inputs: jax.Array, kernel: jax.Array, preferred_element_type: DTypeLike | None = None
+        ) -> jax.Array:
+            if inputs.dtype == jnp.bfloat16:  # chosen for an accelerator
+                options = self.stride, padding, self.groups, preferred_element_type
+                return plain_convolve(inputs, kernel, *options)
             if self.groups == channels == self.features:
                 return depthwise_conv(inputs, kernel, self.stride, padding)
             return convolve(inputs, kernel, self.stride, padding, self.groups)

@@ -75,6 +75,7 @@ class QuantSettings:
     image_bits: int = 8
     init_rule: str = "shifted"
     positive_step: str = "floor"
+    compute_dtype: str = "float32"  # config.compute_dtype
 
     def ends(self) -> "QuantSettings":
         """Returns the settings of the last layer: fixed, not searched."""

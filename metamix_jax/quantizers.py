@@ -51,11 +51,34 @@ def fake_quant(
       signed: symmetric levels around 0 instead of levels from 0 up.
       shift: added before and subtracted after; 3/8 makes a hswish output unsigned.
     """
-    low, high = (jnp.asarray(bound, x.dtype) for bound in int_range(bits, signed))
+    low, high = _bounds(x, bits, signed)
     # LSQ scales the step's gradient by 1 / sqrt(N * Qp), N the number of quantized elements.
     step = scale_gradient(step, jax.lax.rsqrt(x.size * high))
-    step = _along_last_axis(step, x.ndim)
-    return round_ste(jnp.clip((x + shift) / step, low, high)) * step - shift
+    step = along_last_axis(step, x.ndim)
+    return round_ste(_clipped(x, step, low, high, shift)) * step - shift
+
+
+def integer_levels(
+    x: jax.Array, step: jax.Array, bits: jax.Array | int, *, signed: bool, shift: float = 0.0
+) -> jax.Array:
+    """Returns the whole numbers of `fake_quant`, in the type of `x` and without a gradient.
+
+    `fake_quant` is integer_levels * step - shift; arguments as there.
+    """
+    step = along_last_axis(step, x.ndim)
+    levels = jnp.round(_clipped(x, step, *_bounds(x, bits, signed), shift))
+    return jax.lax.stop_gradient(levels)
+
+
+def _bounds(x: jax.Array, bits: jax.Array | int, signed: bool) -> tuple[jax.Array, jax.Array]:
+    low, high = int_range(bits, signed)
+    return jnp.asarray(low, x.dtype), jnp.asarray(high, x.dtype)
+
+
+def _clipped(
+    x: jax.Array, step: jax.Array, low: jax.Array, high: jax.Array, shift: float
+) -> jax.Array:
+    return jnp.clip((x + shift) / step, low, high)
 
 
 def init_step(
@@ -130,5 +153,6 @@ POSITIVE_STEPS = {
 }
 
 
-def _along_last_axis(step: jax.Array, ndim: int) -> jax.Array:
+def along_last_axis(step: jax.Array, ndim: int) -> jax.Array:
+    """Returns a scalar as it is, one step per channel with `ndim` axes."""
     return step.reshape((1,) * (ndim - 1) + (-1,)) if step.ndim else step

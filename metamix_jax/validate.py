@@ -8,6 +8,7 @@ from metamix_jax.errors import UserError
 
 CHOICES = {
     "loss": ("cross_entropy", "distillation", "both"),
+    "compute_dtype": ("float32", "bfloat16"),
     "data.augment": ("none", "crop_flip", "crop", "random_resized_crop_flip"),
     "budget.unit": ("fraction", "gbops", "average_act_bits", "mebibytes"),
     "search.searcher": (

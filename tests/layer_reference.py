@@ -65,7 +65,7 @@ def reference_conv(x, kernel, stride=1, groups=1, padding="torch"):
         margins = [(total // 2, total - total // 2) for total in totals]
     x = np.pad(x, [(0, 0), *margins, (0, 0)])
     out_h, out_w = ((size - k) // stride + 1 for size in x.shape[1:3])
-    y = np.zeros((n, out_h, out_w, features), np.float32)
+    y = np.zeros((n, out_h, out_w, features), np.result_type(x, kernel))
     inputs, outputs = channels // groups, features // groups
     for group in range(groups):
         ins = slice(group * inputs, (group + 1) * inputs)

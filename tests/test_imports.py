@@ -35,7 +35,7 @@ ORDER = (
         "splits",
         "validate",
     },
-    {"remote"},
+    {"bfloat16", "remote"},
     {"layers", "report", "datasets", "convert_tfrecord", "nonfinite", "failures"},
     {"models", "data"},
     {"cost"},

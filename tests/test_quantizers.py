@@ -12,6 +12,7 @@ from metamix_jax.quantizers import (
     fake_quant,
     init_step,
     int_range,
+    integer_levels,
     round_ste,
     scale_gradient,
 )
@@ -133,6 +134,34 @@ def test_idempotent(bits, signed, shift):
     for step in steps:
         once = quantize(x, step, bits, signed=signed, shift=shift)
         assert bits_equal(once, quantize(once, step, bits, signed=signed, shift=shift))
+
+
+@VARIANTS
+def test_integer_levels_are_fake_quants_without_a_gradient(bits, signed, shift):
+    x, steps = random_input((500, 3)), np.float32([0.05, 0.1, 0.7])
+    levels, pull = jax.vjp(
+        lambda x, step: integer_levels(x, step, bits, signed=signed, shift=shift), x, steps
+    )
+    low, high = int_range(bits, signed)
+    assert set(np.unique(levels)) <= set(range(low, high + 1))
+    y = fake_quant(x, steps, bits, signed=signed, shift=shift)
+    np.testing.assert_array_equal(y, levels * steps[None] - shift)
+    assert not any(np.any(slope) for slope in pull(np.ones_like(x)))
+
+
+@VARIANTS
+def test_fake_quant_is_the_written_out_formula_bit_for_bit(bits, signed, shift):
+    def formula(x, step):
+        low, high = (jnp.asarray(bound, x.dtype) for bound in int_range(bits, signed))
+        step = scale_gradient(step, jax.lax.rsqrt(x.size * high))[None]
+        return round_ste(jnp.clip((x + shift) / step, low, high)) * step - shift
+
+    x, steps = random_input((500, 3)), np.float32([0.05, 0.1, 0.7])
+    y, pull = jax.vjp(lambda x, s: fake_quant(x, s, bits, signed=signed, shift=shift), x, steps)
+    wanted, pull_wanted = jax.vjp(formula, x, steps)
+    assert bits_equal(y, wanted)
+    slope = random_input(x.shape, seed=1)
+    assert all(map(bits_equal, pull(slope), pull_wanted(slope)))
 
 
 def test_per_channel_steps():

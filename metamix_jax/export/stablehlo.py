@@ -5,6 +5,7 @@ file can be read with `jax.export.deserialize` by the JAX that wrote it, by late
 months, and by earlier ones for three weeks: the window that jax.export promises.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,9 @@ def stablehlo(
     """Returns the function from normalised float32 images [n, h, w, c] to scores, serialized."""
     from jax import export
 
+    # The file is for any device: the way it was trained is not asked of it.
+    settings = dataclasses.replace(model.settings, compute_dtype="float32")
+    model = model.clone(settings=settings)
     variables = jax.device_get(dict(variables))  # constants, on no device in particular
 
     def scores(images: jax.Array) -> jax.Array:
