@@ -49,6 +49,10 @@ def use_cores(config: ConfigDict | None) -> int:
         return 0
     devices = config.cpu_devices or _devices_for(config)
     jax.config.update("jax_num_cpu_devices", devices)
+    if devices > 1:
+        # Worker threads of XLA. A device that waits for the others in an all-reduce holds one; with
+        # one per core none may be left for the work that is waited for, and after 40 s XLA aborts.
+        os.environ.setdefault("PJRT_NPROC", str(_cores() + devices))
     return devices
 
 
@@ -57,9 +61,13 @@ def _devices_for(config: ConfigDict) -> int:
     if config.distributed.initialize or config.distributed.coordinator:
         return 1  # the processes may share the cores
     images = config.batch_size // config.accumulation_steps
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    most = min(cores, images // _LEAST_IMAGES)
+    most = min(_cores(), images // _LEAST_IMAGES)
     return next((n for n in range(most, 1, -1) if images % n == 0), 1)
+
+
+def _cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _on_cpu() -> bool:

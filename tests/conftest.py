@@ -15,6 +15,7 @@ XLA_FLAGS = {
 }
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("PJRT_NPROC", "4")  # threads; process.py's use_cores says why
 given = os.environ.get("XLA_FLAGS", "")
 missing = [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()

@@ -71,7 +71,8 @@ def cores(monkeypatch):
     monkeypatch.setattr(process.jax.config, "update", found.__setitem__)
     monkeypatch.setattr(process.sys, "platform", "other")
     monkeypatch.setattr(process.os, "cpu_count", lambda: 4)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "PJRT_NPROC"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     return found
 
@@ -98,6 +99,8 @@ def test_devices_are_those_the_batch_can_be_split_over(
     config.accumulation_steps = accumulation_steps
     assert process.use_cores(config) == expected
     assert cores == {"jax_num_cpu_devices": expected}
+    # More threads than devices that may all be waiting.
+    assert os.environ.pop("PJRT_NPROC", None) == (str(4 + expected) if expected > 1 else None)
 
 
 def test_devices_are_left_alone_where_the_user_or_the_machine_has_its_own(cores, monkeypatch):
