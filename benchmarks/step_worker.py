@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--act_bits", type=lambda text: tuple(map(int, text.split(","))))
     options = parser.parse_args()
     config = configuration(options)
+    if options.by == "ours_bfloat16":
+        config.compute_dtype = "bfloat16"
     if options.by == "prepare":
         prepare(config, options.arrays)
     elif options.by == "check":
@@ -95,8 +97,6 @@ def configuration(options: argparse.Namespace) -> Any:
     config.budget.unit, config.budget.value = "fraction", 1.0
     config.bit_search.alternate = False
     config.bit_search.budget_form = "argmax"
-    if options.by == "ours_bfloat16":
-        config.compute_dtype = "bfloat16"
     for phase in ("full_precision", "bit_meta", "bit_search", "weight_training"):
         config[phase].epochs = 1.0
         if phase != "bit_search":
