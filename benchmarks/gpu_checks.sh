@@ -27,6 +27,7 @@ cifar metamix
 cifar uniform --config.search.searcher=uniform
 cifar full_precision --config.search.searcher=none --config.full_precision.epochs=90 \
   --config.full_precision.learning_rate=5e-4
+cifar metamix_bfloat16 --config.compute_dtype=bfloat16
 # 2. Below the uniform 4/4 network, where a search has more to decide.
 cifar metamix_075 --config.budget.value=0.75
 # 3. All methods at three budgets, three seeds: one workdir each, so it resumes where it was cut.
@@ -58,3 +59,7 @@ done
 # 6. The quantizer against a copy, the step against a matrix product.
 python benchmarks/roofline.py --network=resnet18 --batch_size=128 --image_size=224 \
   --mebibytes=1024 | tee "$OUT/roofline.json"
+# 7. From the start of Python to the first step.
+for kind in full_precision bit_meta; do
+  python benchmarks/first_step.py --kind=$kind | tee "$OUT/first_step_$kind.txt"
+done
