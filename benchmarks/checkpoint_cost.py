@@ -15,8 +15,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from metamix_jax import digests, experiment, nonfinite
-from metamix_jax.checkpoints import Checkpoints
+from metamix_jax.training import nonfinite, setup
+from metamix_jax.training.checkpoints import Checkpoints
+from metamix_jax.workdir import digests
 
 REPEATS = 5
 
@@ -26,9 +27,9 @@ def main(path="configs/mbv2.py"):
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     config = module.get_config()
-    network = experiment.make_network(config)
-    span = experiment.make_schedule(config, 1_281_167)[-1]
-    shapes = experiment.abstract_state(config, network, span).replace(rng=None)
+    network = setup.make_network(config)
+    span = setup.make_schedule(config, 1_281_167)[-1]
+    shapes = setup.abstract_state(config, network, span).replace(rng=None)
     seconds = {"digests": [], "finite check": [], "save, all in all": []}
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder), create=True) as found:
         for step in range(REPEATS):

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from metamix_jax import library
-from metamix_jax.export import executor
-from metamix_jax.export.graph import Graph, Node, Quantizer
-from metamix_jax.quantizers import fake_quant
+from metamix_jax.exporters import executor, quantized_network
+from metamix_jax.exporters.graph import Graph, Node, Quantizer
+from metamix_jax.networks.quantizers import fake_quant
 
 BATCH = 10
 FORCED = " from JAX's levels"  # ends the name of a form in which each layer starts from those
@@ -81,7 +80,7 @@ def jax_levels(x: np.ndarray, quantizer: Quantizer) -> np.ndarray:
 
 
 def compare(
-    network: library.QuantizedNetwork,
+    network: quantized_network.QuantizedNetwork,
     graph: Graph,
     images: np.ndarray,
     forms: Mapping[str, tuple[Form, int]],

@@ -30,12 +30,15 @@ from benchmarks.export_forms import (
     qonnx_form,
     stablehlo_form,
 )
-from metamix_jax import cost, data, datasets, experiment, library, policy, sharding
-from metamix_jax.checkpoints import DIRECTORY, Checkpoints
-from metamix_jax.evaluate import Evaluator
-from metamix_jax.export import bundle, card
-from metamix_jax.export.graph import normalise
-from metamix_jax.precision import FULL, Bits
+from metamix_jax.data import batching, datasets
+from metamix_jax.exporters import bundle, card, quantized_network
+from metamix_jax.exporters.graph import normalise
+from metamix_jax.networks.precision import FULL, Bits
+from metamix_jax.runtime import sharding
+from metamix_jax.selection import cost, policy
+from metamix_jax.training import setup
+from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints
+from metamix_jax.training.evaluator import Evaluator
 
 CLOSE = 1e-4  # of scores
 
@@ -43,7 +46,7 @@ CLOSE = 1e-4  # of scores
 # The networks ----------------------------------------------------------------------------------
 
 
-def calibrated(options: argparse.Namespace) -> library.QuantizedNetwork:
+def calibrated(options: argparse.Namespace) -> quantized_network.QuantizedNetwork:
     """Returns a network whose step sizes are calibrated, at the bits of options.turns."""
     config = importlib.import_module(f"configs.{options.recipe}").get_config()
     turns = [Bits(*map(int, turn.split("/"))) for turn in options.turns.split(",")]
@@ -60,7 +63,7 @@ def calibrated(options: argparse.Namespace) -> library.QuantizedNetwork:
     if options.weights == "random":
         config.pretrained = ""
         config.pretrained = save_random(config, options.directory / "random")
-    network = experiment.make_network(config)
+    network = setup.make_network(config)
     searched = [path for path, layer in network.costs.items() if layer.searched]
     bits = {path: layer.candidates[0] for path, layer in network.costs.items()}
     bits |= {path: turns[i % len(turns)] for i, path in enumerate(searched)}
@@ -71,9 +74,9 @@ def calibrated(options: argparse.Namespace) -> library.QuantizedNetwork:
 
 def save_random(config: ConfigDict, workdir: Path) -> str:
     """Saves random weights, with batch norm's statistics of some images, as a run's first step."""
-    network, mesh = experiment.make_network(config), sharding.make_mesh()
-    state = experiment.init_state(config, network)
-    dataset = experiment.load_dataset(config, mesh)
+    network, mesh = setup.make_network(config), sharding.make_mesh()
+    state = setup.init_state(config, network)
+    dataset = setup.load_dataset(config, mesh)
     evaluator = Evaluator(network.model, dataset, config, mesh)
     statistics = evaluator.reestimate(sharding.replicate(state.variables, mesh), FULL)
     with Checkpoints(workdir / DIRECTORY, create=True) as checkpoints:
@@ -85,7 +88,9 @@ def save_random(config: ConfigDict, workdir: Path) -> str:
 # The report ------------------------------------------------------------------------------------
 
 
-def report(network: library.QuantizedNetwork, directory: Path, examples: int, qonnx: int) -> None:
+def report(
+    network: quantized_network.QuantizedNetwork, directory: Path, examples: int, qonnx: int
+) -> None:
     """Exports a network, and prints how the files compare with it."""
     network.config.export.examples = examples
     exported = metamix_jax.export(network, directory)
@@ -94,7 +99,7 @@ def report(network: library.QuantizedNetwork, directory: Path, examples: int, qo
     count = min(examples or len(split), len(split))
     pixels, labels = split.gather(np.arange(count))
     options = network.config.data
-    images = np.asarray(data.preprocess(pixels, mean=options.mean, std=options.std))
+    images = np.asarray(batching.preprocess(pixels, mean=options.mean, std=options.std))
     files = {name: (directory / name).read_bytes() for name in exported["files"]}
     forms = {
         f"numpy{FORCED}": (numpy_form(graph), count),
@@ -156,7 +161,7 @@ def row(outcome: Outcome, reference: np.ndarray, labels: np.ndarray) -> dict[str
     }
 
 
-def weight_bytes(network: library.QuantizedNetwork) -> int:
+def weight_bytes(network: quantized_network.QuantizedNetwork) -> int:
     """Returns the bytes of the policy's weight bits, each layer's rounded up, without a header."""
     params = flatten_dict(network.variables["params"], sep="/")
     rows = network.policy["layers"].items()
@@ -187,8 +192,10 @@ def main() -> None:
         command.add_argument("--qonnx", type=int, default=0)
     options = parser.parse_args()
     if options.command == "run":
-        network = library.restore(library.read_config(options.workdir), options.workdir)
-        directory = options.workdir / library.EXPORT_DIRECTORY
+        network = quantized_network.restore(
+            quantized_network.read_config(options.workdir), options.workdir
+        )
+        directory = options.workdir / quantized_network.EXPORT_DIRECTORY
     else:
         network, directory = calibrated(options), options.directory
     report(network, directory, options.examples, options.qonnx)

@@ -24,9 +24,9 @@ from typing import Any  # noqa: E402
 import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 
-from metamix_jax.export import bundle, card, executor, onnx_files  # noqa: E402
-from metamix_jax.export.graph import Graph  # noqa: E402
-from metamix_jax.export.onnx_writers import QonnxWriter  # noqa: E402
+from metamix_jax.exporters import bundle, card, executor, onnx_files  # noqa: E402
+from metamix_jax.exporters.graph import Graph  # noqa: E402
+from metamix_jax.exporters.onnx_writers import QonnxWriter  # noqa: E402
 
 
 class FloatWriter(QonnxWriter):

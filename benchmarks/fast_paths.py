@@ -4,7 +4,7 @@
 
 Runs all phases once per seed and form and prints how many images each gets right at the end:
 `plain` has XLA's convolutions, quantizers with autodiff's own residuals and one device; `fast` has
-convolution.py and materialise.py as they are; `two devices` splits the CPU besides. Sums are taken
+convolution.py and xla_cpu.py as they are; `two devices` splits the CPU besides. Sums are taken
 in different orders, so single runs part; what counts is whether the forms differ by more than the
 seeds do. One line of JSON at the end.
 """
@@ -68,8 +68,8 @@ def start(form: str, devices: int, seed: str, folder: str, arguments: list[str])
 
 def run(options: argparse.Namespace, flags: list[str]) -> None:
     """Does what main.py does, with the plain forms if told so."""
-    from metamix_jax import layers
-    from metamix_jax.convolution import plain_convolve
+    from metamix_jax.networks import layers
+    from metamix_jax.networks.kernels.convolution import plain_convolve
 
     if options.inside == "plain":
         layers.convolve = plain_convolve

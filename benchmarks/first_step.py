@@ -64,31 +64,33 @@ def run(options: argparse.Namespace) -> dict[str, list[float]]:
     mark()
     gc.set_threshold(100_000)  # as main.py does
     sys.path.insert(0, str(ROOT))
-    from metamix_jax import process
+    from metamix_jax.runtime import cpu
 
-    process.keep_freed_memory()
+    cpu.keep_freed_memory()
     import step_worker
 
     options.act_bits = (8, 4, 3)
     config = step_worker.configuration(options)
     config.compilation_cache = cache
-    process.use_cores(config)
-    process.keep_compiled(config)
+    cpu.use_cores(config)
+    cpu.keep_compiled(config)
     import jax
     import numpy as np
 
-    from metamix_jax import cost, experiment, policy, sharding
-    from metamix_jax.state import enter_phase
-    from metamix_jax.train_step import make_train_step
+    from metamix_jax.runtime import sharding
+    from metamix_jax.selection import cost, policy
+    from metamix_jax.training import setup
+    from metamix_jax.training.step.batch_step import make_train_step
+    from metamix_jax.training.step.state import enter_phase
 
     mark()
-    network, mesh = experiment.make_network(config), sharding.make_mesh()
-    schedule = experiment.make_schedule(config, train_examples=10_000 * config.batch_size)
+    network, mesh = setup.make_network(config), sharding.make_mesh()
+    schedule = setup.make_schedule(config, train_examples=10_000 * config.batch_size)
     span = next(span for span in schedule if span.phase.name == options.kind)
     mark()
-    shapes = experiment.abstract_variables(network)
+    shapes = setup.abstract_variables(network)
     weights = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, leaf.dtype), shapes)
-    state = enter_phase(experiment.init_state(config, network, weights), span, config)
+    state = enter_phase(setup.init_state(config, network, weights), span, config)
     state = sharding.replicate(state, mesh)
     mark()
     bits = cost.uniform_bits(network.costs, 4)

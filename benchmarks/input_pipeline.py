@@ -99,9 +99,9 @@ def measure_rate(
 
 def measure_first(options: argparse.Namespace, step: int) -> float:
     """Returns the seconds until a run that goes on from `step` has its first batch."""
-    from metamix_jax import data
+    from metamix_jax.data import batching
 
-    data._permutation.cache_clear()
+    batching._permutation.cache_clear()
     train = load_train(options)
     start = time.perf_counter()
     next(batches_from(train, options, step, step + 1))
@@ -110,7 +110,8 @@ def measure_first(options: argparse.Namespace, step: int) -> float:
 
 @functools.cache
 def _load_train(data_dir: str, split: str):
-    from metamix_jax import config, datasets
+    from metamix_jax import config
+    from metamix_jax.data import datasets
 
     options = config.default().data
     options.update(
@@ -125,10 +126,10 @@ def load_train(options: argparse.Namespace):
 
 
 def batches_from(train, options: argparse.Namespace, start: int, stop: int) -> Iterator[dict]:
-    from metamix_jax import data
+    from metamix_jax.data import batching
 
     fields = {"seed": 0, "batch_size": options.batch_size}
-    return data.train_batches(train, **fields, start=start, stop=stop)
+    return batching.train_batches(train, **fields, start=start, stop=stop)
 
 
 def metamix_batches(options: argparse.Namespace, threads: int) -> Iterator[np.ndarray]:

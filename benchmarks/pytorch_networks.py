@@ -1,6 +1,6 @@
-"""The networks of metamix_jax.models in PyTorch, of pytorch_metamix.py's layers.
+"""The networks of metamix_jax.networks.zoo in PyTorch, of pytorch_metamix.py's layers.
 
-Names are those of metamix_jax.models too, by which weights are copied. There is no dropout.
+Names are those of metamix_jax.networks.zoo too, by which weights are copied. There is no dropout.
 """
 
 import functools

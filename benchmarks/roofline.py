@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from metamix_jax import process
+from metamix_jax.runtime import cpu
 
 SIDE = 2048  # of the matrices
 QUANTIZER_ARRAYS, COPY_ARRAYS = 5, 2  # read or written
@@ -34,16 +34,17 @@ def main() -> None:
     parser.add_argument("--repetitions", default=15, type=int)
     options = parser.parse_args()
     options.act_bits = (8, 4, 3)
-    process.keep_freed_memory()
+    cpu.keep_freed_memory()
     import jax
     import jax.numpy as jnp
     import step_worker
 
-    from metamix_jax import cost, experiment
-    from metamix_jax.quantizers import fake_quant
+    from metamix_jax.networks.quantizers import fake_quant
+    from metamix_jax.selection import cost
+    from metamix_jax.training import setup
 
     config = step_worker.configuration(argparse.Namespace(**vars(options)))
-    macs = cost.totals(experiment.make_network(config).costs)["macs"] * options.batch_size
+    macs = cost.totals(setup.make_network(config).costs)["macs"] * options.batch_size
     x = jax.random.normal(jax.random.key(0), (options.mebibytes * 2**18 // 64, 64))
     side = jax.random.normal(jax.random.key(1), (SIDE, SIDE))
     quantize = functools.partial(fake_quant, bits=4, signed=True)

@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from metamix_jax import process
+from metamix_jax.runtime import cpu
 
 
 def main() -> None:
@@ -47,9 +47,9 @@ def main() -> None:
         if options.cores:
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
         if options.by in ("ours", "ours_bfloat16", "ours_one_device", "torch_kept_malloc"):
-            process.keep_freed_memory()
+            cpu.keep_freed_memory()
         if options.by in ("ours", "ours_bfloat16", "ours_plain_malloc"):
-            process.use_cores(config)
+            cpu.use_cores(config)
         make = our_step if options.by.startswith("ours") else torch_step
         compiled = options.by == "torch_compiled"
         answer(options.steps, *make(config, options.kind, options.arrays, compiled=compiled))
@@ -66,11 +66,11 @@ def answer(steps: int, step: Callable, device_bytes: Callable, before: int) -> N
             peak = device_bytes() or resident("VmHWM") - before
             print(json.dumps(peak / 2**20), flush=True)
             continue
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, busy = time.perf_counter(), time.process_time()
         for _ in range(steps):
             loss, _ = step()
         float(loss)
-        spent = [time.perf_counter() - wall, time.process_time() - cpu]
+        spent = [time.perf_counter() - wall, time.process_time() - busy]
         print(json.dumps(spent), flush=True)
 
 
@@ -120,13 +120,13 @@ def prepare(config: Any, path: str) -> None:
     import jax
     from flax.traverse_util import flatten_dict
 
-    from metamix_jax import experiment
-    from metamix_jax.calibrate import calibrations, make_calibrate
+    from metamix_jax.training import setup
+    from metamix_jax.training.calibrate import calibrations, make_calibrate
 
-    network = experiment.make_network(config)
+    network = setup.make_network(config)
     passes = calibrations(config, acts=True, weights=True)
     calibrate = jax.jit(make_calibrate(network.model, passes, config, train=True))
-    state = calibrate(experiment.init_state(config, network), random_batch(config))
+    state = calibrate(setup.init_state(config, network), random_batch(config))
     flat = flatten_dict({"params": state.params, "quant": state.quant}, sep="/")
     np.savez(path, **jax.device_get(flat))
 
@@ -134,8 +134,9 @@ def prepare(config: Any, path: str) -> None:
 def check(config: Any, path: str) -> None:
     """Compares losses and gradients of every kind of pass with PyTorch's, in float64.
 
-    Gradients only where inputs or kernels are not quantized: sums on a grid are often equal but for
-    rounding, which would then decide what place a maximum takes, or the slope at ReLU's 0.
+    Biases are drawn at random: where they are 0, a channel whose sums on a grid are all equal lies
+    on the kink of its ReLU but for rounding. A maximum of several places can be taken by equal ones
+    of a quantized stem; the stem's gradients are left out of that pass.
     """
     import jax
     import optax
@@ -143,17 +144,21 @@ def check(config: Any, path: str) -> None:
     import torch
     from flax.traverse_util import unflatten_dict
 
-    from metamix_jax import experiment
-    from metamix_jax.models import mobilenet
-    from metamix_jax.precision import Precision
+    from metamix_jax.networks.precision import Precision
+    from metamix_jax.networks.registry import mobilenet
+    from metamix_jax.training import setup
 
     jax.config.update("jax_enable_x64", True)
     mobilenet.DROPOUT = 0.0
-    network, arrays = experiment.make_network(config), dict(np.load(path))
-    arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
+    network, arrays = setup.make_network(config), dict(np.load(path))
+    random = np.random.default_rng(1)
+    for name, array in arrays.items():
+        noise = random.normal(size=array.shape) if name.endswith("/bias") else 0.0
+        arrays[name] = array.astype(np.float64) + 0.3 * noise
     batch = random_batch(config)
     images = (batch["image"] / 255 - config.data.mean) / config.data.std
     reference = torch_network(config, path).double()
+    pytorch_metamix.load(reference, arrays)
 
     @jax.jit(static_argnums=1)
     def ours(flat, precision):
@@ -163,7 +168,7 @@ def check(config: Any, path: str) -> None:
         )  # fmt: skip
         return optax.softmax_cross_entropy_with_integer_labels(scores, batch["label"]).mean()
 
-    for acts, weights in ((0, "quantized"), ("full", "quantized"), ("mixture", "full")):
+    for acts, weights in ((0, "quantized"), ("mixture", "full")):
         loss, slopes = jax.value_and_grad(ours)(arrays, Precision(acts, weights))
         reference.zero_grad()
         inputs = torch.tensor(images).permute(0, 3, 1, 2)
@@ -171,15 +176,16 @@ def check(config: Any, path: str) -> None:
         theirs = torch.nn.functional.cross_entropy(scores, torch.tensor(batch["label"]).long())
         theirs.backward()
         found = pytorch_metamix.gradients(reference, arrays)
+        tied = config.model.name == "resnet18" and weights == "quantized"
         error = max(
             np.max(np.abs(found[name] - slope)) / max(np.max(np.abs(slope)), 1e-3)
             for name, slope in slopes.items()
+            if not (tied and name.split("/")[1] == "conv1")
         )
         off = abs(float(loss) - theirs.item())
         print(f"float64, {acts} {weights}: loss {loss:.9f}, differs by {off:.1e}, gradients by "
               f"{error:.1e}", file=sys.stderr)  # fmt: skip
-        on_grid = acts == 0
-        assert off < 1e-6 and (on_grid or error < 1e-6), "not the same computation"
+        assert off < 1e-6 and error < 1e-6, "not the same computation"
 
 
 def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Callable, Callable, int]:
@@ -187,20 +193,22 @@ def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Calla
     import jax
     from flax.traverse_util import unflatten_dict
 
-    from metamix_jax import cost, experiment, sharding
-    from metamix_jax import policy as policy_lib
-    from metamix_jax.models import mobilenet
-    from metamix_jax.state import enter_phase
-    from metamix_jax.train_step import make_train_step
+    from metamix_jax.networks.registry import mobilenet
+    from metamix_jax.runtime import sharding
+    from metamix_jax.selection import cost
+    from metamix_jax.selection import policy as policy_lib
+    from metamix_jax.training import setup
+    from metamix_jax.training.step.batch_step import make_train_step
+    from metamix_jax.training.step.state import enter_phase
 
     mobilenet.DROPOUT = 0.0  # or its losses could not be compared
     device = jax.devices()[0]
     before = resident("VmRSS")
-    network = experiment.make_network(config)
-    schedule = experiment.make_schedule(config, train_examples=10_000 * config.batch_size)
+    network = setup.make_network(config)
+    schedule = setup.make_schedule(config, train_examples=10_000 * config.batch_size)
     span = next(span for span in schedule if span.phase.name == kind)
     trees = unflatten_dict({path: jax.device_put(x) for path, x in np.load(arrays).items()}, "/")
-    state = experiment.init_state(config, network).replace(**trees)
+    state = setup.init_state(config, network).replace(**trees)
     mesh = sharding.make_mesh()
     kept = [sharding.replicate(enter_phase(state, span, config), mesh)]
     branches = policy_lib.branches(cost.uniform_bits(network.costs, 4), network.costs)

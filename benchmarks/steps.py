@@ -8,7 +8,7 @@ A network is a configuration of `configs/`; it starts from random weights, the s
 step sizes calibrated, on random images that lie on the device already: the steps alone are
 measured, not the input. `torch` is pytorch_metamix.py with pytorch_networks.py (needs torch),
 `torch_compiled` the same through torch.compile; `ours_bfloat16` has config.compute_dtype set;
-`ours_plain_malloc` and `torch_kept_malloc` show what process.py's keeping of freed memory does for
+`ours_plain_malloc` and `torch_kept_malloc` show what cpu.py's keeping of freed memory does for
 each, `ours_one_device` leaves out that it splits a CPU into devices. `bit_search` is the logits'
 update alone, without the bit-meta step that goes before it in a run.
 
@@ -19,11 +19,10 @@ with --cores=1: several threads of PyTorch wait for each other by spinning. "fir
 step, compilation included; MiB what a step's process grows by at most (device memory on a GPU).
 Prints a table, then one line of JSON.
 
-That both compute the same is checked in float64, where no rounding flips: losses of every kind of
-pass on --check_images images, to 1e-6 (0 leaves that out), and gradients of those where not both
-inputs and kernels are quantized (step_worker.py's `check` says why). In float32 a level that flips
-moves a step's loss by some 1e-3 (more with an accelerator's shorter products); first losses are
-printed, and must agree to 5e-2.
+That both compute the same is checked in float64, where no rounding flips: losses and gradients of
+every kind of pass on --check_images images, to 1e-6 (0 leaves that out; step_worker.py's `check`
+says more). In float32 a level that flips moves a step's loss by some 1e-3 (more with an
+accelerator's shorter products); first losses are printed, and must agree to 5e-2.
 """
 
 import argparse

@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import numpy as np
 
-from metamix_jax import experiment, sharding
-from metamix_jax.state import enter_phase
-from metamix_jax.train_step import make_train_step
+from metamix_jax.runtime import sharding
+from metamix_jax.training import setup
+from metamix_jax.training.step.batch_step import make_train_step
+from metamix_jax.training.step.state import enter_phase
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", default=20, type=int)
     options = parser.parse_args()
     config = importlib.import_module("configs.digits").get_config()
-    network = experiment.make_network(config)
+    network = setup.make_network(config)
     reference = None
     print(f"{'devices':>7} {'ms a step':>9} {'x one':>6} {'losses apart, relative':>23}")
     for devices in map(int, filter(None, options.devices.split(","))):
@@ -52,9 +53,7 @@ def main() -> None:
 
 def first_span(config, network):
     return next(
-        span
-        for span in experiment.make_schedule(config, 10_000)
-        if span.phase.name == "full_precision"
+        span for span in setup.make_schedule(config, 10_000) if span.phase.name == "full_precision"
     )
 
 
@@ -79,7 +78,7 @@ def make_batch(config, step):
 def train(config, network, devices, steps):
     """Returns the losses of full-precision steps on one sequence of batches; median seconds."""
     mesh, span = mesh_of(devices), first_span(config, network)
-    state = enter_phase(experiment.init_state(config, network), span, config)
+    state = enter_phase(setup.init_state(config, network), span, config)
     state = sharding.replicate(state, mesh)
     step = make_train_step(network.model, span, config, None, None)
     losses, seconds = [], []
@@ -99,9 +98,9 @@ def all_reduces(name):
     config.full_precision.epochs, config.loss = 1.0, "cross_entropy"
     config.data.eval_resize, config.data.augment = 0, "none"
     config.search.searcher = "none"  # the budget is one at 224 x 224
-    network = experiment.make_network(config)
+    network = setup.make_network(config)
     mesh, span = mesh_of(2), first_span(config, network)
-    shapes = experiment.abstract_state(config, network, span)
+    shapes = setup.abstract_state(config, network, span)
     state = sharding.replicated_target(shapes, mesh)
     step = make_train_step(network.model, span, config, None, None)
     batch = sharding.shard_batch(make_batch(config, 0), mesh)

@@ -17,7 +17,8 @@ Several are separated by commas.
 
 from ml_collections import ConfigDict
 
-from metamix_jax.config import default, parse_argument
+from metamix_jax.config import default
+from metamix_jax.recipes import parse_argument
 
 STEPS_PER_EPOCH = 50_000 / 128
 

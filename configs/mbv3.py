@@ -10,8 +10,7 @@ Weights in torchvision's names; the paper starts from 75.3 %. Another budget in 
 
 from ml_collections import ConfigDict
 
-from configs._imagenet import imagenet
-from metamix_jax.config import parse_argument
+from metamix_jax.recipes import imagenet, parse_argument
 
 
 def get_config(argument: str = "") -> ConfigDict:

@@ -14,8 +14,7 @@ reports 71.80 % at 30.3 ({8, 4, 2} for both) and 72.08 % at 31.1 ({6, 4, 2}).
 
 from ml_collections import ConfigDict
 
-from configs._imagenet import imagenet
-from metamix_jax.config import parse_argument
+from metamix_jax.recipes import imagenet, parse_argument
 
 BUDGETS = {"4": 32.86, "3": 26.54, "2": 20.22, "842": 30.3, "642": 31.1}  # by weight bits
 

@@ -1,15 +1,21 @@
-"""MetaMix in JAX: mixed-precision activation quantization inside a budget of bit operations.
+"""MetaMix in JAX: mixed-precision quantization inside a budget; see api.py for the functions."""
 
-`load_policy`, `quantize`, `evaluate` and `export` are described in library.py.
-"""
+import importlib
+from typing import Any
 
-__all__ = ("evaluate", "export", "load_policy", "quantize")
+__version__ = "0.2.0"
+__all__ = (
+    "__version__", "evaluate", "export", "load_config", "load_policy", "quantize", "search",
+    "train",
+)  # fmt: skip
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    # On first use only: a program that needs none of these starts at once.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # On first use only: a program that needs none of these starts at once.
-    from metamix_jax.calls import find
+    return getattr(importlib.import_module("metamix_jax.api"), name)
 
-    return find(name)
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,11 +5,7 @@ not here cannot be set, so no key is ever silently unread (tests/test_config_rea
 each key here is read somewhere).
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
-
-from metamix_jax.errors import UserError, suggestion
 
 
 def default() -> ConfigDict:
@@ -22,7 +18,7 @@ def default() -> ConfigDict:
     config.seed = 0  # network init, data order, augmentation, logit init
     config.batch_size = 256  # global, over all devices and processes
     # Micro-batches that a batch is split into where it does not fit into memory; batch norm and its
-    # running statistics then go by micro-batches. See train_step.py.
+    # running statistics then go by micro-batches. See batch_step.py.
     config.accumulation_steps = 1
     # Devices that a CPU is split into, as XLA uses one core for a convolution; 0 = one a core, if
     # the batch can be split so. Small networks are faster on 1. Not read where JAX may use others.
@@ -42,7 +38,7 @@ def default() -> ConfigDict:
     # seconds; many runs may share one. "" = none, or what JAX_COMPILATION_CACHE_DIR says.
     config.compilation_cache = ""
 
-    # Keyword arguments of metamix_jax.models.make: `name` and what that network takes.
+    # Keyword arguments of metamix_jax.networks.registry.make: `name` and what that network takes.
     config.model = ConfigDict({"name": ""}, allow_dotted_keys=False)
     config.data = ConfigDict(
         {
@@ -201,31 +197,3 @@ def default() -> ConfigDict:
         }
     )
     return config.lock()
-
-
-def parse_argument(argument: str, **fields: tuple[str, ...] | float) -> dict[str, Any]:
-    """Returns the values set in a configuration's argument, `key=value,...`.
-
-    Args:
-      argument: what follows the colon in --config=FILE:ARGUMENT.
-      **fields: key -> allowed texts, the default first; or the default of a number.
-
-    Raises:
-      UserError: unknown key or value.
-    """
-    values = {key: kind[0] if isinstance(kind, tuple) else kind for key, kind in fields.items()}
-    for part in filter(None, argument.split(",")):
-        key, _, text = part.partition("=")
-        if key not in fields:
-            raise UserError(f"--config argument {part!r}: {suggestion(key, fields)}")
-        if isinstance(fields[key], tuple):
-            if text not in fields[key]:
-                hint = suggestion(text, fields[key])
-                raise UserError(f"--config argument {part!r}: expected {key}= {hint}")
-            values[key] = text
-        else:
-            try:
-                values[key] = float(text)
-            except ValueError:
-                raise UserError(f"--config argument {part!r}: expected a number") from None
-    return values

@@ -15,7 +15,7 @@ XLA_FLAGS = {
 }
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("PJRT_NPROC", "4")  # threads; process.py's use_cores says why
+os.environ.setdefault("PJRT_NPROC", "4")  # threads; cpu.py's use_cores says why
 given = os.environ.get("XLA_FLAGS", "")
 missing = [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
@@ -46,7 +46,7 @@ def optax_arithmetic():
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
     """Shared by the workers of pytest-xdist too."""
-    from processes import Processes
+    from tests.helpers.processes import Processes
 
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -59,7 +59,7 @@ def processes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(processes):
     """Workdir of one uninterrupted run, and its RESULT; not to be written to."""
-    from processes import command
+    from tests.helpers.processes import command
 
     workdir, result = processes.folder / "finished", processes.folder / "finished.json"
     with (processes.folder / "lock").open("w") as lock:
@@ -79,7 +79,7 @@ def finished_copy(finished, tmp_path):
 @pytest.fixture(scope="session")
 def buckets():
     """A server with one bucket, gs://bucket, for everything in this and in started processes."""
-    from bucket import serving
+    from tests.helpers.bucket import serving
 
     # For the whole session: clients read the environment once and keep their connections.
     with serving("bucket") as server:

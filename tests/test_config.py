@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from config_fields import ROOT, change, load
 
-from metamix_jax import config as config_lib
-from metamix_jax import experiment
+from metamix_jax import recipes
+from metamix_jax.config import default
 from metamix_jax.errors import UserError
+from metamix_jax.training import setup
 from metamix_jax.validate import validate as check_validate
+from tests.helpers.config_fields import ROOT, change, load
 
 CONFIGS = sorted(ROOT.glob("configs/[!_]*.py"))
 # Arguments of a configuration file, besides none.
@@ -39,10 +40,10 @@ def test_files_load_validate_and_build_their_network(path, argument):
     config = load(path, argument)
     assert config.is_locked
     check_validate(config)
-    network = experiment.make_network(config)
+    network = setup.make_network(config)
     assert sum(layer.macs for layer in network.costs.values()) > 0
     assert network.label.startswith(config.model.name)
-    assert experiment.make_schedule(config, train_examples=1000)
+    assert setup.make_schedule(config, train_examples=1000)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -84,7 +85,7 @@ def test_bits_of_the_files(name, argument, act_bits, weight_bits):
 @pytest.mark.parametrize("name", ["cifar10_resnet20", "resnet18"])
 def test_files_with_searched_weights_quantize_them_from_the_search_to_the_end(name):
     config = load(ROOT / f"configs/{name}.py", "weight_bits=842")
-    spans = experiment.make_schedule(config, train_examples=50_000)
+    spans = setup.make_schedule(config, train_examples=50_000)
     phases = ["bit_meta", "bit_search", "weight_training"]
     assert [span.phase.name for span in spans] == phases
     assert [span.phase.name for span in spans if span.phase.quantizes_weights] == phases
@@ -99,7 +100,7 @@ def test_bits_reach_every_layer_between_the_ends(act_bits, weight_bits, number, 
     change(config, "quant.act_bits", act_bits)
     change(config, "quant.weight_bits", weight_bits)
     config.budget.value = 1.0
-    first, *searched, last = experiment.make_network(config).costs.values()
+    first, *searched, last = setup.make_network(config).costs.values()
     for layer in searched:
         assert (layer.act_bits, layer.weight_bits) == (act_bits, weight_bits)
         assert len(layer.candidates) == number
@@ -109,13 +110,13 @@ def test_bits_reach_every_layer_between_the_ends(act_bits, weight_bits, number, 
 
 def test_argument_defaults_to_the_first_value():
     choices = {"schedule": ("gpu", "cpu"), "shortcut": ("identity", "conv")}
-    parsed = config_lib.parse_argument("shortcut=conv", **choices)
+    parsed = recipes.parse_argument("shortcut=conv", **choices)
     assert parsed == {"schedule": "gpu", "shortcut": "conv"}
 
 
 @pytest.mark.parametrize("section", ["", "quant", "bit_search", "data", "optimizer"])
 def test_unknown_keys_cannot_be_set(section):
-    config = config_lib.default()
+    config = default()
     with pytest.raises((AttributeError, KeyError), match="misspelt"):
         (config[section] if section else config).misspelt = 1
 

@@ -3,10 +3,10 @@
 import ast
 
 import pytest
-from config_fields import ROOT, change, leaves
 from ml_collections import ConfigDict
 
 from metamix_jax import config as config_lib
+from tests.helpers.config_fields import ROOT, change, leaves
 
 
 class Reads(ast.NodeVisitor):

@@ -1,15 +1,14 @@
 """What a configuration may hold, and the message where it holds something else."""
 
 import pytest
-from config_fields import ROOT, change, leaves, load, value_of
 
 from metamix_jax import config as config_lib
-from metamix_jax import experiment
-from metamix_jax import weights as weights_lib
 from metamix_jax.errors import UserError
+from metamix_jax.training import setup, start_weights
 from metamix_jax.validate import CHOICES
 from metamix_jax.validate import validate as check_validate
 from metamix_jax.validate import validate_start as check_validate_start
+from tests.helpers.config_fields import ROOT, change, leaves, load, value_of
 
 # Texts that can be anything; what they name is looked up later.
 NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir", "data.train_split",
@@ -218,11 +217,11 @@ def test_an_unknown_teacher_network_is_named_as_the_teachers(config):
     change(config, "loss", "distillation")
     change(config, "teacher.path", "teacher.npz")
     with pytest.raises(UserError, match=r"config\.teacher\.model\.name=''"):
-        weights_lib.load_teacher(config, (8, 8, 1))
+        start_weights.load_teacher(config, (8, 8, 1))
 
 
 def test_uniform_bits_above_the_budget_are_an_error_before_training(config):
     change(config, "search.searcher", "uniform")
     change(config, "search.uniform_bits", 8)
     with pytest.raises(UserError, match=r"config\.search\.uniform_bits=8: .*above the budget"):
-        experiment.make_network(config)
+        setup.make_network(config)

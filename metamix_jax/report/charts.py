@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from metamix_jax.metrics import write_bytes_atomic
 from metamix_jax.report.tables import budget_line, layer_rows
+from metamix_jax.workdir.files import write_bytes_atomic
 
 DPI = 120
 # Light, so that black hatches show on all of them; the hatch alone tells the bit-widths apart.

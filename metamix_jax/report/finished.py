@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from metamix_jax.errors import UserError
-from metamix_jax.metrics import read_json, read_rows
+from metamix_jax.workdir.files import read_json
+from metamix_jax.workdir.metrics import read_rows
 
 # What each file must hold to be reported on.
 _RESULTS = (

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from metamix_jax.metrics import write_bytes_atomic
 from metamix_jax.report import sections
 from metamix_jax.report.bits import bits_section
 from metamix_jax.report.diagnosis import diagnosis
@@ -10,6 +9,7 @@ from metamix_jax.report.finished import Finished, read_finished
 from metamix_jax.report.logits import logits_section
 from metamix_jax.report.markup import Markup, element, join
 from metamix_jax.report.style import STYLE
+from metamix_jax.workdir.files import write_bytes_atomic
 
 NAME = "report.html"
 # Holds the page to what it carries, whatever a name inside it may say.

@@ -3,7 +3,6 @@
 import base64
 import json
 
-from metamix_jax import remote
 from metamix_jax.report import charts, tables
 from metamix_jax.report.finished import Finished
 from metamix_jax.report.markup import (
@@ -16,6 +15,7 @@ from metamix_jax.report.markup import (
     section,
     table,
 )
+from metamix_jax.workdir import bucket
 
 _UNITS = {
     "fraction": "of the BOPs of the uniform 4/4 network",
@@ -83,7 +83,7 @@ def summary(run: Finished) -> Section:
         note = "A full-precision run: nothing was searched or quantized, and no budget was set."
     came_out |= {
         "Training time": _duration(results["seconds"]),
-        "Workdir": remote.origin(run.workdir),
+        "Workdir": bucket.origin(run.workdir),
     }
     return section(
         "summary",

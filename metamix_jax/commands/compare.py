@@ -1,0 +1,143 @@
+"""--mode=compare: methods side by side, with the same network, weights, budgets and seeds."""
+
+import itertools
+import json
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from metamix_jax.config import default
+from metamix_jax.errors import UserError, suggestion
+from metamix_jax.report import charts, tables
+from metamix_jax.selection import cost
+from metamix_jax.selection.budget import make_budget
+from metamix_jax.training import setup
+from metamix_jax.training.loop import train_and_evaluate
+from metamix_jax.workdir import bucket
+from metamix_jax.workdir.files import write_json
+
+# Method -> the fields in which its configuration differs.
+METHODS: dict[str, dict[str, Any]] = {
+    "metamix": {"search.searcher": "metamix"},
+    "metamix_spent": {"search.searcher": "metamix", "search.least_spent": 0.99},
+    "metamix_unfixed": {"search.searcher": "metamix", "bit_search.fixed_meta_state": False},
+    "metamix_no_meta": {
+        "search.searcher": "metamix", "bit_meta.epochs": 0.0, "bit_search.alternate": False,
+    },
+    "metamix_last_loss": {"search.searcher": "metamix", "bit_meta.loss": "last"},
+    "joint": {"search.searcher": "joint"},
+    "asga": {"search.searcher": "asga"},
+    "ompq": {"search.searcher": "ompq"},
+    "hessian": {"search.searcher": "hessian"},
+    "random": {"search.searcher": "random"},
+    "uniform": {"search.searcher": "uniform"},
+}  # fmt: skip
+
+
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains every method at every budget with every seed, each in a workdir of its own.
+
+    What is finished is not run again. Writes comparison.json and comparison.png.
+
+    Args:
+      config: compare.methods, compare.budgets (in budget.unit) and compare.seeds; the rest is
+        common to all.
+      workdir: holds METHOD_BUDGET_SEED/ for each run.
+
+    Raises:
+      UserError: unknown method, or a budget that cannot be met.
+    """
+    options = config.compare
+    plan = list(itertools.product(options.methods, options.budgets, options.seeds))
+    configs = {key: run_config(config, *key) for key in plan}  # all mistakes before any training
+    runs = []
+    for number, ((method, budget, seed), own) in enumerate(configs.items()):
+        logging.info("run %d of %d: %s, budget %g, seed %d", number + 1, len(plan), method, budget,
+                     seed)  # fmt: skip
+        path = workdir / f"{method}_{budget:g}_{seed}"
+        result = train_and_evaluate(own, path)
+        jax.clear_caches()  # or the programs of all runs pile up
+        summary = json.loads((path / "results.json").read_text())
+        policy = json.loads((path / "policy.json").read_text())
+        runs.append(
+            {"method": method, "budget": budget, "seed": seed}
+            | {name: result[name] for name in ("top1", "gbops", "budget_gbops", "seconds")}
+            | {"search_cost": summary["search_cost"]}
+            | {"bits": {p: [r["act_bits"], r["weight_bits"]] for p, r in policy["layers"].items()}}
+        )
+        rows = summarise(runs)
+        write_json(workdir / "comparison.json", {"rows": rows, "runs": runs})
+    print(tables.comparison_table(rows))
+    charts.accuracy_against_cost(rows, workdir / "comparison.png")
+    return {
+        "mode": "compare",
+        "runs": len(runs),
+        "rows": rows,
+        "workdir": str(bucket.origin(workdir)),
+    }
+
+
+def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> ConfigDict:
+    """Returns the configuration of one run, checked as far as that needs no data."""
+    if method not in METHODS:
+        raise UserError(f"config.compare.methods: {method!r}; {suggestion(method, METHODS)}")
+    own = config.copy_and_resolve_references()
+    own.update_from_flattened_dict(METHODS[method] | {"seed": seed, "budget.value": float(budget)})
+    own.compare = default().compare  # a comparison may be extended: its runs stay the same
+    if method == "uniform":
+        own.search.uniform_bits = widest_uniform(own)
+    setup.make_network(own)
+    return own
+
+
+def widest_uniform(config: ConfigDict) -> int:
+    """Returns the widest activation candidate whose uniform network is inside the budget."""
+    free = config.copy_and_resolve_references()
+    free.search.searcher = "random"  # any that does not ask for a width yet
+    costs = setup.make_network(free).costs
+    budget = make_budget(costs, config.budget)
+    for bits in sorted(config.quant.act_bits, reverse=True):
+        if budget.cost(cost.uniform_bits(costs, bits), costs) <= budget.limit * (1 + 1e-9):
+            return bits
+    raise UserError(
+        f"config.compare.budgets: no uniform network fits {budget.limit:.6g} {budget.unit}"
+    )
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns one row per method and budget, in order: means over seeds, spread, agreement.
+
+    top1_spread is the standard deviation over seeds (0 for one); agreement is the share of layers
+    with the same bits, averaged over pairs of seeds (None for one).
+    """
+    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["method"], run["budget"]), []).append(run)
+    rows = []
+    for (method, budget), group in groups.items():
+        top1 = [run["top1"] for run in group]
+        pairs = [
+            statistics.mean(a["bits"][path] == b["bits"][path] for path in a["bits"])
+            for a, b in itertools.combinations(group, 2)
+        ]
+        rows.append(
+            {
+                "method": method,
+                "budget": budget,
+                "seeds": len(group),
+                "top1": statistics.mean(top1),
+                "top1_spread": statistics.stdev(top1) if len(top1) > 1 else 0.0,
+                "gbops": statistics.mean(run["gbops"] for run in group),
+                "agreement": statistics.mean(pairs) if pairs else None,
+                "search": {
+                    name: statistics.mean(run["search_cost"][name] for run in group)
+                    for name in ("steps", "seconds", "forward_passes")
+                },
+            }
+        )
+    return rows

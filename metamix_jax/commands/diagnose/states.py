@@ -1,0 +1,134 @@
+"""The two states that a diagnosis compares: weights before bit-meta, and what it made of them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from metamix_jax.errors import UserError
+from metamix_jax.runtime import sharding
+from metamix_jax.selection.phases import Span
+from metamix_jax.training import setup, start_weights
+from metamix_jax.training.calibrate import calibrations, make_calibrate
+from metamix_jax.training.checkpoints import Checkpoints, locate
+from metamix_jax.workdir import bucket
+
+
+class State(NamedTuple):
+    """Variables with step sizes for activations and weights, and where they come from."""
+
+    variables: dict[str, Any]
+    facts: dict[str, Any]  # source; of a checkpoint, step and phase too
+
+
+def load_states(
+    config: ConfigDict,
+    workdir: Path,
+    network: setup.Network,
+    schedule: Sequence[Span],
+    batch: Mapping[str, jax.Array],
+    mesh: Mesh,
+) -> dict[str, State]:
+    """Returns "before" and "after", or the one of them that there is.
+
+    Args:
+      config: diagnose.before, or else pretrained, names the weights before; checkpoint, or else
+        the workdir, what came after.
+      workdir: of the run.
+      network: what the weights belong to.
+      schedule: the run's phases.
+      batch: what missing step sizes are calibrated on.
+      mesh: devices.
+
+    Raises:
+      UserError: neither is there, or one cannot be read.
+    """
+    found = {}
+    before = config.diagnose.before or config.pretrained
+    if before:
+        shapes = setup.abstract_variables(network)
+        weights, step = start_weights.load_weights(before, shapes, mesh)
+        facts = {"source": before} | ({} if step is None else {"step": step})
+        found["before"] = _calibrated(config, network, weights, facts, batch, mesh, True, True)
+    after = bucket.path_of(config.checkpoint) if config.checkpoint else workdir
+    directory, _ = locate(after)
+    if config.checkpoint or directory.is_dir():
+        found["after"] = _after(config, after, network, schedule, batch, mesh)
+    if not found:
+        raise UserError(
+            f"config.pretrained='' and no checkpoints in {workdir}: expected trained weights, a "
+            "workdir with a run, or both, with --mode=diagnose"
+        )
+    for name, state in found.items():
+        logging.info("%s: %s", name, ", ".join(f"{k} {v}" for k, v in state.facts.items()))
+    return found
+
+
+def _after(
+    config: ConfigDict,
+    path: Path,
+    network: setup.Network,
+    schedule: Sequence[Span],
+    batch: Mapping[str, jax.Array],
+    mesh: Mesh,
+) -> State:
+    directory, step = locate(path)
+    with Checkpoints(directory, create=False) as checkpoints:
+        checkpoints.require_latest_step()
+        step = newest_of_search(checkpoints.steps, schedule) if step is None else step
+        model = checkpoints.read_facts(step)["model"]
+        if model != network.label:
+            raise UserError(f"{directory}/{step} holds {model}, not {network.label}")
+        variables = checkpoints.restore_items(step, setup.abstract_variables(network), mesh)
+    phase = phase_of(step, schedule)
+    anew = config.diagnose.recalibrate
+    entered = [] if anew else [span.phase for span in schedule if span.start <= step]
+    facts = {"source": str(bucket.origin(path)), "step": step, "phase": phase}
+    return _calibrated(
+        config, network, variables, facts, batch, mesh,
+        acts=not any(phase.quantizes for phase in entered),
+        weights=not any(phase.quantizes_weights for phase in entered),
+    )  # fmt: skip
+
+
+def newest_of_search(steps: Sequence[int], schedule: Sequence[Span]) -> int:
+    """Returns the last of `steps` made by bit-meta or bit-search; the last of all if none was."""
+    spans = [span for span in schedule if span.phase.quantizes and not span.phase.needs_policy]
+    inside = [step for step in steps if any(span.start < step <= span.stop for span in spans)]
+    if inside:
+        return max(inside)
+    logging.info(
+        "the meta-state is not among the checkpoints kept (steps %s), so \"after\" is the newest; "
+        "diagnose after --mode=search to see the meta-state", ", ".join(map(str, steps)),
+    )  # fmt: skip
+    return max(steps)
+
+
+def phase_of(step: int, schedule: Sequence[Span]) -> str:
+    """Returns the phase that made the last of `step` steps; "start" of none."""
+    return next((span.phase.name for span in schedule if span.start < step <= span.stop), "start")
+
+
+def _calibrated(
+    config: ConfigDict,
+    network: setup.Network,
+    variables: Mapping[str, Any],
+    facts: dict[str, Any],
+    batch: Mapping[str, jax.Array],
+    mesh: Mesh,
+    acts: bool,
+    weights: bool,
+) -> State:
+    """Returns the state; step sizes of `acts` and of `weights` are calibrated on `batch`."""
+    state = setup.init_state(config, network, variables)
+    state = sharding.replicate(state.replace(quant=variables.get("quant", state.quant)), mesh)
+    passes = calibrations(config, acts=acts, weights=weights)
+    if passes:
+        state = jax.jit(make_calibrate(network.model, passes, config, train=False))(state, batch)
+    steps = {"act_steps": acts, "weight_steps": weights}
+    facts |= {kind: "calibrated" if anew else "as trained" for kind, anew in steps.items()}
+    return State(state.variables, facts)

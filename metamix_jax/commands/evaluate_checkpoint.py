@@ -1,0 +1,61 @@
+"""--mode=evaluate: how many evaluation images a checkpoint or a bundle gets right."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from metamix_jax.exporters.quantized_network import judge_bundle
+from metamix_jax.runtime import sharding
+from metamix_jax.runtime.progress import waiting
+from metamix_jax.selection import cost
+from metamix_jax.selection import policy as policy_lib
+from metamix_jax.training import setup
+from metamix_jax.training.evaluator import Evaluator
+from metamix_jax.training.start_weights import load_checkpoint
+from metamix_jax.workdir import bucket
+
+
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Restores a checkpoint on the devices at hand and counts what it gets right."""
+
+    if config.checkpoint and (bucket.path_of(config.checkpoint) / "graph.json").exists():
+        return _evaluate_bundle(config)
+    network, mesh = setup.make_network(config), sharding.make_mesh()
+    dataset = setup.load_dataset(config, mesh)
+    trained = load_checkpoint(config, network, workdir, len(dataset.train), mesh)
+    phase, variables = trained.phase, trained.variables
+    if trained.policy is None:
+        bits = cost.widest_bits(network.costs)
+    else:
+        bits = policy_lib.layer_bits(trained.policy)
+    precision = phase.evaluation.replace(branches=policy_lib.branches(bits, network.costs))
+    evaluator = Evaluator(network.model, dataset, config, mesh)
+    with waiting(f"evaluating {trained.name}"):
+        if config.eval.bn_reestimate_batches and phase.quantizes:
+            statistics = evaluator.reestimate(variables, precision)
+            variables = variables | {"batch_stats": statistics}
+        counts = evaluator(variables, precision)
+    logging.info(
+        "step %d (%s): top-1 %.2f %%, top-5 %.2f %%, %d of %d right",
+        trained.step, phase.name,
+        counts["top1"], counts["top5"], counts["correct"], counts["examples"],
+    )  # fmt: skip
+    gbops = cost.gbops_at(network.costs, bits, precision)
+    return {
+        "mode": "evaluate",
+        "checkpoint_step": trained.step,
+        **{name: counts[name] for name in ("top1", "top5", "correct", "examples")},
+        "gbops": gbops,
+    }
+
+
+def _evaluate_bundle(config: ConfigDict) -> dict[str, Any]:
+
+    with (
+        waiting(f"evaluating the integers in {config.checkpoint}"),
+        bucket.fetched(bucket.path_of(config.checkpoint)) as directory,
+    ):
+        counts = judge_bundle(config, directory)
+    return {"mode": "evaluate", "bundle": config.checkpoint, **counts}

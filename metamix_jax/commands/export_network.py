@@ -1,0 +1,30 @@
+"""--mode=export: a quantized checkpoint as integers, ONNX and StableHLO."""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from metamix_jax.exporters import quantized_network
+from metamix_jax.runtime.progress import waiting
+from metamix_jax.workdir import bucket
+
+
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Writes a quantized checkpoint as integers, ONNX and StableHLO into WORKDIR/export."""
+
+    if config.export.onnx:
+        quantized_network.onnx_files.require_onnx()  # before any work
+    network, directory = (
+        quantized_network.restore(config, workdir),
+        workdir / quantized_network.EXPORT_DIRECTORY,
+    )
+    with waiting("exporting"):
+        found = quantized_network.export(network, directory)
+    gbops = network.policy["gbops"]
+    facts = {
+        "mode": "export",
+        "model": network.network.label,
+        "directory": str(bucket.origin(directory)),
+    }
+    return facts | {"gbops": gbops} | found

@@ -1,0 +1,13 @@
+"""--mode=train: the whole pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from metamix_jax.training.loop import train_and_evaluate
+
+
+def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Runs all phases; returns the RESULT line's content."""
+    return train_and_evaluate(config, workdir)

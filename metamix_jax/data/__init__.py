@@ -1,0 +1,1 @@
+"""Labelled images, from a data set to batches."""

@@ -1,0 +1,153 @@
+"""Batches: the order that examples are trained in, their augmentation and normalisation.
+
+A training batch is a pure function of (seed, step): the order is a fixed permutation per epoch and
+augmentation, on the device or while decoding (images.py), is keyed by (seed, epoch, example). So a
+resumed run, or one on any number of devices and processes, sees the very same global batches, and
+no iterator state has to be saved.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metamix_jax.data.datasets import DECODING_AUGMENT
+from metamix_jax.data.splits import Split
+from metamix_jax.errors import UserError
+
+
+def train_indices(
+    examples: int, *, seed: int, step: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which examples the global batch of `step` holds, and in which epoch each falls.
+
+    Both are [batch_size], indices int64 and epochs int32. Batches run on across the end of an
+    epoch, so each epoch holds every example exactly once.
+    """
+    epochs, offsets = np.divmod(step * batch_size + np.arange(batch_size), examples)
+    indices = np.empty(batch_size, np.int64)
+    for epoch in range(epochs[0], epochs[-1] + 1):
+        rows = epochs == epoch
+        indices[rows] = _permutation(examples, seed, epoch)[offsets[rows]]
+    return indices, epochs.astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
+    # NumPy promises that Philox's raw stream stays; Generator.permutation may change by version.
+    keys = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(examples)
+    return np.argsort(keys, kind="stable")
+
+
+def train_batches(
+    split: Split,
+    *,
+    seed: int,
+    batch_size: int,
+    start: int,
+    stop: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Returns this process's part of the global batches of steps start..stop-1, read ahead.
+
+    Each is `image` uint8 [b, h, w, c] and int32 [b] `label`, `index` (which example) and `epoch`,
+    where b = batch_size / process_count. Raises UserError where that is no whole number.
+    """
+    rows = _process_rows(batch_size, process_index, process_count, "batch_size")
+
+    def load_step(step: int) -> dict[str, np.ndarray]:
+        indices, epochs = train_indices(len(split), seed=seed, step=step, batch_size=batch_size)
+        images, labels = split.gather(indices[rows], epochs[rows], seed)
+        index = indices[rows].astype(np.int32)
+        return {"image": images, "label": labels, "index": index, "epoch": epochs[rows]}
+
+    return _read_ahead(load_step, start, stop)
+
+
+def eval_batches(
+    split: Split, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Returns this process's part of batches that hold every example of `split` exactly once.
+
+    Each is `image` uint8 [b, h, w, c], `label` int32 [b] and `mask` bool [b], False where the last
+    global batch is padded (with zeros); b = batch_size / process_count, and all processes get the
+    same number of batches. Raises UserError where b is no whole number.
+    """
+    rows = _process_rows(batch_size, process_index, process_count, "eval.batch_size")
+
+    def load_step(step: int) -> dict[str, np.ndarray]:
+        positions = np.arange(step * batch_size, (step + 1) * batch_size)[rows]
+        mask = positions < len(split)
+        images, labels = split.gather(positions[mask])
+        missing = int(np.sum(~mask))
+        images = np.pad(images, [(0, missing)] + [(0, 0)] * (images.ndim - 1))
+        return {"image": images, "label": np.pad(labels, (0, missing)), "mask": mask}
+
+    return _read_ahead(load_step, 0, -(-len(split) // batch_size))
+
+
+def _process_rows(batch_size: int, process_index: int, process_count: int, key: str) -> slice:
+    if batch_size % process_count:
+        raise UserError(f"config.{key}={batch_size}: expected a multiple of {process_count}, the "
+                        "number of processes")  # fmt: skip
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def _read_ahead(load_step: Callable[[int], dict], start: int, stop: int) -> Iterator[dict]:
+    import grain
+
+    steps = grain.MapDataset.range(start, stop).map(load_step)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    return iter(steps.to_iter_dataset(options))
+
+
+def preprocess(
+    images: jax.Array, *, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32
+) -> jax.Array:
+    """Returns (x / 255 - mean) / std of uint8 images [b, h, w, c]; mean, std: per channel or one.
+
+    Computed in float32, then cast to `dtype`.
+    """
+    shape = (1, 1, 1, -1)
+    shifted = images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32).reshape(shape)
+    return (shifted / jnp.asarray(std, jnp.float32).reshape(shape)).astype(dtype)
+
+
+def augment(
+    images: jax.Array, index: jax.Array, epoch: jax.Array, *, seed: int, kind: str
+) -> jax.Array:
+    """Returns uint8 images [b, h, w, c] cropped and mirrored at random; see config.data.augment.
+
+    What happens to an image depends on seed, its `index` and its `epoch` (int32 [b]) alone, not on
+    its place in the batch nor on the device. Padding is 1/8 of the size per side (CIFAR's 4 of 32),
+    of pixels with value 0 before normalisation, the usual recipe.
+    """
+    if kind in ("none", DECODING_AUGMENT):
+        return images
+    if kind not in ("crop", "crop_flip"):
+        raise ValueError(
+            f"augment {kind!r}: expected none, crop or crop_flip, or {DECODING_AUGMENT}, "
+            "which was done when the image was decoded"
+        )
+    _, height, width, channels = images.shape
+    top, left = height // 8, width // 8
+    # By name: under the "rbg" generator results inside vmap depend on the place in the batch.
+    seed_key = jax.random.key(seed, impl="threefry2x32")
+
+    def augment_one(image: jax.Array, index: jax.Array, epoch: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(seed_key, epoch), index)
+        row_key, column_key, mirror_key = jax.random.split(key, 3)
+        row = jax.random.randint(row_key, (), 0, 2 * top + 1)
+        column = jax.random.randint(column_key, (), 0, 2 * left + 1)
+        padded = jnp.pad(image, ((top, top), (left, left), (0, 0)))
+        image = jax.lax.dynamic_slice(padded, (row, column, 0), (height, width, channels))
+        if kind == "crop":
+            return image
+        return jnp.where(jax.random.bernoulli(mirror_key), image[:, ::-1], image)
+
+    return jax.vmap(augment_one)(images, index, epoch)

@@ -1,0 +1,194 @@
+"""Data sets by name: scikit-learn's digits, and any image classification data set of TFDS."""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from metamix_jax.data.images import RandomResizedCropFlip, Resize
+from metamix_jax.data.splits import MemorySplit, Split, StreamedSplit, first_line, read_into_memory
+from metamix_jax.errors import UserError, suggestion
+
+DIGITS_HELD_OUT = 360  # of scikit-learn's 1797 digits
+_SAMPLED_LABELS = 64
+DECODING_AUGMENT = "random_resized_crop_flip"  # the config.data.augment that is done here
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The two splits that a run reads."""
+
+    train: Split
+    evaluation: Split
+
+
+def load(config_data: ConfigDict) -> Dataset:
+    """Returns the data set that `config.data` names, small splits decoded in memory.
+
+    "digits" is scikit-learn's, split once and for all: 1437 "train", 360 "test", stratified. Any
+    other name is a prepared TFDS data set with features `image` and `label`. Raises UserError.
+    """
+    open_split = (_open_digits if config_data.name == "digits" else _open_tfds)(config_data)
+    # Both are opened before either is read: a mistake in the second shows at once.
+    splits = {key: open_split(key) for key in ("train_split", "eval_split")}
+    limit = config_data.in_memory_gib * 2**30
+    for key, split in splits.items():
+        # Random crops are not made once and for all.
+        once = isinstance(split, StreamedSplit) and isinstance(split.transform, Resize)
+        if once and len(split) * math.prod(split.transform.shape) <= limit:
+            splits[key] = read_into_memory(split)
+    return Dataset(splits["train_split"], splits["eval_split"])
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """Returns what tells one data set from another: sizes and a digest of some examples' labels.
+
+    The labels are those of up to 64 examples, evenly spread over the split, because a set of the
+    same size may hold others, or the same in another order.
+    """
+    return {
+        name: {"examples": len(split), "labels": _labels_digest(split)}
+        for name, split in (("train", dataset.train), ("evaluation", dataset.evaluation))
+    }
+
+
+def _labels_digest(split: Split) -> str:
+    positions = np.linspace(0, len(split) - 1, min(len(split), _SAMPLED_LABELS)).astype(np.int64)
+    return hashlib.sha256(split.labels_at(positions).astype("<i4").tobytes()).hexdigest()[:16]
+
+
+def _open_digits(config_data: ConfigDict) -> Callable[[str], Split]:
+    import sklearn.datasets
+    import sklearn.model_selection
+
+    expected = {"image_size": 8, "channels": 1, "num_classes": 10, "eval_resize": 0}
+    for key, value in expected.items():
+        if config_data[key] != value:
+            raise UserError(f"config.data.{key}={config_data[key]}: expected {value} for digits")
+    if config_data.augment == DECODING_AUGMENT:
+        raise UserError(
+            f"config.data.augment={config_data.augment!r}: expected none, crop or crop_flip for "
+            "digits, which are not photographs"
+        )
+    digits = sklearn.datasets.load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # were 0..16
+    labels = digits.target.astype(np.int32)
+    train, test = sklearn.model_selection.train_test_split(
+        np.arange(len(labels)), test_size=DIGITS_HELD_OUT, stratify=labels, random_state=0
+    )
+    splits = {"train": train, "test": test}
+
+    def open_split(key: str) -> Split:
+        name = config_data[key]
+        if name not in splits:
+            raise UserError(
+                f"config.data.{key}={name!r}: no such split; {suggestion(name, splits)}"
+            )
+        return MemorySplit(images[splits[name]], labels[splits[name]])
+
+    return open_split
+
+
+def _open_tfds(config_data: ConfigDict) -> Callable[[str], Split]:
+    import tensorflow_datasets as tfds
+
+    name, channels = config_data.name, config_data.channels
+    shape = (config_data.image_size, config_data.image_size, channels)
+    if channels not in (1, 3):
+        raise UserError(f"config.data.channels={channels}: expected 1 (grey) or 3 (RGB)")
+    builder = _tfds_builder(name, config_data.data_dir)
+    features = builder.info.features
+    for key, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
+        if not isinstance(dict(features).get(key), kind):
+            raise UserError(
+                f"config.data.name={name!r}: expected a feature {key!r} of type {kind.__name__}; "
+                f"this data set has {', '.join(sorted(features))}"
+            )
+    classes = features["label"].num_classes
+    if classes != config_data.num_classes:
+        raise UserError(
+            f"config.data.num_classes={config_data.num_classes}: {name!r} has {classes} classes; "
+            f"set config.data.num_classes={classes}"
+        )
+    # Only what is needed is parsed. Decoding images here rather than in TFDS gives the same pixels
+    # whether or not OpenCV is installed.
+    needed = tfds.features.FeaturesDict({key: features[key] for key in ("image", "label")})
+    skip_image = {"image": tfds.decode.SkipDecoding()}
+    parse = functools.partial(needed.deserialize_example_np, decoders=skip_image)
+
+    def open_split(key: str) -> Split:
+        what = f"config.data.{key}={config_data[key]!r}"
+        records = _tfds_records(builder, config_data[key], what)
+        transform, max_bad_examples = Resize(shape, config_data.eval_resize), None
+        if key == "train_split":
+            max_bad_examples = config_data.max_bad_examples
+            if config_data.augment == DECODING_AUGMENT:
+                transform = RandomResizedCropFlip(shape)
+        return StreamedSplit(
+            records, parse, transform, f"{name} {config_data[key]}", max_bad_examples
+        )
+
+    return open_split
+
+
+def _tfds_records(builder: Any, split: str, what: str) -> Sequence[bytes]:
+    import tensorflow_datasets as tfds
+
+    known = builder.info.splits
+    try:
+        # TFDS raises ValueError, KeyError or AssertionError for a split that cannot be had.
+        examples = known[split].num_examples
+    except Exception as error:
+        raise UserError(
+            f"{what}: no such split ({first_line(error)}); {suggestion(split, known)}, or a slice "
+            "such as train[:90%]"
+        ) from error
+    if not examples:
+        raise UserError(f"{what}: has no examples; expected at least 1")
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    try:
+        return builder.as_data_source(split, deserialize_method=raw)
+    except NotImplementedError as error:
+        raise UserError(
+            f"{what}: {builder.data_path} is in a format without random access (tfrecord); expected"
+            " an array_record copy: python -m metamix_jax.data.convert_tfrecord "
+            f"{builder.data_path} NEW_DATA_DIR/{builder.info.full_name}"
+        ) from error
+    except Exception as error:  # array_record and the file systems raise many kinds
+        raise UserError(
+            f"{what}: cannot be read in {builder.data_path} ({first_line(error)}); prepare or copy"
+            " the data set again"
+        ) from error
+
+
+def _tfds_builder(name: str, data_dir: str) -> Any:
+    """Returns the TFDS builder of a data set that lies ready in `data_dir`."""
+    import tensorflow_datasets as tfds
+    from etils import epath  # also knows gs://
+
+    folder = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    if data_dir and not folder.is_dir():
+        raise UserError(
+            f"config.data.data_dir={data_dir!r}: no such folder; expected the one TFDS data sets "
+            "lie in (it holds <name>/<version>/dataset_info.json)"
+        )
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    hint = suggestion(name, {"digits", *found})
+    try:
+        builder = tfds.builder(name, data_dir=folder)
+    except Exception as error:  # ValueError, AssertionError, ImportError, ... by what is wrong
+        raise UserError(
+            f"config.data.name={name!r}: not a data set in {folder} ({first_line(error)}); {hint}"
+        ) from error
+    if not (builder.data_path / "dataset_info.json").exists():
+        raise UserError(
+            f"config.data.name={name!r}: not prepared in {builder.data_path}; set "
+            f"config.data.data_dir, or prepare it with tfds.builder({name!r}, data_dir="
+            f"{str(folder)!r}).download_and_prepare(file_format='array_record'); {hint}"
+        )
+    return builder

@@ -1,0 +1,189 @@
+"""From an encoded image to the pixels of one example: decoding, cropping and resizing.
+
+Pillow, and OpenCV for the JPEGs of training, which takes half of Pillow's time. Both decode and
+resize without holding the interpreter's lock, so threads use all cores.
+"""
+
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Iterator
+from typing import Protocol
+
+import cv2
+import numpy as np
+from PIL import Image
+
+Shape = tuple[int, int, int]  # height, width, channels: 1 (grey) or 3 (RGB)
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+AREA_RANGE = (0.08, 1.0)  # of the image
+RATIO_RANGE = (3 / 4, 4 / 3)  # width / height
+CROP_TRIES = 10
+
+REDUCED = {  # OpenCV's flags by the divisor of the sides
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+# In a JPEG's pixels: a marker that is no restart.
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+SCAN, END = b"\xff\xda", b"\xff\xd9"
+
+
+class DamagedImageError(Exception):
+    """Bytes that are no image, or not a whole one."""
+
+
+class Transform(Protocol):
+    """Makes an example's pixels from its encoded image."""
+
+    shape: Shape
+
+    def __call__(self, encoded: bytes, *, seed: int, epoch: int, index: int) -> np.ndarray:
+        """Returns uint8 pixels of `shape`; chance depends on seed, epoch and index alone.
+
+        Raises DamagedImageError.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize:
+    """Resizes to `shape`, with nothing left to chance.
+
+    shorter_side = 0: straight to it. Otherwise the shorter side to that length, the aspect ratio
+    kept, then the centre crop: the usual evaluation on ImageNet.
+    """
+
+    shape: Shape
+    shorter_side: int = 0
+
+    def __call__(
+        self, encoded: bytes, *, seed: int = 0, epoch: int = 0, index: int = 0
+    ) -> np.ndarray:
+        """See `Transform`."""
+        height, width, channels = self.shape
+        with _open(encoded) as image:
+            image = _load(image, channels)
+        if not self.shorter_side:
+            image = _resize(image, (width, height))
+        else:
+            # Rounded down, and the crop's corner to the nearest pixel, as torchvision does.
+            size = tuple(self.shorter_side * side // min(image.size) for side in image.size)
+            if math.prod(size) > Image.MAX_IMAGE_PIXELS:
+                raise DamagedImageError(f"{image.size} pixels, too narrow to be resized")
+            image = _resize(image, size)
+            left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+            image = image.crop((left, top, left + width, top + height))
+        return np.asarray(image).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCropFlip:
+    """The usual training transform on ImageNet: a crop of random place, area and aspect ratio,
+    resized to `shape` and mirrored half of the time.
+    """
+
+    shape: Shape
+
+    def __call__(self, encoded: bytes, *, seed: int, epoch: int, index: int) -> np.ndarray:
+        """See `Transform`."""
+        height, width, channels = self.shape
+        mirror, *numbers = _uniform(1 + 4 * CROP_TRIES, seed, epoch, index)
+        with _open(encoded) as image:
+            box = random_crop(image.size, iter(numbers))
+            pixels = None
+            # Grey and CMYK JPEGs are few, and the two libraries convert their colours differently.
+            if image.format == "JPEG" and image.mode == "RGB" and channels == 3:
+                pixels = _crop_jpeg(encoded, box, (width, height))
+            if pixels is None:
+                image = _load(image, channels)
+                pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))
+        if mirror < 0.5:  # not [:, ::-1], because copying a reversed view is far slower
+            pixels = cv2.flip(pixels, 1)
+        return pixels.reshape(self.shape)
+
+
+def random_crop(size: tuple[int, int], numbers: Iterator[float]) -> Box:
+    """Returns a crop of AREA_RANGE and RATIO_RANGE in an image of `size` (width, height).
+
+    Where CROP_TRIES draws, of four `numbers` from [0, 1) each, do not fit, it is the largest
+    centre crop of an allowed aspect ratio.
+    """
+    width, height = size
+    for _ in range(CROP_TRIES):
+        area = width * height * (AREA_RANGE[0] + (AREA_RANGE[1] - AREA_RANGE[0]) * next(numbers))
+        low, high = map(math.log, RATIO_RANGE)
+        ratio = math.exp(low + (high - low) * next(numbers))
+        place = (next(numbers), next(numbers))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(place[0] * (width - box_width + 1))
+            top = int(place[1] * (height - box_height + 1))
+            return left, top, left + box_width, top + box_height
+    box_width = min(width, round(height * RATIO_RANGE[1]))
+    box_height = min(height, round(width / RATIO_RANGE[0]))
+    left, top = (width - box_width) // 2, (height - box_height) // 2
+    return left, top, left + box_width, top + box_height
+
+
+def _crop_jpeg(encoded: bytes, box: Box, size: tuple[int, int]) -> np.ndarray | None:
+    """Returns the part `box` of a colour JPEG resized to `size` (width, height), RGB.
+
+    None where OpenCV cannot decode it; Pillow can, or knows what is wrong.
+    """
+    # Where garbage breaks off the pixels, OpenCV would return grey without a word.
+    marker = MARKER.search(encoded, encoded.rfind(SCAN) + len(SCAN))
+    if marker is None or marker[0] != END:
+        return None
+    # JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size in a fraction of the time: as far down
+    # as leaves the crop no smaller than what is to be made of it. What shrinking is left, mostly by
+    # less than two, does without antialiasing.
+    fits = min((box[2] - box[0]) // size[0], (box[3] - box[1]) // size[1])
+    step = max(step for step in REDUCED if step <= max(fits, 1))
+    # The box counts pixels as they are stored, before any rotation that the file asks for.
+    flags = REDUCED[step] | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    except cv2.error:
+        return None
+    # A damaged header can hold another size than the one that Pillow goes by.
+    if pixels is None or pixels.shape[0] * step < box[3] or pixels.shape[1] * step < box[2]:
+        return None
+    left, top, right, bottom = ((side + step // 2) // step for side in box)  # to the nearest pixel
+    crop = cv2.resize(pixels[top:bottom, left:right], size, interpolation=cv2.INTER_LINEAR)
+    return cv2.cvtColor(crop, cv2.COLOR_BGR2RGB)
+
+
+def _uniform(count: int, seed: int, epoch: int, index: int) -> list[float]:
+    """Returns `count` numbers in [0, 1) that belong to an example's turn in an epoch."""
+    # NumPy promises that Philox's raw stream stays. The order of the epoch comes from the same key
+    # with the counter at 0 (batching.py), so the upper words keep the two apart.
+    key = np.array([seed % 2**64, epoch], np.uint64)
+    counter = np.array([0, 0, index, 1], np.uint64)
+    raw = np.random.Philox(key=key, counter=counter).random_raw(count)
+    return ((raw >> np.uint64(11)) * 2.0**-53).tolist()
+
+
+def _open(encoded: bytes) -> Image.Image:
+    """Reads the header alone."""
+    try:
+        return Image.open(io.BytesIO(encoded))
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise DamagedImageError from error
+
+
+def _load(image: Image.Image, channels: int) -> Image.Image:
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        image.load()
+        return image if image.mode == mode else image.convert(mode)
+    except Exception as error:
+        raise DamagedImageError from error
+
+
+def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    # Antialiased: where it shrinks, Pillow's bilinear filter widens with the step.
+    return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)

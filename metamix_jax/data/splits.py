@@ -1,0 +1,161 @@
+"""Labelled images that can be read by index, in memory or streamed."""
+
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from metamix_jax.data.images import DamagedImageError, Transform
+from metamix_jax.errors import UserError
+
+
+class Split(Protocol):
+    """Labelled images that can be read by index."""
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+
+    def gather(
+        self, indices: np.ndarray, epochs: np.ndarray | int = 0, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns images uint8 [n, h, w, c] and labels int32 [n] of the examples `indices` [n].
+
+        Where they are augmented while being decoded, that depends on `seed` and their `epochs` [n].
+        """
+
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the labels int32 [n] of the examples `indices` [n], decoding no image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySplit:
+    """A split held decoded in memory: `images` uint8 [n, h, w, c], `labels` int32 [n]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def gather(
+        self, indices: np.ndarray, epochs: np.ndarray | int = 0, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Split`."""
+        return self.images[indices], self.labels[indices]
+
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """See `Split`."""
+        return self.labels[indices]
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit:
+    """A split read, decoded and transformed anew at each `gather`."""
+
+    records: Sequence[bytes]
+    parse: Callable[[bytes], dict[str, Any]]  # record -> `image` as encoded bytes, `label` as int
+    transform: Transform
+    name: str  # for error messages
+    # So many examples with damaged images are replaced; None: never, as in evaluation.
+    max_bad_examples: int | None = None
+    pool: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
+        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    )
+    bad_examples: set[int] = dataclasses.field(default_factory=set, init=False)  # seen so far
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock, init=False)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def gather(
+        self, indices: np.ndarray, epochs: np.ndarray | int = 0, seed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Split`. Raises UserError for damaged files or images and for missing labels."""
+        images = np.empty((len(indices), *self.transform.shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+        epochs = np.broadcast_to(epochs, len(indices))
+
+        def fill(rows: np.ndarray) -> None:
+            # One read for all rows: record by record costs more than decoding small images does.
+            examples = self._examples(indices[rows].tolist())
+            for row, example in zip(rows, examples, strict=True):
+                turn = {"index": int(indices[row]), "epoch": int(epochs[row]), "seed": seed}
+                images[row], labels[row] = self._decode(example, **turn)
+
+        list(self.pool.map(fill, np.array_split(np.arange(len(indices)), os.cpu_count() or 1)))
+        return images, labels
+
+    def labels_at(self, indices: np.ndarray) -> np.ndarray:
+        """See `Split`. Raises UserError for damaged files."""
+        examples = self._examples(indices.tolist())
+        return np.array([example["label"] for example in examples], np.int32)
+
+    def _examples(self, indices: list[int]) -> Iterator[dict[str, Any]]:
+        try:
+            records = self.records.__getitems__(indices)
+            if not all(records):  # what array_record makes of some files that were cut short
+                raise RuntimeError("empty records")
+        except RuntimeError as error:  # array_record's word for missing and damaged files
+            raise UserError(
+                f"{self.name}: cannot be read ({first_line(error)}); copy the files again"
+            ) from error
+        return map(self.parse, records)
+
+    def _decode(
+        self, example: dict[str, Any], *, index: int, epoch: int, seed: int
+    ) -> tuple[np.ndarray, int]:
+        """Returns image and label of an example, or of the next one whose image is not damaged."""
+        try:
+            image = self.transform(example["image"], seed=seed, epoch=epoch, index=index)
+        except DamagedImageError as error:
+            self._count_bad(index, len(example["image"]), error)
+            # Always the same one, or a batch would be no function of (seed, step).
+            index = (index + 1) % len(self)
+            (example,) = self._examples([index])
+            return self._decode(example, index=index, epoch=epoch, seed=seed)
+        if example["label"] < 0:
+            raise UserError(f"{self.name}, example {index}: has no label; choose a labelled split")
+        return image, example["label"]
+
+    def _count_bad(self, index: int, size: int, error: DamagedImageError) -> None:
+        """Logs an example with a damaged image, or raises UserError if it is one too many."""
+        allowed, hint = 0, ""
+        if self.max_bad_examples is not None:
+            allowed = min(self.max_bad_examples, len(self) - 1)  # one must be left to take instead
+            hint = f", or allow some: config.data.max_bad_examples is {self.max_bad_examples}"
+        with self._lock:
+            known = index in self.bad_examples
+            self.bad_examples.add(index)
+            count = len(self.bad_examples)
+        what = f"{self.name}, example {index}: its {size} bytes are no image that Pillow can decode"
+        if count > allowed:
+            raise UserError(f"{what}; prepare or copy the data set again{hint}") from error
+        if not known:
+            logging.warning("%s; replaced by the next (%d of %d allowed)", what, count, allowed)
+
+
+def read_into_memory(split: StreamedSplit, chunk: int = 1024) -> MemorySplit:
+    """Reads all of `split` into memory, with a progress bar where someone watches."""
+    from tqdm import tqdm
+
+    images = np.empty((len(split), *split.transform.shape), np.uint8)
+    labels = np.empty(len(split), np.int32)
+    bar = tqdm(total=len(split), desc=f"reading {split.name}", unit="image", leave=False,
+               disable=None, file=sys.stderr)  # fmt: skip
+    with bar, split.pool:
+        for start in range(0, len(split), chunk):
+            rows = np.arange(start, min(start + chunk, len(split)))
+            images[rows], labels[rows] = split.gather(rows)
+            bar.update(len(rows))
+    return MemorySplit(images, labels)
+
+
+def first_line(error: Exception) -> str:
+    """Returns what a library's error says, as one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Trained networks as files that other tools run: integers, ONNX, StableHLO."""

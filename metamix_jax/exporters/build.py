@@ -1,0 +1,207 @@
+"""From a trained network and its policy to the graph that is exported."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from metamix_jax.exporters.graph import IMAGE, Graph, Kernel, Node, Quantizer, result_shape
+from metamix_jax.exporters.wiring import draw
+from metamix_jax.networks.layers import QuantConv, QuantDense, side_padding
+from metamix_jax.networks.precision import FULL_BITS, Bits
+from metamix_jax.networks.quantizers import POSITIVE_STEPS, fake_quant
+from metamix_jax.selection import policy as policy_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """What a module is and how it was called.
+
+    fields: the module's own.
+    input_shape, output_shape: without the batch.
+    """
+
+    fields: Mapping[str, Any]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+def build_graph(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    policy: Mapping[str, Any],
+    *,
+    image_shape: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Graph:
+    """Returns the network at its policy's widths, with integer kernels and folded batch norm.
+
+    Args:
+      model: a network of `metamix_jax.networks.registry`.
+      variables: params, batch_stats and quant.
+      policy: the content of policy.json.
+      image_shape: (height, width, channels).
+      mean: of pixels in [0, 1], per channel or one for all.
+      std: the same.
+    """
+    drawing = _Drawing(
+        record_modules(model, variables, image_shape),
+        jax.tree.map(np.asarray, variables),
+        policy_lib.layer_bits(policy),
+        image_shape,
+    )
+    draw(model, drawing)
+    return Graph(
+        model=policy["model"],
+        image_shape=tuple(image_shape),
+        num_classes=model.num_classes,
+        mean=tuple(mean),
+        std=tuple(std),
+        policy=policy,
+        nodes=tuple(drawing.nodes),
+    )
+
+
+def record_modules(
+    model: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
+) -> dict[str, Recorded]:
+    """Returns path -> facts of every layer and batch norm, without computing anything."""
+    found = {}
+
+    def record(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        module = context.module
+        if context.method_name == "__call__" and module.path:
+            names = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
+            fields = {name: getattr(module, name) for name in names}
+            shapes = args[0].shape[1:], result.shape[1:]
+            found["/".join(module.path)] = Recorded({"type": type(module), **fields}, *shapes)
+        return result
+
+    with nn.intercept_methods(record):
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), dict(variables), images)
+    return found
+
+
+class _Drawing:
+    """The nodes so far; see `wiring.Drawing`."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, Recorded],
+        variables: Mapping[str, Any],
+        bits: Mapping[str, Bits],
+        image_shape: tuple[int, ...],
+    ):
+        self.nodes: list[Node] = []
+        self._modules, self._variables, self._bits = modules, variables, bits
+        self._shapes = {IMAGE: tuple(image_shape)}
+
+    def has(self, path: str) -> bool:
+        return path in self._modules
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        return self._shapes[tensor]
+
+    def layer(self, tensor: str, path: str, norm: str = "", activation: str = "") -> str:
+        module, params, quant = (
+            self._modules[path],
+            self._of("params", path),
+            self._of("quant", path),
+        )
+        assert module.input_shape == self.shape(tensor), f"{path} is not fed by {tensor}"
+        result = self._add(
+            "conv" if module.fields["type"] is QuantConv else "dense",
+            path,
+            (tensor,),
+            options=_conv_options(module),
+            arrays=_bias(params),
+            quantizer=_quantizer(module, quant, self._bits[path]),
+            kernel=_kernel(module, params, quant, self._bits[path]),
+        )
+        assert module.output_shape == self.shape(result), f"{path} makes {module.output_shape}"
+        if norm:
+            statistics = self._of("batch_stats", norm)
+            folded = _fold(self._modules[norm], self._of("params", norm), statistics)
+            result = self._add("affine", norm, (result,), arrays=folded)
+        return self.node(activation, result) if activation else result
+
+    def node(self, op: str, *tensors: str, **options: Any) -> str:
+        if op == "max_pool":
+            size, stride, kind = options["size"], options["stride"], options["padding"]
+            sides = self.shape(tensors[0])[:2]
+            padding = tuple(side_padding(side, size, stride, kind) for side in sides)
+            options = options | {"padding": padding}
+        return self._add(op, f"{tensors[-1]}/{op}", tensors, options=options)
+
+    def _add(self, op: str, name: str, inputs: tuple[str, ...], **facts: Any) -> str:
+        assert name not in self._shapes, f"two nodes called {name}"
+        node = Node(op, name, inputs, shape=(), **facts)
+        shape = result_shape(node, [self.shape(tensor) for tensor in inputs])
+        self.nodes.append(dataclasses.replace(node, shape=shape))
+        self._shapes[name] = shape
+        return name
+
+    def _of(self, collection: str, path: str) -> Mapping[str, np.ndarray]:
+        found = self._variables[collection]
+        for key in path.split("/"):
+            found = found.get(key, {})  # a layer whose widths are 32 has no quantization state
+        return found
+
+
+def _conv_options(module: Recorded) -> dict[str, Any]:
+    if module.fields["type"] is QuantDense:
+        return {}
+    size, stride = module.fields["kernel_size"], module.fields["stride"]
+    sides, kind = module.input_shape[:2], module.fields["padding"]
+    return {
+        "stride": stride,
+        "groups": module.fields["groups"],
+        "padding": tuple(side_padding(side, size, stride, kind) for side in sides),
+    }
+
+
+def _bias(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"bias": np.float32(params["bias"])} if "bias" in params else {}
+
+
+def _quantizer(module: Recorded, quant: Mapping[str, np.ndarray], bits: Bits) -> Quantizer | None:
+    settings = module.fields["settings"]
+    if bits.act == FULL_BITS:
+        return None
+    step = _steps(settings, quant["act_step"])[settings.act_bits.index(bits.act)]
+    return Quantizer(bits.act, module.fields["signed"], float(step), module.fields["shift"])
+
+
+def _kernel(
+    module: Recorded,
+    params: Mapping[str, np.ndarray],
+    quant: Mapping[str, np.ndarray],
+    bits: Bits,
+) -> Kernel:
+    settings = module.fields["settings"]
+    step = _steps(settings, quant["weight_step"])[settings.weight_bits.index(bits.weight)]
+    # By JAX, whose division differs from NumPy's in the last digit: weights that were decoded from
+    # integers lie on rounding boundaries by the hundred.
+    real = fake_quant(jnp.asarray(params["kernel"]), jnp.asarray(step), bits.weight, signed=True)
+    return Kernel(bits.weight, np.rint(np.asarray(real) / step).astype(np.int8), step)
+
+
+def _steps(settings: Any, stored: np.ndarray) -> np.ndarray:
+    return np.asarray(POSITIVE_STEPS[settings.positive_step].step(jnp.asarray(stored)), np.float32)
+
+
+def _fold(
+    module: Recorded, params: Mapping[str, np.ndarray], statistics: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns batch norm with running statistics as x * scale + offset, float32 [channels]."""
+    variance = np.float64(statistics["var"]) + module.fields["epsilon"]
+    scale = np.float64(params["scale"]) / np.sqrt(variance)
+    offset = np.float64(params["bias"]) - np.float64(statistics["mean"]) * scale
+    return {"scale": np.float32(scale), "offset": np.float32(offset)}

@@ -1,0 +1,84 @@
+"""The model card: README.md next to the exported files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from metamix_jax.exporters.bundle import MAGIC, SCALES, WEIGHTS
+from metamix_jax.exporters.graph import Graph
+
+STABLEHLO, QCDQ, QONNX = "network.stablehlo", "network.qcdq.onnx", "network.qonnx.onnx"
+_DESCRIPTIONS = {
+    "graph.json": "integer bundle: nodes, policy, activation step sizes, digests",
+    "weights.bin": "integer bundle: weights at their true bit-widths",
+    "scales.bin": "integer bundle: weight step sizes, biases, folded batch norm (float32)",
+    QCDQ: "ONNX for onnxruntime and others: 8-bit containers, clipped to each layer's bits",
+    QONNX: "QONNX for qonnx, FINN, hls4ml: `Quant` nodes at each layer's bits, batch 1",
+    STABLEHLO: "StableHLO for jax.export.deserialize (cpu, cuda, tpu); readable by the JAX that "
+    "wrote it, later ones for 6 months, earlier ones for 3 weeks",
+}
+
+
+def card(
+    graph: Graph,
+    sizes: Mapping[str, int],
+    counts: Mapping[str, Any],
+    *,
+    data: str,
+    pretrained: str,
+    licence: str,
+    versions: Mapping[str, str],
+) -> str:
+    """Returns the model card in Markdown.
+
+    Args:
+      graph: what was exported.
+      sizes: file -> bytes.
+      counts: what `judge` says of the bundle as read back, with JAX as the reference.
+      data: what the counts were taken on.
+      pretrained: the weights that training started from; "" = random ones.
+      licence: of the weights; "" = not known.
+      versions: package -> version.
+    """
+    height, width, channels = graph.image_shape
+    weights = sum(node.kernel.levels.size for node in graph.layers)
+    layers = graph.policy["layers"]
+    files = "\n".join(
+        f"| `{name}` | {size:,} | {_DESCRIPTIONS[name]} |" for name, size in sizes.items()
+    )
+    rows = "\n".join(
+        f"| `{path}` | {row['act_bits']} | {row['weight_bits']} | {row['macs'] / 1e6:.3f} |"
+        for path, row in layers.items()
+    )
+    start = f"`{pretrained}`, whose licence goes on to hold" if pretrained else "random"
+    return f"""# {graph.model}, bits chosen by {graph.policy["searcher"]}
+
+Written by metamix_jax ({", ".join(f"{name} {version}" for name, version in versions.items())}).
+
+- **Input**: images of {height} x {width} pixels, {_channels(channels)}, as
+  `(pixel / 255 - mean) / std` with mean {list(graph.mean)} and std {list(graph.std)}.
+  The ONNX files take float32 `image` [n, {channels}, {height}, {width}], the bundle and StableHLO
+  [n, {height}, {width}, {channels}].
+- **Output**: scores of {graph.num_classes} classes, in the order of the labels of {data}.
+- **Accuracy**, measured from the integer bundle in this folder on {counts["examples"]:,} images of
+  {data}: top-1 {counts["top1"]:.2f} % ({counts["correct"]} right),
+  top-5 {counts["top5"]:.2f} %. The checkpoint in JAX: {counts["reference_correct"]} right;
+  predictions that differ: {counts["differing"]}.
+- **Cost**: {graph.policy["gbops"]:.6g} GBOPs an image (MACs x activation bits x weight bits of
+  convolutions and dense layers).
+- **Weights**: {weights:,} in {sizes[WEIGHTS]:,} bytes, {len(MAGIC)} of them the header, against
+  {4 * weights:,} in float32 and {weights:,} in int8; {sizes[SCALES]:,} bytes more of step sizes
+  and batch norm.
+- **Licence of the weights**: {licence or "not known"}. Start weights: {start}.
+
+| file | bytes | |
+|---|---|---|
+{files}
+
+| layer | activation bits | weight bits | million MACs |
+|---|---|---|---|
+{rows}
+"""
+
+
+def _channels(count: int) -> str:
+    return {1: "grey", 3: "RGB"}.get(count, f"{count} channels")

@@ -1,0 +1,46 @@
+"""How many images an exported bundle gets right."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from metamix_jax.data.splits import Split
+from metamix_jax.exporters import executor
+from metamix_jax.exporters.graph import Graph, normalise
+
+BATCH = 50  # images that the executor takes at a time
+
+
+def judge(
+    graph: Graph,
+    split: Split,
+    examples: int,
+    reference: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Returns top1 and top5 in percent, and counts: correct, correct_top5, examples.
+
+    Args:
+      graph: what the executor runs.
+      split: labelled images.
+      examples: the first so many of them; 0 = all.
+      reference: from uint8 pixels [n, h, w, c] to predicted classes [n]; counted as
+        `reference_correct`, and `differing` where they are not the executor's.
+    """
+    count = min(examples or len(split), len(split))
+    totals = {"correct": 0, "correct_top5": 0, "examples": count}
+    if reference is not None:
+        totals |= {"reference_correct": 0, "differing": 0}
+    for start in range(0, count, BATCH):
+        pixels, labels = split.gather(np.arange(start, min(start + BATCH, count)))
+        scores = executor.run(graph, normalise(pixels, graph))
+        predicted = scores.argmax(axis=-1)
+        own = np.take_along_axis(scores, labels[:, None], axis=-1)
+        totals["correct"] += int(np.sum(predicted == labels))
+        totals["correct_top5"] += int(np.sum((scores > own).sum(axis=-1) < 5))
+        if reference is not None:
+            expected = np.asarray(reference(pixels))
+            totals["reference_correct"] += int(np.sum(expected == labels))
+            totals["differing"] += int(np.sum(expected != predicted))
+    top1, top5 = (100 * totals[name] / count for name in ("correct", "correct_top5"))
+    return {"top1": top1, "top5": top5, **totals}

@@ -1,0 +1,191 @@
+"""The network as ONNX, in two forms with the same skeleton.
+
+QCDQ, for onnxruntime and what else runs ONNX: QuantizeLinear, Clip to the level's bits, then
+DequantizeLinear, in 8-bit containers; kernels are int8 behind a DequantizeLinear. onnxruntime 1.31
+refuses chains of 4- and 2-bit types at its default optimisation level, so these are not used.
+
+QONNX, for qonnx, FINN, hls4ml: a `Quant` node (domain qonnx.custom_op.general) with the true bits
+at each layer's input and kernel. Its batch is 1, as qonnx's cost analysis wants static shapes.
+
+Where an input is shifted, level q stands for q * step - shift. Both forms multiply q * step, which
+is what keeps a layer's input recognizable as integers, and take the shift's share, a constant map
+(zero padding stands for 0, not for level 0), from the product.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from metamix_jax.exporters.executor import ones_product
+from metamix_jax.exporters.graph import IMAGE, Graph, Node
+from metamix_jax.exporters.onnx_writers import (
+    QONNX_DOMAIN,
+    QcdqWriter,
+    QonnxWriter,
+    Writer,
+    kernel_levels,
+    require_onnx,
+)
+
+OPSET = 17
+IR_VERSION = 8  # onnx writes newer ones by default than onnxruntime and qonnx take
+SCORES = "scores"
+
+
+def qcdq_model(graph: Graph) -> bytes:
+    """Returns the QCDQ form: float32 `image` [batch, c, h, w] -> `scores` [batch, num_classes]."""
+    return encode(graph, QcdqWriter(), batch="batch")
+
+
+def qonnx_model(graph: Graph) -> bytes:
+    """Returns the QONNX form: float32 `image` [1, c, h, w] -> `scores` [1, num_classes]."""
+    return encode(graph, QonnxWriter(), batch=1)
+
+
+def encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
+    """Returns an ONNX model of the nodes that `writer` makes; batch: a size or a symbol."""
+    onnx = require_onnx()
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    for node in graph.nodes:
+        LOWERINGS[node.op](writer, node, graph)
+    last = graph.nodes[-1].name
+    writer.add("Identity", last, SCORES)
+    shapes = {node.name: _channels_first(batch, node.shape) for node in graph.nodes}
+    for node in graph.layers:  # onnx infers no shapes beyond Quant
+        shapes[f"{node.name}/kernel"] = kernel_levels(node).shape
+        if node.quantizer is not None:
+            shapes[f"{node.name}/input"] = _channels_first(batch, graph.shape_of(node.inputs[0]))
+    body = helper.make_graph(
+        writer.nodes,
+        graph.model,
+        [helper.make_tensor_value_info(IMAGE, float32, _channels_first(batch, graph.image_shape))],
+        [helper.make_tensor_value_info(SCORES, float32, [batch, graph.num_classes])],
+        writer.constants,
+        value_info=[
+            helper.make_tensor_value_info(name, float32, shape) for name, shape in shapes.items()
+        ],
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    opsets += [helper.make_opsetid(QONNX_DOMAIN, 1)] if writer.domain else []
+    model = helper.make_model(body, opset_imports=opsets, producer_name="metamix_jax")
+    model.ir_version = IR_VERSION
+    helper.set_model_props(
+        model, {"mean": str(list(graph.mean)), "std": str(list(graph.std)), "layout": "NCHW"}
+    )
+    if not writer.domain:
+        onnx.checker.check_model(model, full_check=True)
+    return onnx.shape_inference.infer_shapes(model).SerializeToString()
+
+
+def _channels_first(batch: int | str, shape: Sequence[int]) -> list[int | str]:
+    return [batch, *shape] if len(shape) == 1 else [batch, shape[2], shape[0], shape[1]]
+
+
+def _conv(writer: Writer, node: Node, graph: Graph) -> None:
+    options = node.options
+    (top, bottom), (left, right) = options["padding"]
+    product = writer.add(
+        "Conv",
+        [writer.layer_input(node, node.inputs[0]), writer.kernel(node, axis=0)],
+        f"{node.name}/product",
+        kernel_shape=node.kernel.levels.shape[:2],
+        strides=[options["stride"]] * 2,
+        pads=[top, left, bottom, right],
+        dilations=[1, 1],
+        group=options["groups"],
+    )
+    _add_constant(writer, node, graph, product)
+
+
+def _dense(writer: Writer, node: Node, graph: Graph) -> None:
+    kernel = writer.kernel(node, axis=1)
+    inputs = [writer.layer_input(node, node.inputs[0]), kernel]
+    _add_constant(writer, node, graph, writer.add("MatMul", inputs, f"{node.name}/product"))
+
+
+def _add_constant(writer: Writer, node: Node, graph: Graph, product: str) -> None:
+    """Adds a layer's bias, less the share of its input's shift."""
+    constant = np.zeros((1,) * (1 + len(node.shape)), np.float32)
+    if "bias" in node.arrays:
+        constant = constant + node.arrays["bias"]
+    if node.quantizer is not None and node.quantizer.shift:
+        share = ones_product(node, graph.shape_of(node.inputs[0])) * node.kernel.step
+        constant = constant - np.float32(node.quantizer.shift) * share
+        places = constant.reshape(-1, constant.shape[-1])
+        if (places == places[0]).all():  # no padding
+            constant = places[0].reshape((1,) * len(node.shape) + (-1,))
+    if constant.ndim == 4:
+        constant = constant.transpose(0, 3, 1, 2)
+    writer.add("Add", [product, writer.constant(f"{node.name}/constant", constant)], node.name)
+
+
+def _affine(writer: Writer, node: Node, graph: Graph) -> None:
+    scale, offset = (
+        writer.constant(f"{node.name}/{name}", node.arrays[name].reshape(1, -1, 1, 1))
+        for name in ("scale", "offset")
+    )
+    scaled = writer.add("Mul", [node.inputs[0], scale], f"{node.name}/scaled")
+    writer.add("Add", [scaled, offset], node.name)
+
+
+def _clip_to_6(writer: Writer, x: str, output: str) -> str:
+    return writer.add("Clip", [x, writer.constant("0", 0), writer.constant("6", 6)], output)
+
+
+def _hard_sigmoid(writer: Writer, node: Node, output: str) -> str:
+    # Not ONNX's HardSigmoid, which multiplies by 1/6 and rounds differently.
+    moved = writer.add("Add", [node.inputs[0], writer.constant("3", 3)], f"{node.name}/plus_3")
+    clipped = _clip_to_6(writer, moved, f"{node.name}/clipped")
+    return writer.add("Div", [clipped, writer.constant("6", 6)], output)
+
+
+def _hswish(writer: Writer, node: Node, graph: Graph) -> None:
+    gate = _hard_sigmoid(writer, node, f"{node.name}/gate")
+    writer.add("Mul", [node.inputs[0], gate], node.name)
+
+
+def _max_pool(writer: Writer, node: Node, graph: Graph) -> None:
+    (top, bottom), (left, right) = node.options["padding"]
+    writer.add(
+        "MaxPool",
+        node.inputs,
+        node.name,
+        kernel_shape=[node.options["size"]] * 2,
+        strides=[node.options["stride"]] * 2,
+        pads=[top, left, bottom, right],
+    )
+
+
+def _subsample(writer: Writer, node: Node, graph: Graph) -> None:
+    stride, (before, after) = node.options["stride"], node.options["channels"]
+    numbers = {"starts": [0, 0], "ends": [2**31 - 1] * 2, "axes": [2, 3], "steps": [stride] * 2}
+    inputs = [
+        writer.constant(f"{node.name}/{name}", value, np.int64) for name, value in numbers.items()
+    ]
+    taken = writer.add("Slice", [*node.inputs, *inputs], f"{node.name}/taken")
+    margins = writer.constant(f"{node.name}/margins", [0, before, 0, 0, 0, after, 0, 0], np.int64)
+    writer.add("Pad", [taken, margins], node.name)
+
+
+def _plain(op: str):
+    def lower(writer: Writer, node: Node, graph: Graph) -> None:
+        writer.add(op, node.inputs, node.name)
+
+    return lower
+
+
+LOWERINGS = {
+    "conv": _conv,
+    "dense": _dense,
+    "affine": _affine,
+    "relu": _plain("Relu"),
+    "relu6": lambda writer, node, graph: _clip_to_6(writer, node.inputs[0], node.name),
+    "hswish": _hswish,
+    "hsigmoid": lambda writer, node, graph: _hard_sigmoid(writer, node, node.name),
+    "add": _plain("Add"),
+    "multiply": _plain("Mul"),
+    "mean": _plain("GlobalAveragePool"),
+    "flatten": _plain("Flatten"),  # only after `mean`, so that the order of axes does not matter
+    "max_pool": _max_pool,
+    "subsample": _subsample,
+}

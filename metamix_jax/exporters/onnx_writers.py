@@ -1,0 +1,137 @@
+"""The two ways in which exported layers say what is quantized: QCDQ and QONNX (onnx_files.py)."""
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from metamix_jax.errors import UserError
+from metamix_jax.exporters.graph import Node
+
+QONNX_DOMAIN = "qonnx.custom_op.general"
+
+
+def require_onnx() -> Any:
+    """Returns the module `onnx`; raises UserError where it is not installed."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise UserError(
+            "ONNX files need the package onnx, which is not installed: pip install 'onnx>=1.18,<2',"
+            " or leave them out with --config.export.onnx=False"
+        ) from error
+    return onnx
+
+
+def kernel_levels(node: Node) -> np.ndarray:
+    """Returns a kernel in ONNX's layout, [features, channels / groups, k, k] of a convolution."""
+    levels = node.kernel.levels
+    return levels.transpose(3, 2, 0, 1) if node.op == "conv" else levels
+
+
+class Writer(abc.ABC):
+    """The nodes and constants so far."""
+
+    domain = ""
+
+    def __init__(self) -> None:
+        self.nodes, self.constants = [], []
+        self._known: set[str] = set()
+        self._onnx = require_onnx()
+
+    def add(self, op: str, inputs: str | Sequence[str], output: str, **attributes: Any) -> str:
+        """Adds an ONNX node with one output, whose name it returns."""
+        inputs = [inputs] if isinstance(inputs, str) else list(inputs)
+        name = f"{output}/{op}"
+        node = self._onnx.helper.make_node(op, inputs, [output], name=name, **attributes)
+        self.nodes.append(node)
+        return output
+
+    def constant(self, name: str, value: Any, dtype: type = np.float32) -> str:
+        """Adds a constant, whose name it returns."""
+        if name not in self._known:
+            self._known.add(name)
+            self.constants.append(
+                self._onnx.numpy_helper.from_array(np.asarray(value, dtype), name)
+            )
+        return name
+
+    def layer_input(self, node: Node, x: str) -> str:
+        """Returns the quantized input of a layer, level * step."""
+        quantizer = node.quantizer
+        if quantizer is None:
+            return x
+        if quantizer.shift:
+            shift = self.constant(f"{node.name}/shift", quantizer.shift)
+            x = self.add("Add", [x, shift], f"{node.name}/shifted")
+        return self.quantized(node, x)
+
+    @abc.abstractmethod
+    def quantized(self, node: Node, x: str) -> str:
+        """Returns level * step of the layer's input, already shifted."""
+
+    @abc.abstractmethod
+    def kernel(self, node: Node, axis: int) -> str:
+        """Returns level * step of a layer's kernel, its features along `axis`."""
+
+
+class QcdqWriter(Writer):
+    """QuantizeLinear, Clip, DequantizeLinear."""
+
+    def quantized(self, node: Node, x: str) -> str:
+        """See `Writer`."""
+        quantizer, name = node.quantizer, f"{node.name}/input"
+        container = np.int8 if quantizer.signed else np.uint8
+        scale = [
+            self.constant(f"{name}/step", quantizer.step),
+            self.constant(f"{name}/zero", 0, container),
+        ]
+        levels = self.add("QuantizeLinear", [x, *scale], f"{name}/levels")
+        low, high = quantizer.bounds
+        if (low, high) != (0, 255):  # what the container holds by itself
+            bounds = [
+                self.constant(f"{name}/low", low, container),
+                self.constant(f"{name}/high", high, container),
+            ]
+            levels = self.add("Clip", [levels, *bounds], f"{name}/clipped")
+        return self.add("DequantizeLinear", [levels, *scale], name)
+
+    def kernel(self, node: Node, axis: int) -> str:
+        """See `Writer`."""
+        name = f"{node.name}/kernel"
+        inputs = [
+            self.constant(f"{name}/levels", kernel_levels(node), np.int8),
+            self.constant(f"{name}/step", node.kernel.step),
+            self.constant(f"{name}/zeros", np.zeros(node.kernel.step.shape), np.int8),
+        ]
+        return self.add("DequantizeLinear", inputs, name, axis=axis)
+
+
+class QonnxWriter(Writer):
+    """A Quant node."""
+
+    domain = QONNX_DOMAIN
+
+    def quantized(self, node: Node, x: str) -> str:
+        """See `Writer`."""
+        quantizer = node.quantizer
+        step, bits = np.float32(quantizer.step), quantizer.bits
+        return self._quant(x, f"{node.name}/input", step, bits, quantizer.signed)
+
+    def kernel(self, node: Node, axis: int) -> str:
+        """See `Writer`."""
+        name, levels = f"{node.name}/kernel", kernel_levels(node)
+        step = np.moveaxis(node.kernel.step.reshape(-1, *[1] * (levels.ndim - 1)), 0, axis)
+        real = self.constant(f"{name}/real", levels * step)
+        return self._quant(real, name, step, node.kernel.bits, signed=True)
+
+    def _quant(self, x: str, name: str, step: np.ndarray, bits: int, signed: bool) -> str:
+        inputs = [
+            x,
+            self.constant(f"{name}/step", step),
+            self.constant(f"{name}/zero", 0),
+            self.constant(f"{name}/bits", bits),
+        ]
+        attributes = {"signed": int(signed), "narrow": int(signed), "rounding_mode": "ROUND"}
+        return self.add("Quant", inputs, name, domain=QONNX_DOMAIN, **attributes)

@@ -1,0 +1,226 @@
+"""metamix_jax from Python: quantized networks to judge and to export, in a few lines.
+
+import metamix_jax
+metamix_jax.export("runs/digits", "digits_export")          # a finished run
+
+policy = metamix_jax.load_policy("runs/a/policy.json")      # or trained weights and a policy
+network = metamix_jax.quantize(config, policy)
+print(metamix_jax.evaluate(network))
+metamix_jax.export(network, "a_export")
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from metamix_jax import recipes
+from metamix_jax.data import batching
+from metamix_jax.errors import UserError
+from metamix_jax.exporters import bundle, card, onnx_files
+from metamix_jax.exporters.build import build_graph
+from metamix_jax.exporters.graph import Graph
+from metamix_jax.exporters.judge import judge
+from metamix_jax.exporters.stablehlo import stablehlo
+from metamix_jax.networks.precision import Precision
+from metamix_jax.runtime import sharding
+from metamix_jax.selection import policy as policy_lib
+from metamix_jax.training import setup
+from metamix_jax.training.evaluator import Evaluator
+from metamix_jax.training.start_weights import load_calibrated, load_checkpoint
+from metamix_jax.workdir import bucket
+from metamix_jax.workdir.files import write_bytes_atomic
+
+EXPORT_DIRECTORY = "export"  # in a workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedNetwork:
+    """A network whose activations and weights run at the bit-widths of a policy.
+
+    variables: params, batch_stats and quant.
+    """
+
+    config: ConfigDict
+    network: setup.Network
+    variables: Mapping[str, Any]
+    policy: Mapping[str, Any]
+
+    @property
+    def precision(self) -> Precision:
+        """How its layers run."""
+        bits = policy_lib.layer_bits(self.policy)
+        return Precision("chosen", "quantized", policy_lib.branches(bits, self.network.costs))
+
+    def graph(self) -> Graph:
+        """Returns what is exported."""
+        options = self.config.data
+        return build_graph(
+            self.network.model,
+            self.variables,
+            self.policy,
+            image_shape=self.network.image_shape,
+            mean=options.mean,
+            std=options.std,
+        )
+
+
+Source = QuantizedNetwork | str | Path  # a path is a workdir, which holds its config.json
+
+
+def load_policy(path: str | Path) -> dict[str, Any]:
+    """Reads policy.json, or that of a workdir; raises UserError.
+
+    Whether it fits a network is checked where it meets one.
+    """
+    path = Path(path)
+    return policy_lib.load_policy(path / "policy.json" if path.is_dir() else path)
+
+
+def quantize(config: ConfigDict, policy: Mapping[str, Any]) -> QuantizedNetwork:
+    """Returns the network of config.pretrained at a policy's bits, calibrated but not trained.
+
+    Step sizes come from the first training batch (config.batch_size images); batch norm's
+    statistics are re-estimated if config.eval.bn_reestimate_batches says so. Raises UserError.
+    """
+    network = setup.make_network(config)
+    policy_lib.check_policy(policy, network.costs, "policy")
+    mesh = sharding.make_mesh()
+    dataset = setup.load_dataset(config, mesh)
+    state = load_calibrated(config, network, dataset, mesh)
+    found = QuantizedNetwork(config, network, state.variables, policy)
+    return _settled(found, Evaluator(network.model, dataset, config, mesh))
+
+
+def restore(config: ConfigDict, workdir: Path) -> QuantizedNetwork:
+    """Returns the quantized network of a checkpoint, as --mode=evaluate judges it.
+
+    The checkpoint is the one that config.checkpoint names, or the newest of `workdir`.
+
+    Raises:
+      UserError: no such checkpoint, or its weights are not quantized yet.
+    """
+    network, mesh = setup.make_network(config), sharding.make_mesh()
+    dataset = setup.load_dataset(config, mesh)
+    trained = load_checkpoint(config, network, workdir, len(dataset.train), mesh)
+    if trained.policy is None or trained.phase.evaluation.weights != "quantized":
+        raise UserError(
+            f"{trained.name} is of phase {trained.phase.name}, whose weights are not quantized; "
+            "expected a checkpoint of weight_training: let the training go on to its end"
+        )
+    found = QuantizedNetwork(config, network, trained.variables, trained.policy)
+    if trained.finished:  # its statistics have been settled
+        return found
+    return _settled(found, Evaluator(network.model, dataset, config, mesh))
+
+
+def _settled(network: QuantizedNetwork, evaluator: Evaluator) -> QuantizedNetwork:
+    if not network.config.eval.bn_reestimate_batches:
+        return network
+    statistics = evaluator.reestimate(network.variables, network.precision)
+    variables = dict(network.variables) | {"batch_stats": statistics}
+    return dataclasses.replace(network, variables=variables)
+
+
+def _network(source: Source) -> QuantizedNetwork:
+    if isinstance(source, QuantizedNetwork):
+        return source
+    workdir = bucket.path_of(source)
+    return restore(recipes.read_config(workdir), workdir)
+
+
+def evaluate(source: Source) -> dict[str, Any]:
+    """Returns top1, top5, correct, examples and loss of a quantized network on its data set.
+
+    Args:
+      source: a quantized network, or a workdir (its newest checkpoint).
+
+    Raises:
+      UserError: see `restore`.
+    """
+    found = _network(source)
+    mesh = sharding.make_mesh()
+    dataset = setup.load_dataset(found.config, mesh)
+    evaluator = Evaluator(found.network.model, dataset, found.config, mesh)
+    return evaluator(sharding.replicate(found.variables, mesh), found.precision)
+
+
+def export(source: Source, directory: str | Path) -> dict[str, Any]:
+    """Writes the integer bundle, ONNX, StableHLO and a model card into `directory`.
+
+    Args:
+      source: a quantized network, or a workdir (its newest checkpoint).
+      directory: made if it is not there; files of the same names are replaced.
+
+    Returns:
+      Counts of the bundle as read back, on the first config.export.examples evaluation images:
+      correct, correct_top5, examples, reference_correct, differing; and `files`, name -> bytes.
+
+    Raises:
+      UserError: see `restore`; or onnx is missing, or the directory cannot be written.
+    """
+    found, directory = _network(source), Path(directory)
+    graph, config = found.graph(), found.config
+    contents = bundle.encode(graph)
+    if config.export.onnx:
+        contents[card.QCDQ] = onnx_files.qcdq_model(graph)
+        contents[card.QONNX] = onnx_files.qonnx_model(graph)
+    model, shape = found.network.model, found.network.image_shape
+    contents[card.STABLEHLO] = stablehlo(model, found.variables, found.precision, shape)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            write_bytes_atomic(directory / name, content)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
+    sizes = {name: len(content) for name, content in contents.items()}
+    split = setup.load_dataset(config, sharding.make_mesh()).evaluation
+    counts = judge(bundle.read_bundle(directory), split, config.export.examples, _prediction(found))
+    text = card.card(
+        graph,
+        sizes,
+        counts,
+        data=f"{config.data.name} ({config.data.eval_split})",
+        pretrained=config.pretrained,
+        licence=config.export.licence,
+        versions={name: metadata.version(name) for name in ("jax", "flax", "numpy")},
+    )
+    write_bytes_atomic(directory / "README.md", text.encode())
+    logging.info("%s:\n%s", directory, text)
+    return counts | {"files": sizes}
+
+
+def judge_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:
+    """Returns top1, top5, correct, correct_top5 and examples of an exported bundle, in NumPy.
+
+    On the first config.export.examples evaluation images. Raises UserError where the bundle is
+    damaged or takes other images than config.data's.
+    """
+    graph = bundle.read_bundle(directory)
+    size = config.data.image_size
+    wanted = (size, size, config.data.channels), config.data.num_classes
+    if (graph.image_shape, graph.num_classes) != wanted:
+        raise UserError(
+            f"{directory} takes images of {graph.image_shape} for {graph.num_classes} classes, "
+            f"not config.data's {wanted[0]} for {wanted[1]}"
+        )
+    split = setup.load_dataset(config, sharding.make_mesh()).evaluation
+    return judge(graph, split, config.export.examples)
+
+
+def _prediction(found: QuantizedNetwork) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function from pixels to the classes that the network takes them for, in JAX."""
+    variables, precision, options = found.variables, found.precision, found.config.data
+
+    @jax.jit
+    def predict(pixels: jax.Array) -> jax.Array:
+        images = batching.preprocess(pixels, mean=options.mean, std=options.std)
+        scores = found.network.model.apply(variables, images, train=False, precision=precision)
+        return scores.argmax(axis=-1)
+
+    return predict

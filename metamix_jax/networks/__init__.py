@@ -1,0 +1,1 @@
+"""Quantizers, layers and the networks made of them."""

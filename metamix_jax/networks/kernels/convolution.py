@@ -1,0 +1,154 @@
+"""Convolution, in the form that is fast on the platform at hand.
+
+On CPUs XLA (as of jaxlib 0.10) loses half its time around convolutions: it computes a layer's
+input again, element by element, inside the transposition that the kernel's gradient needs; it runs
+narrow convolutions (16 channels) at half the speed of wide ones, and dilates the cotangent with
+zeros for the input's gradient at stride 2. The form for CPUs avoids all three; it is the same
+arithmetic in another order. Accelerators keep the convolution.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from metamix_jax.networks.kernels.depthwise import Padding
+from metamix_jax.networks.kernels.xla_cpu import materialised
+
+_FOLDS = (8, 4, 2, 1)
+
+
+def convolve(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, groups: int = 1
+) -> jax.Array:
+    """Convolves [n, h, w, c] with [kh, kw, c / groups, features] -> [n, h', w', features]."""
+    if groups > 1 or kernel.shape[:2] == (1, 1):  # which is a matrix product
+        return plain_convolve(x, kernel, stride, padding, groups)
+    return _convolve(x, kernel, stride, padding)
+
+
+def plain_convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: int | tuple[int, int],
+    padding: Padding,
+    groups: int = 1,
+    preferred_element_type: DTypeLike | None = None,
+) -> jax.Array:
+    """The convolution as XLA has it."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride) if isinstance(stride, int) else stride,
+        padding=padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+        preferred_element_type=preferred_element_type,
+    )
+
+
+def _value(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    options = {"stride": stride, "padding": padding}
+    ours, plain = (functools.partial(form, **options) for form in (_folded, plain_convolve))
+    return jax.lax.platform_dependent(x, kernel, cpu=ours, default=plain)
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    (x,) = materialised(x)
+    return _value(x, kernel, stride, padding), (x, kernel)
+
+
+def _backward(
+    stride: int, padding: Padding, residuals: tuple[jax.Array, jax.Array], slope: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    (slope,) = materialised(slope)
+    options = {"stride": stride, "padding": padding}
+
+    def plain(slope: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: plain_convolve(x, kernel, **options), x)[1](slope)[0]
+
+    ours = functools.partial(_input_slope, **options)
+    input_slope = jax.lax.platform_dependent(slope, x, kernel, cpu=ours, default=plain)
+    return input_slope, *jax.vjp(lambda k: plain_convolve(x, k, **options), kernel)[1](slope)
+
+
+# The platform is chosen inside value and gradient: JAX takes long to differentiate the choice.
+_convolve = jax.custom_vjp(_value, nondiff_argnums=(2, 3))
+_convolve.defvjp(_forward, _backward)
+
+
+def _folded(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
+    """Convolves few channels as neighbouring columns with as many times the features.
+
+    That multiplies with some zeros, but gives the matrix products a width that suits the processor.
+    """
+    _, kernel_width, channels, features = kernel.shape
+    width = (x.shape[2] + sum(padding[1]) - kernel_width) // stride + 1
+    room = 64 if channels <= 4 else 32 if channels <= 16 else 0
+    fold = next(n for n in _FOLDS if n == 1 or (n * features <= room and width % n == 0))
+    if kernel_width == 1 or fold == 1:
+        return plain_convolve(x, kernel, stride, padding)
+    shifts = ((i * stride, (fold - 1 - i) * stride) for i in range(fold))
+    edges = [((0, 0, 0), (*shift, 0), (0, 0, 0), (0, 0, 0)) for shift in shifts]
+    zero = jnp.zeros((), kernel.dtype)
+    wide = jnp.concatenate([jax.lax.pad(kernel, zero, edge) for edge in edges], axis=-1)
+    y = plain_convolve(x, wide, (stride, fold * stride), padding)
+    return y.reshape(*y.shape[:2], width, features)
+
+
+def _input_slope(
+    slope: jax.Array, x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
+) -> jax.Array:
+    height, width = kernel.shape[:2]
+    if stride == 1:
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        sides = zip((height, width), padding, strict=True)
+        outer = tuple((size - 1 - before, size - 1 - after) for size, (before, after) in sides)
+        return _folded(slope, turned, 1, outer)
+    if stride == 2 and min(height, width) > 1 and x.shape[1] % 2 == x.shape[2] % 2 == 0:
+        return _input_slope_at_stride_2(slope, x.shape, kernel, padding)
+    return jax.vjp(lambda x: plain_convolve(x, kernel, stride, padding), x)[1](slope)[0]
+
+
+def _input_slope_at_stride_2(
+    slope: jax.Array, shape: tuple[int, ...], kernel: jax.Array, padding: Padding
+) -> jax.Array:
+    """Even and odd places each are a convolution of the cotangent with every second tap.
+
+    Those of the columns are features of one convolution, so that they come out interleaved.
+    """
+    n, height, width, channels = shape
+    kernel = kernel.swapaxes(2, 3)
+    rows, columns = (
+        [_taps(size, before, phase) for phase in (0, 1)]
+        for size, (before, _) in zip(kernel.shape[:2], padding, strict=True)
+    )
+    first, last = min(map(min, columns)), max(map(max, columns))
+    none = jnp.zeros_like(kernel[:, 0])
+    both = jnp.stack([
+        jnp.concatenate([kernel[:, taps[i]] if i in taps else none for taps in columns], axis=-1)
+        for i in range(first, last + 1)
+    ], axis=1)  # fmt: skip
+    parts = []
+    for taps in rows:
+        sides = (
+            (-min(taps), height // 2 + max(taps) - slope.shape[1]),
+            (-first, width // 2 + last - slope.shape[2]),
+        )
+        window = jnp.stack([both[taps[i]] for i in sorted(taps)])
+        parts.append(plain_convolve(slope, window, 1, sides))
+    return jnp.stack(parts, axis=2).reshape(n, height, width, channels)
+
+
+def _taps(size: int, before: int, phase: int) -> dict[int, int]:
+    """Returns the taps that place 2 i + phase has been multiplied with: j - i -> tap, for j' = j.
+
+    j is the place of the output, `before` the padding of the input.
+    """
+    return {
+        (phase + before - tap) // 2: tap for tap in range(size) if (phase + before - tap) % 2 == 0
+    }

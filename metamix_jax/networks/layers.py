@@ -1,0 +1,246 @@
+"""QuantConv and QuantDense: layers that quantize their input and their kernel.
+
+One kernel serves every candidate bit-width. How a layer runs is an argument of the forward pass
+(`Precision`); nothing in a layer or a model knows that training phases exist.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from metamix_jax.networks.kernels import bfloat16
+from metamix_jax.networks.kernels.bfloat16 import Operand
+from metamix_jax.networks.kernels.convolution import convolve, plain_convolve
+from metamix_jax.networks.kernels.depthwise import depthwise_conv
+from metamix_jax.networks.kernels.xla_cpu import keeping_arguments
+from metamix_jax.networks.precision import FULL, FULL_BITS, LayerCost, Precision, QuantSettings
+from metamix_jax.networks.quantizers import POSITIVE_STEPS, fake_quant, init_step
+
+LOGIT_INIT_SCALE = 1e-3  # standard deviation of the initial architecture logits
+HSWISH_SHIFT = 3 / 8  # minus the minimum of hswish
+
+
+class _QuantLayer(nn.Module):
+    """Quantizers of a layer's input (per tensor) and kernel (per output channel).
+
+    Collection `quant`: `act_step` [activation widths] and `weight_step` [weight widths, features]
+    in the stored form of `settings.positive_step` (real units for "floor"), `logits` [branches] if
+    searched. Branches of the same width share its step.
+    """
+
+    features: int
+    settings: QuantSettings
+    signed: bool = False  # the input takes both signs
+    shift: float = 0.0  # HSWISH_SHIFT for a hswish output
+    use_bias: bool = False
+
+    def _product(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        precision: Precision,
+        multiply: Callable[..., jax.Array],
+    ) -> jax.Array:
+        """Returns multiply(input, kernel), both as `precision` has them.
+
+        A mixture over pairs costs one product per weight width, not one per pair, as `multiply` is
+        linear: sum_aw p_aw Q_a(x) * Q_w(kernel) = sum_w (sum_a p_aw Q_a(x)) * Q_w(kernel).
+        """
+
+        def product(x: Operand, kernel: Operand) -> jax.Array:
+            if self.settings.compute_dtype == "bfloat16":
+                return bfloat16.product(multiply, x, kernel)
+            return multiply(x.real, kernel.real)
+
+        widths = len(self.settings.act_bits), len(self.settings.weight_bits)
+        mode, searched = precision.activations, math.prod(widths) > 1
+        quantized_input = self._input_quantizer(x, precision)
+        quantized_kernel = self._kernel_quantizer(kernel, precision)
+        if searched and (mode == "mixture" or self.is_initializing()):
+            logits = self.variable("quant", "logits", self._init_logits)
+        if searched and mode == "mixture":
+            shares = jax.nn.softmax(logits.value).reshape(widths)
+            if precision.weights != "quantized":
+                shares = shares.sum(axis=1, keepdims=True)
+            inputs = [quantized_input(i).real for i in range(widths[0])]
+            mixtures = (
+                sum(shares[i, j] * x for i, x in enumerate(inputs)) for j in range(shares.shape[1])
+            )
+            products = (product(Operand(x), quantized_kernel(j)) for j, x in enumerate(mixtures))
+            return functools.reduce(operator.add, products)
+        branch = 0
+        if searched and mode == "chosen":
+            branch = precision.branches["/".join(self.path)]
+        elif searched and isinstance(mode, int):
+            branch = mode
+        return product(quantized_input(branch // widths[1]), quantized_kernel(branch % widths[1]))
+
+    def _input_quantizer(
+        self, x: jax.Array, precision: Precision
+    ) -> Callable[[jax.Array | int], Operand]:
+        """Returns the function from the index of an activation width to the input at it."""
+        bits, mode = self.settings.act_bits, precision.activations
+        # Kept only where a caller makes "intermediates" mutable, which `init` does not.
+        self.sow("intermediates", "quantizer_input", x)
+        if bits == (FULL_BITS,):
+            return lambda index: Operand(x)
+        kind = {"signed": self.signed, "shift": self.shift}
+        first_step = functools.partial(init_step, rule=self.settings.init_rule, **kind)
+        x = self._probe("act", x, bits, first_step, kind)
+        if mode == "full" and not self.is_initializing():
+            # Needs no quantization state: a teacher has none, for example.
+            return lambda index: Operand(x)
+        positive = POSITIVE_STEPS[self.settings.positive_step]
+        stored = self.variable("quant", "act_step", lambda: positive.raw(jnp.ones(len(bits))))
+
+        def quantized(index: jax.Array | int) -> Operand:
+            step, width = _pick(positive.step(stored.value), bits, index)
+            # Otherwise its gradient keeps as much as the rest of the layer's.
+            fake = keeping_arguments(functools.partial(fake_quant, **kind))
+            return self._operand(fake(x, step, jnp.asarray(width)), x, step, width, kind=kind)
+
+        if mode in ("calibrate", "calibrate_lowest"):
+            stored.value = positive.raw(jnp.stack([first_step(x, b) for b in bits]))
+        if mode == "calibrate_lowest":
+            return lambda index: quantized(bits.index(min(bits)))
+        return (lambda index: Operand(x)) if mode in ("full", "calibrate") else quantized
+
+    def _kernel_quantizer(
+        self, kernel: jax.Array, precision: Precision
+    ) -> Callable[[jax.Array | int], Operand]:
+        """Returns the function from the index of a weight width to the kernel at it."""
+        bits, mode = self.settings.weight_bits, precision.weights
+        # The unshifted rule is about activations.
+        rule = "mse" if self.settings.init_rule == "mse" else "shifted"
+        first_step = functools.partial(init_step, signed=True, rule=rule, per_channel=True)
+        kernel = self._probe("weight", kernel, bits, first_step, {"signed": True})
+        if mode == "full" and not self.is_initializing():
+            return lambda index: Operand(kernel)
+        positive = POSITIVE_STEPS[self.settings.positive_step]
+        shape = (len(bits), self.features)
+        stored = self.variable("quant", "weight_step", lambda: positive.raw(jnp.ones(shape)))
+
+        def quantized(index: jax.Array | int) -> Operand:
+            step, width = _pick(positive.step(stored.value), bits, index)
+            real = fake_quant(kernel, step, width, signed=True)
+            return self._operand(real, kernel, step, width, kind={"signed": True})
+
+        if mode == "calibrate":
+            stored.value = positive.raw(jnp.stack([first_step(kernel, b) for b in bits]))
+        return quantized if mode == "quantized" else lambda index: Operand(kernel)
+
+    def _operand(self, real: jax.Array, *quantized: jax.Array | int, kind: dict) -> Operand:
+        """Returns real = fake_quant(*quantized, **kind) as the products need it."""
+        in_levels = self.settings.compute_dtype == "bfloat16"
+        return bfloat16.take_apart(real, *quantized, **kind) if in_levels else Operand(real)
+
+    def _probe(
+        self, name: str, x: jax.Array, bits: tuple[int, ...], first_step: Callable, kind: dict
+    ) -> jax.Array:
+        """Returns what is about to be quantized, as searchers/hessian.py looks at it.
+
+        Where collection `perturbations` is passed in, that is added; where `errors` is mutable, the
+        mean squared errors [widths] at fresh step sizes are put there. Otherwise it is `x`.
+        """
+        if len(bits) == 1 or self.is_initializing():  # which makes every collection mutable
+            return x
+        if self.is_mutable_collection("errors"):
+            levels = [fake_quant(x, first_step(x, b), b, **kind) for b in bits]
+            self.put_variable("errors", name, jnp.stack([jnp.mean((q - x) ** 2) for q in levels]))
+        return self.perturb(name, x)
+
+    def _init_logits(self) -> jax.Array:
+        branches = len(self.settings.act_bits) * len(self.settings.weight_bits)
+        return LOGIT_INIT_SCALE * jax.random.normal(self.make_rng("quant"), (branches,))
+
+    def _record_cost(self, x: jax.Array, kernel: jax.Array, macs: int) -> None:
+        if self.is_initializing():
+            cost = LayerCost(
+                macs=macs,
+                act_elements=math.prod(x.shape[1:]),
+                weight_elements=kernel.size,
+                act_bits=self.settings.act_bits,
+                weight_bits=self.settings.weight_bits,
+            )
+            self.variable("costs", "cost", lambda: cost)
+
+    def _add_bias(self, y: jax.Array) -> jax.Array:
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _pick(
+    steps: jax.Array, bits: tuple[int, ...], index: jax.Array | int
+) -> tuple[jax.Array, jax.Array | int]:
+    """Returns the step size and the width at `index`; Python numbers where it is one."""
+    if len(bits) == 1:
+        index = 0
+    width = bits[index] if isinstance(index, int) else jnp.asarray(bits, jnp.int32)[index]
+    return steps[index], width
+
+
+class QuantConv(_QuantLayer):
+    """2-D convolution, [n, h, w, c] -> [n, h', w', features].
+
+    The kernel is [kernel_size, kernel_size, c / groups, features].
+
+    padding: "torch" pads (k - 1) // 2 on every side; "tf" is TensorFlow's SAME.
+    """
+
+    kernel_size: int = 3
+    stride: int = 1
+    groups: int = 1
+    padding: str = "torch"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, precision: Precision = FULL) -> jax.Array:
+        """Convolves the quantized input with the quantized kernel."""
+        k, channels = self.kernel_size, x.shape[-1]
+        shape = (k, k, channels // self.groups, self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        padding = tuple(side_padding(size, k, self.stride, self.padding) for size in x.shape[1:3])
+
+        def multiply(
+            inputs: jax.Array, kernel: jax.Array, preferred_element_type: DTypeLike | None = None
+        ) -> jax.Array:
+            if inputs.dtype == jnp.bfloat16:  # chosen for an accelerator
+                options = self.stride, padding, self.groups, preferred_element_type
+                return plain_convolve(inputs, kernel, *options)
+            if self.groups == channels == self.features:
+                return depthwise_conv(inputs, kernel, self.stride, padding)
+            return convolve(inputs, kernel, self.stride, padding, self.groups)
+
+        y = self._product(x, kernel, precision, multiply)
+        self._record_cost(x, kernel, macs=math.prod(y.shape[1:3]) * kernel.size)
+        return self._add_bias(y)
+
+
+def side_padding(size: int, kernel_size: int, stride: int, kind: str) -> tuple[int, int]:
+    """Returns the zeros before and after a side of `size` places; see QuantConv's `padding`."""
+    if kind == "torch":
+        return (kernel_size - 1) // 2, (kernel_size - 1) // 2
+    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
+    return total // 2, total - total // 2
+
+
+class QuantDense(_QuantLayer):
+    """Dense layer, [n, c] -> [n, features], kernel [c, features]."""
+
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, precision: Precision = FULL) -> jax.Array:
+        """Multiplies the quantized input with the quantized kernel."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        y = self._product(x, kernel, precision, jnp.matmul)
+        self._record_cost(x, kernel, macs=kernel.size)
+        return self._add_bias(y)

@@ -1,0 +1,210 @@
+"""MobileNet-v2 (Sandler et al., 2018) and MobileNet-v3-large (Howard et al., 2019).
+
+Quantizers sit where MetaMix's code has them: linear bottleneck outputs are signed, ReLU outputs
+unsigned, hswish outputs unsigned after a shift of 3/8; squeeze-and-excite layers are searched too.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
+from metamix_jax.networks.precision import FULL, Precision, QuantSettings
+
+DROPOUT = 0.2
+_V2_MOMENTUM, _V2_EPSILON = 0.9, 1e-5
+_V3_MOMENTUM, _V3_EPSILON = 0.99, 1e-3
+
+# expansion factor, channels, blocks, stride of the first
+V2_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+class Bneck(NamedTuple):
+    """One row of MobileNet-v3's table."""
+
+    kernel_size: int
+    expanded: int  # channels of the depthwise convolution
+    features: int
+    squeeze: bool  # with squeeze-and-excite
+    hswish: bool  # else ReLU
+    stride: int
+
+
+V3_LARGE = (
+    Bneck(3, 16, 16, False, False, 1),
+    Bneck(3, 64, 24, False, False, 2),
+    Bneck(3, 72, 24, False, False, 1),
+    Bneck(5, 72, 40, True, False, 2),
+    Bneck(5, 120, 40, True, False, 1),
+    Bneck(5, 120, 40, True, False, 1),
+    Bneck(3, 240, 80, False, True, 2),
+    Bneck(3, 200, 80, False, True, 1),
+    Bneck(3, 184, 80, False, True, 1),
+    Bneck(3, 184, 80, False, True, 1),
+    Bneck(3, 480, 112, True, True, 1),
+    Bneck(3, 672, 112, True, True, 1),
+    Bneck(5, 672, 160, True, True, 2),
+    Bneck(5, 960, 160, True, True, 1),
+    Bneck(5, 960, 160, True, True, 1),
+)
+
+
+class InvertedResidual(nn.Module):
+    """Expand, depthwise, squeeze-and-excite, project; [n, h, w, c] -> [n, h / s, w / s, features].
+
+    input_shift: shift of the input's quantizer where the block does not expand (it then follows an
+    activation; otherwise its input is a linear bottleneck's output, which is signed).
+    """
+
+    expanded: int
+    features: int
+    settings: QuantSettings
+    norm: Callable[..., nn.BatchNorm]
+    kernel_size: int = 3
+    stride: int = 1
+    squeeze: bool = False
+    hswish: bool = False
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    input_shift: float = 0.0
+    padding: str = "torch"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, precision: Precision) -> jax.Array:
+        """Runs the block."""
+        norm, settings, channels = self.norm, self.settings, x.shape[-1]
+        shift = HSWISH_SHIFT if self.hswish else 0.0
+        depthwise_shift = self.input_shift
+        y = x
+        if self.expanded != channels:
+            expand = QuantConv(self.expanded, settings, signed=True, kernel_size=1, name="expand")
+            y = self.activation(norm(train, name="expand_bn")(expand(y, precision)))
+            depthwise_shift = shift
+        depthwise = QuantConv(
+            self.expanded,
+            settings,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            groups=self.expanded,
+            shift=depthwise_shift,
+            padding=self.padding,
+            name="depthwise",
+        )
+        y = self.activation(norm(train, name="depthwise_bn")(depthwise(y, precision)))
+        if self.squeeze:
+            y = y * self._gate(y, shift, precision)
+        project = QuantConv(self.features, settings, kernel_size=1, shift=shift, name="project")
+        y = norm(train, name="project_bn")(project(y, precision))
+        return x + y if x.shape == y.shape else y
+
+    def _gate(self, y: jax.Array, shift: float, precision: Precision) -> jax.Array:
+        squeezed = _divisible_by_8(self.expanded / 4)
+        fc1 = QuantConv(
+            squeezed, self.settings, kernel_size=1, shift=shift, use_bias=True, name="se_fc1"
+        )
+        fc2 = QuantConv(self.expanded, self.settings, kernel_size=1, use_bias=True, name="se_fc2")
+        pooled = jnp.mean(y, axis=(1, 2), keepdims=True)
+        return nn.hard_sigmoid(fc2(nn.relu(fc1(pooled, precision)), precision))
+
+
+class MobileNetV2(nn.Module):
+    """MobileNet-v2 of width 1.0."""
+
+    bn_momentum: ClassVar[float] = _V2_MOMENTUM
+    num_classes: int
+    settings: QuantSettings
+    padding: str = "torch"  # "tf": TensorFlow's SAME
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
+        """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
+        norm = _batch_norm(_V2_MOMENTUM, _V2_EPSILON)
+        stem = QuantConv(
+            32, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"
+        )
+        x = nn.relu6(norm(train, name="stem_bn")(stem(x, precision)))
+        block = 0
+        for factor, features, repeats, stride in V2_STAGES:
+            for repeat in range(repeats):
+                block += 1
+                x = InvertedResidual(
+                    expanded=factor * x.shape[-1],
+                    features=features,
+                    settings=self.settings,
+                    norm=norm,
+                    stride=stride if repeat == 0 else 1,
+                    activation=nn.relu6,
+                    padding=self.padding,
+                    name=f"block{block}",
+                )(x, train, precision)
+        last = QuantConv(1280, self.settings, signed=True, kernel_size=1, name="last_conv")
+        x = nn.relu6(norm(train, name="last_bn")(last(x, precision)))
+        x = jnp.mean(x, axis=(1, 2))
+        x = nn.Dropout(DROPOUT, deterministic=not train)(x)
+        return QuantDense(self.num_classes, self.settings.ends(), name="classifier")(x, precision)
+
+
+class MobileNetV3Large(nn.Module):
+    """MobileNet-v3-large of width 1.0."""
+
+    bn_momentum: ClassVar[float] = _V3_MOMENTUM
+    num_classes: int
+    settings: QuantSettings
+    padding: str = "torch"  # "tf": TensorFlow's SAME
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
+        """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
+        norm = _batch_norm(_V3_MOMENTUM, _V3_EPSILON)
+        stem = QuantConv(
+            16, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"
+        )
+        x = nn.hard_swish(norm(train, name="stem_bn")(stem(x, precision)))
+        for i, row in enumerate(V3_LARGE):
+            x = InvertedResidual(
+                expanded=row.expanded,
+                features=row.features,
+                settings=self.settings,
+                norm=norm,
+                kernel_size=row.kernel_size,
+                stride=row.stride,
+                squeeze=row.squeeze,
+                hswish=row.hswish,
+                activation=nn.hard_swish if row.hswish else nn.relu,
+                input_shift=HSWISH_SHIFT if i == 0 else 0.0,
+                padding=self.padding,
+                name=f"bneck{i + 1}",
+            )(x, train, precision)
+        head = QuantConv(960, self.settings, signed=True, kernel_size=1, name="head_conv")
+        x = nn.hard_swish(norm(train, name="head_bn")(head(x, precision)))
+        x = jnp.mean(x, axis=(1, 2))
+        x = QuantDense(1280, self.settings, shift=HSWISH_SHIFT, name="classifier1")(x, precision)
+        x = nn.Dropout(DROPOUT, deterministic=not train)(nn.hard_swish(x))
+        ends = self.settings.ends()
+        classifier = QuantDense(self.num_classes, ends, shift=HSWISH_SHIFT, name="classifier2")
+        return classifier(x, precision)
+
+
+def _batch_norm(momentum: float, epsilon: float) -> Callable[..., nn.BatchNorm]:
+    def norm(train: bool, name: str) -> nn.BatchNorm:
+        return nn.BatchNorm(
+            use_running_average=not train, momentum=momentum, epsilon=epsilon, name=name
+        )
+
+    return norm
+
+
+def _divisible_by_8(channels: float) -> int:
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    # Never more than 10 % below, as in the papers' code.
+    return rounded + 8 if rounded < 0.9 * channels else rounded

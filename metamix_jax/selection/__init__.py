@@ -1,0 +1,1 @@
+"""Choosing bit-widths: cost, budget, policy, searchers."""

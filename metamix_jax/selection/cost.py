@@ -1,0 +1,158 @@
+"""MACs and BOPs.
+
+Convention, the one that reproduces the figures of MetaMix and of the methods it compares with:
+BOPs of a layer = MACs * activation bits * weight bits, over convolutions and dense layers; biases,
+batch norm, additions, pooling and activation functions are free; the first and last layer count at
+their own fixed widths.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from metamix_jax.networks.precision import FULL_BITS, Bits, LayerCost, Precision
+
+LayerCosts = Mapping[str, LayerCost]  # layer path -> facts, in network order
+Policy = Mapping[str, Bits]  # layer path -> the widths it runs at, all layers
+GIGA = 1e9
+
+
+def layer_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, LayerCost]:
+    """Returns the facts that every quantized layer of `model` records, without computing anything.
+
+    Args:
+      model: a network of `metamix_jax.networks.registry`.
+      image_shape: (height, width, channels).
+    """
+    recorded = []
+
+    def init() -> None:
+        keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
+        # Taken here and not from eval_shape's result, which would come back in sorted order.
+        recorded.append(model.init(keys, jnp.zeros((1, *image_shape)))["costs"])
+
+    jax.eval_shape(init)
+    return {path.removesuffix("/cost"): cost for path, cost in _flat(recorded[0]).items()}
+
+
+def bops(costs: LayerCosts, bits: Policy) -> int:
+    """Returns the bit operations of one image, Eq. 6."""
+    return sum(cost.macs * math.prod(bits[path]) for path, cost in costs.items())
+
+
+def gbops_at(costs: LayerCosts, bits: Policy, precision: Precision) -> float:
+    """Returns the GBOPs of a forward pass; what it does not quantize counts as 32 bits."""
+    acts_full, weights_full = precision.activations == "full", precision.weights == "full"
+    return (
+        sum(
+            cost.macs
+            * (FULL_BITS if acts_full else bits[path].act)
+            * (FULL_BITS if weights_full else bits[path].weight)
+            for path, cost in costs.items()
+        )
+        / GIGA
+    )
+
+
+def uniform_bits(costs: LayerCosts, act: int, weight: int | None = None) -> dict[str, Bits]:
+    """Returns the same widths everywhere they are searched, the only candidate elsewhere.
+
+    `weight` is by default the same as `act`.
+    """
+    weight = act if weight is None else weight
+    return {
+        path: Bits(
+            act if len(cost.act_bits) > 1 else cost.act_bits[0],
+            weight if len(cost.weight_bits) > 1 else cost.weight_bits[0],
+        )
+        for path, cost in costs.items()
+    }
+
+
+def widest_bits(costs: LayerCosts) -> dict[str, Bits]:
+    """Returns the candidate of most bit operations of every layer."""
+    return {path: max(cost.candidates, key=math.prod) for path, cost in costs.items()}
+
+
+def narrowest_bits(costs: LayerCosts) -> dict[str, Bits]:
+    """Returns the candidate of fewest bit operations of every layer."""
+    return {path: min(cost.candidates, key=math.prod) for path, cost in costs.items()}
+
+
+def uniform_4_4(costs: LayerCosts) -> int:
+    """Returns the BOPs with 4-bit activations and weights in all searched layers."""
+    return sum(
+        cost.macs * (16 if cost.searched else math.prod(cost.candidates[0]))
+        for cost in costs.values()
+    )
+
+
+def average_act_bits(costs: LayerCosts, bits: Policy) -> float:
+    """Returns the mean bits of the searched layers, weighted by their input activations."""
+    sizes = {path: cost.act_elements for path, cost in costs.items() if cost.searched}
+    return sum(bits[path].act * sizes[path] for path in sizes) / sum(sizes.values())
+
+
+def average_weight_bits(costs: LayerCosts, bits: Policy) -> float:
+    """Returns the mean weight bits of the searched layers, weighted by their kernels' sizes."""
+    sizes = {path: cost.weight_elements for path, cost in costs.items() if cost.searched}
+    return sum(bits[path].weight * sizes[path] for path in sizes) / sum(sizes.values())
+
+
+def totals(costs: LayerCosts) -> dict[str, Any]:
+    """Returns MACs, GBOPs of the uniform networks and the reachable range of GBOPs."""
+    candidates = (cost.act_bits + cost.weight_bits for cost in costs.values() if cost.searched)
+    widths = sorted({8, 4}.union(*candidates), reverse=True)
+    return {
+        "macs": sum(cost.macs for cost in costs.values()),
+        "gbops_uniform": {str(b): bops(costs, uniform_bits(costs, b)) / GIGA for b in widths},
+        "gbops_min": bops(costs, narrowest_bits(costs)) / GIGA,
+        "gbops_max": bops(costs, widest_bits(costs)) / GIGA,
+    }
+
+
+def branch_gbops(cost: LayerCost) -> tuple[float, ...]:
+    """Returns the GBOPs of a layer at each of its candidates."""
+    return tuple(cost.macs * math.prod(bits) / GIGA for bits in cost.candidates)
+
+
+def rows(costs: LayerCosts, reference_bits: int = 4) -> list[dict[str, Any]]:
+    """Returns one table row a layer; MBOPs are those of the uniform `reference_bits` network."""
+    bits = uniform_bits(costs, reference_bits)
+    return [
+        {
+            "layer": path,
+            "macs": cost.macs,
+            "act_bits": bits[path].act,
+            "weight_bits": bits[path].weight,
+            "candidates": _candidate_names(cost),
+            "mbops": cost.macs * math.prod(bits[path]) / 1e6,
+        }
+        for path, cost in costs.items()
+    ]
+
+
+def _candidate_names(cost: LayerCost) -> tuple[str, ...]:
+    if len(cost.weight_bits) == 1:
+        return tuple(str(bits) for bits in cost.act_bits)
+    return tuple(f"{bits.act}/{bits.weight}" for bits in cost.candidates)
+
+
+def to_csv(table: list[dict[str, Any]]) -> str:
+    """Returns `rows` as CSV; candidates are separated by spaces."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=table[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "candidates": " ".join(row["candidates"])} for row in table)
+    return text.getvalue()
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten_dict(tree, sep="/", is_leaf=lambda _, x: isinstance(x, LayerCost))

@@ -1,0 +1,142 @@
+"""Multiple-choice knapsack: the exact best choice per layer inside a budget."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from metamix_jax.networks.precision import Bits
+from metamix_jax.selection.budget import Budget
+from metamix_jax.selection.cost import LayerCosts
+
+TOLERANCE = 1e-9  # of the limit, for sums that are equal but for rounding
+GRID = 100_000  # parts of the limit that costs are rounded to where they have to be spent
+RESOLUTION = 1e-4  # of the greatest spread of a layer's values: less may be lost on the solver
+
+
+def best_policy(
+    values: Mapping[str, Sequence[float]], costs: LayerCosts, budget: Budget
+) -> dict[str, Bits]:
+    """Returns the widths of all layers with the greatest total value inside the budget.
+
+    Args:
+      values: searched layer -> value of each branch.
+      costs: the network's layers.
+      budget: the limit.
+    """
+    choice = maximise(values, budget.branch_costs, budget.limit - budget.fixed_cost)
+    fixed = {path: cost.candidates[0] for path, cost in costs.items()}
+    return fixed | {path: costs[path].candidates[index] for path, index in choice.items()}
+
+
+def dearest(budget: Budget) -> float:
+    """Returns the greatest cost, in the budget's unit, of a policy inside it; see `spend`."""
+    table = budget.branch_costs
+    choice = spend(table, table, budget.limit - budget.fixed_cost)
+    return budget.fixed_cost + sum(table[path][index] for path, index in choice.items())
+
+
+def spend(
+    values: Mapping[str, Sequence[float]],
+    costs: Mapping[str, Sequence[float]],
+    limit: float,
+    least: float = 0.0,
+) -> dict[str, int]:
+    """Returns the choice with the greatest total value at least <= total cost <= limit.
+
+    A dynamic programme: that a sum has to be met makes a solver's branch and bound take for ever.
+    Costs are rounded to GRID parts of the limit to compare choices, so a better one may be missed
+    where two differ by less than that; the choice itself keeps to both bounds.
+
+    Raises:
+      ValueError: no choice was found between the two.
+    """
+    cells = GRID + len(costs) + 1  # roundings can add up to more than the limit
+    best, picks = np.full(cells, -np.inf), []
+    best[0] = 0.0
+    for path, row in costs.items():
+        options = np.full((len(row), cells), -np.inf)
+        for k, cost in enumerate(row):
+            width = round(cost / limit * GRID)
+            if width < cells:
+                options[k, width:] = best[: cells - width] + values[path][k]
+        picks.append(options.argmax(axis=0))
+        best = options.max(axis=0)
+    for end in np.argsort(-best, kind="stable"):
+        if best[end] == -np.inf:
+            break
+        choice, cell = {}, end
+        for (path, row), pick in zip(reversed(costs.items()), reversed(picks), strict=True):
+            choice[path] = int(pick[cell])
+            cell -= round(row[choice[path]] / limit * GRID)
+        total = sum(costs[path][k] for path, k in choice.items())
+        if least - TOLERANCE * limit <= total <= limit * (1 + TOLERANCE):
+            return {path: choice[path] for path in costs}
+    raise ValueError(f"no choice found that costs {least} to {limit}")
+
+
+def maximise(
+    values: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], limit: float
+) -> dict[str, int]:
+    """Returns the choice per layer with the greatest total value at a total cost <= limit.
+
+    The total is the greatest to about 1e-9 of the greatest spread of a layer's values. Layers of a
+    far smaller spread then share what the others leave, by the same rule.
+
+    Args:
+      values: layer -> value of each candidate, of any scale.
+      costs: layer -> cost of each candidate, same layers and lengths.
+      limit: greatest total cost.
+
+    Raises:
+      ValueError: no choice costs as little as `limit`.
+    """
+    spreads = {path: float(np.ptp(row)) for path, row in values.items()}
+    widest = max(spreads.values())
+    scale = 1e3 / max(widest, 1e-300)  # the solver stops 1e-6 short of the optimum
+    scaled = {path: (np.asarray(row, float) - max(row)) * scale for path, row in values.items()}
+    choice = _solve(scaled, costs, limit)
+    fine = [path for path, spread in spreads.items() if spread < RESOLUTION * widest]
+    if any(spreads[path] > 0 for path in fine):
+        coarse = sum(costs[path][k] for path, k in choice.items() if path not in fine)
+        least = sum(min(costs[path]) for path in fine)  # may exceed the rest by rounding
+        choice |= maximise(
+            {path: values[path] for path in fine},
+            {path: costs[path] for path in fine},
+            max(limit - coarse, least),
+        )
+    return choice
+
+
+def _solve(
+    values: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], limit: float
+) -> dict[str, int]:
+    # Imported here, as it takes long and a run's first steps need none of it.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import block_diag, csr_array
+
+    paths = list(values)
+    value = np.concatenate([np.asarray(values[path], float) for path in paths])
+    cost = np.concatenate([np.asarray(costs[path], float) for path in paths])
+    one_each = csr_array(block_diag([np.ones((1, len(values[path]))) for path in paths]))
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(cost[None] / limit, -np.inf, 1 + TOLERANCE),
+    ]
+    while True:
+        result = milp(
+            -value,
+            integrality=np.ones_like(value),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            raise ValueError(f"no choice costs {limit} or less: {result.message}")
+        picked = np.round(result.x)
+        if cost @ picked <= limit * (1 + TOLERANCE):
+            break
+        # The solver's own tolerance let this choice through: forbid it and solve again.
+        constraints.append(LinearConstraint(picked[None], -np.inf, len(paths) - 1))
+    ends = np.cumsum([len(values[path]) for path in paths])[:-1]
+    picks = np.split(picked, ends)
+    return {path: int(np.argmax(pick)) for path, pick in zip(paths, picks, strict=True)}

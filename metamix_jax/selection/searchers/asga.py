@@ -1,0 +1,14 @@
+"""ASGA (ICML 2025): a joint search whose steps seek flat minima, so that policies carry over.
+
+The step is reconstructed, as no code has been published: gradients g0 at the weights w and g1 at
+w + g0 (radius / |g0| - alignment) are averaged; radius = min(max_radius, ln(h + 1)) with the
+surrogate gap h = L(perturbed) - L(w), at least 0, of the step before. Weights are perturbed, step
+sizes and logits are not. The policy may be searched on a small data set and used on a large one,
+by searcher "file".
+"""
+
+from metamix_jax.selection.searchers.metamix import choose
+
+__all__ = ["PHASES", "choose"]
+
+PHASES = ("sharpness_search", "act_training", "weight_training")

@@ -1,0 +1,1 @@
+"""One run: what it is made of, its loop, what it leaves."""

@@ -1,0 +1,43 @@
+"""Step sizes initialised from data."""
+
+from collections.abc import Callable, Sequence
+
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from metamix_jax.networks.precision import Precision
+from metamix_jax.training.step.batch_step import training_images
+from metamix_jax.training.step.state import Batch, TrainState
+
+
+def make_calibrate(
+    model: nn.Module, precisions: Sequence[Precision], config: ConfigDict, *, train: bool
+) -> Callable[[TrainState, Batch], TrainState]:
+    """Returns the function that initialises step sizes from a batch, in passes at `precisions`.
+
+    `train`: normalises with the batch's statistics instead of the running ones, which stay as they
+    are in either case.
+    """
+
+    def calibrate(state: TrainState, batch: Batch) -> TrainState:
+        images = training_images(batch, config)
+        for precision in precisions:
+            _, moved = model.apply(
+                state.variables, images, train=train, mutable=["quant", "batch_stats"],
+                precision=precision, rngs={"dropout": state.rng},
+            )  # fmt: skip
+            state = state.replace(quant=moved["quant"])
+        return state
+
+    return calibrate
+
+
+def calibrations(config: ConfigDict, *, acts: bool, weights: bool) -> tuple[Precision, ...]:
+    """Returns the passes that initialise the step sizes of activations and of weights."""
+    lowest = "_lowest" if config.quant.init_pass == "lowest_bits" else ""
+    found = []
+    if acts:
+        found.append(Precision(activations="calibrate" + lowest))
+    if weights:
+        found.append(Precision(weights="calibrate"))
+    return tuple(found)

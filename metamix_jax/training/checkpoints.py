@@ -1,0 +1,261 @@
+"""Orbax checkpoints of everything that training changes.
+
+Each step holds one item per collection (params, batch_stats, quant), `training` (optimizer
+states, step, rng) and `facts` (JSON: model, policy, seconds so far, and a digest of every array and
+of the rest of the facts, checked whenever something is read). The checkpoint of step k is written
+when the run is ready to make step k, phase entry included.
+"""
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from metamix_jax.errors import UserError
+from metamix_jax.runtime import distributed, sharding
+from metamix_jax.training.step.state import TrainState
+from metamix_jax.workdir import bucket, digests
+
+DIRECTORY = bucket.CHECKPOINTS
+KEPT = 2  # complete ones, the newest; while one is saved there are more
+_ITEMS = ("params", "batch_stats", "quant", "training", "facts")
+_DIGESTS = "digests"  # among the facts
+_FACTS_WITHOUT_DIGESTS = {"model", "policy", "seconds"}  # all that early versions wrote
+
+_LOGGER = logging.getLogger(__name__)
+_Restored = TypeVar("_Restored")
+
+
+class DamagedError(UserError):
+    """A checkpoint that cannot be read, or is not what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of a workdir; a context manager that waits for pending saves."""
+
+    def __init__(self, directory: Path, *, create: bool):
+        if not create and not directory.is_dir():
+            raise UserError(f"{directory}: no checkpoints here; train first, or set "
+                            "config.checkpoint to a workdir that has some")  # fmt: skip
+        _ignore_abandoned_work()
+        # What a kill left half written is removed by the run that goes on, not by a reader.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEPT, create=create, cleanup_tmp_directories=create
+        )
+        self._directory = directory if bucket.is_remote(directory) else directory.resolve()
+        self._manager = ocp.CheckpointManager(self._directory, options=options, item_names=_ITEMS)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Closing waits for the other processes.
+        if error is None or not distributed.shows_lost_process(error):
+            with self._writable():
+                self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete step, None if there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """The complete steps that are kept, in order."""
+        return sorted(self._manager.all_steps())
+
+    def require_latest_step(self) -> int:
+        """Returns the newest complete step.
+
+        Raises:
+          UserError: there is none.
+        """
+        if self.latest_step is None:
+            raise UserError(f"{self._directory}: no complete checkpoint here; train first")
+        return self.latest_step
+
+    def newest_good(
+        self, restore: Callable[[int], _Restored]
+    ) -> tuple[int, _Restored, tuple[int, ...]]:
+        """Returns the newest step that is not damaged, what it holds, and the damaged steps after.
+
+        Args:
+          restore: reads a step; DamagedError sends on to the step before.
+
+        Raises:
+          UserError: there is no checkpoint, or all are damaged.
+        """
+        self.require_latest_step()
+        damaged: dict[int, DamagedError] = {}
+        for step in reversed(self.steps):
+            try:
+                return step, restore(step), tuple(damaged)
+            except DamagedError as error:
+                _LOGGER.error("DAMAGED CHECKPOINT, trying the one before it: %s", error)
+                damaged[step] = error
+        newest = max(damaged)
+        raise UserError(f"{damaged[newest]}; none of them can be read") from damaged[newest]
+
+    def set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, so that a good one is the newest.
+
+        In a bucket that is copying and deleting. Killed in between, it is damaged still, or Orbax
+        takes it for half-written, as it lacks the file that is written last.
+        """
+        path = self._directory / str(step)
+        names = (f"{step}.damaged{suffix}" for suffix in ["", *(f".{i}" for i in range(2, 1000))])
+        aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+        if distributed.is_first():
+            path.rename(aside)
+        distributed.wait_for_all(f"set aside {step}")
+        self._manager.reload()
+        _LOGGER.error("DAMAGED CHECKPOINT: set aside as %s", aside)
+
+    def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
+        """Saves in the background; a step that is already there is left as it is."""
+        if step == self.latest_step:
+            return
+        trees = _pytrees(state)
+        own = digests.of_arrays(trees) | {"facts": digests.of_json(facts)}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()} | {
+            "facts": ocp.args.JsonSave(facts | {_DIGESTS: own})
+        }
+        with self._writable():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk; raises what went wrong in the background."""
+        with self._writable():
+            self._manager.wait_until_finished()
+
+    def read_facts(self, step: int) -> dict[str, Any]:
+        """Returns what `save` got as facts. Raises DamagedError."""
+        return self._facts_and_digests(step)[0]
+
+    def restore(self, step: int, target: TrainState, mesh: Mesh) -> TrainState:
+        """Returns the state of `step` on every device of `mesh`; `target` gives the shapes."""
+        restored = self.restore_items(step, _pytrees(target), mesh)
+        return target.replace(**restored.pop("training"), **restored)
+
+    def restore_items(self, step: int, target: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+        """Returns the items that `target` names, e.g. {"params": shapes}, on every device.
+
+        Raises:
+          DamagedError: a file cannot be read, or an array is not what was saved.
+        """
+        items = {
+            name: ocp.args.StandardRestore(sharding.replicated_target(tree, mesh))
+            for name, tree in target.items()
+        }
+        _, saved = self._facts_and_digests(step)
+        self._require_same_shapes(step, target)
+        with self._readable(step):
+            composite = self._manager.restore(step, args=ocp.args.Composite(**items))
+            restored = {name: composite[name] for name in target}
+        if saved is not None:
+            found = digests.of_arrays(restored)
+            different = [path for path in found if found[path] != saved.get(path)]
+            if different:
+                raise self._damaged(step, f"{_listed(different)}: not what was saved")
+        return restored
+
+    def _require_same_shapes(self, step: int, target: dict[str, Any]) -> None:
+        # Orbax would begin to read, stop at the first difference and abandon the rest.
+        with self._readable(step), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+            folder = self._directory / str(step)
+            network = [name for name in target if name != "training"]
+            there = _shapes({name: handler.metadata(folder / name).tree for name in network})
+        here = _shapes({name: target[name] for name in network})
+        different = [path for path in here if path in there and here[path] != there[path]]
+        if different:
+            path = different[0]
+            shapes = f"{path} has shape {there[path]} there, {here[path]} in this configuration"
+            raise self._damaged(step, f"{shapes}; different in {len(different)} arrays")
+
+    def _facts_and_digests(self, step: int) -> tuple[dict[str, Any], dict[str, str] | None]:
+        """Returns the facts and path -> digest; None for a checkpoint of an early version."""
+        with self._readable(step):
+            items = ocp.args.Composite(facts=ocp.args.JsonRestore())
+            facts = dict(self._manager.restore(step, args=items)["facts"])
+            if facts.keys() == _FACTS_WITHOUT_DIGESTS:
+                path = self._directory / str(step)
+                _LOGGER.warning("%s: of a version without digests, damage may not show", path)
+                return facts, None
+            saved = dict(facts.pop(_DIGESTS))
+        if digests.of_json(facts) != saved.get("facts"):
+            raise self._damaged(step, "facts: not what was saved")
+        return facts, saved
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        # What goes wrong with a bucket comes as errors of many kinds.
+        try:
+            yield
+        except Exception as error:
+            lost = distributed.shows_lost_process(error)
+            if lost or not bucket.is_remote(self._directory):
+                raise
+            raise bucket.not_written(self._directory, error) from error
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        # Orbax and TensorStore raise many kinds of errors for damaged or foreign files.
+        try:
+            yield
+        except Exception as error:
+            raise self._damaged(step, " ".join(str(error).split())[:300]) from error
+
+    def _damaged(self, step: int, reason: str) -> DamagedError:
+        others = [other for other in self.steps if other != step]
+        return DamagedError(
+            f"{self._directory / str(step)}: this checkpoint cannot be read ({reason}); "
+            f"others there: {', '.join(map(str, others)) or 'none'}"
+        )
+
+
+def locate(path: Path) -> tuple[Path, int | None]:
+    """Returns the folder of checkpoints and the step that `path` names.
+
+    Args:
+      path: a workdir, its folder of checkpoints, or one checkpoint in that (DIR/checkpoints/1234).
+    """
+    step = None
+    if path.name.isdigit() and path.parent.name == DIRECTORY:
+        path, step = path.parent, int(path.name)
+    return bucket.origin(path if path.name == DIRECTORY else path / DIRECTORY), step
+
+
+def _ignore_abandoned_work() -> None:
+    # Once one array cannot be read or written, TensorStore's threads report the others to an event
+    # loop that is gone, each with a traceback, and may go on while our own message is printed.
+    if getattr(sys.unraisablehook, "func", None) is not _report_unless_abandoned:
+        sys.unraisablehook = functools.partial(_report_unless_abandoned, sys.unraisablehook)
+
+
+def _report_unless_abandoned(
+    report: Callable[["sys.UnraisableHookArgs"], None], event: "sys.UnraisableHookArgs"
+) -> None:
+    if str(event.exc_value) != "Event loop is closed":
+        report(event)
+
+
+def _pytrees(state: TrainState) -> dict[str, Any]:
+    training = {"opt_states": state.opt_states, "step": state.step, "rng": state.rng}
+    return state.variables | {"training": training}
+
+
+def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+
+
+def _listed(paths: list[str], most: int = 3) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(paths[:most]) + more

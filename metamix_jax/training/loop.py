@@ -1,0 +1,114 @@
+"""The whole pipeline: one loop over the steps of all phases, resumable at any of them."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from metamix_jax.data import datasets
+from metamix_jax.runtime import distributed, failures
+from metamix_jax.runtime.interruption import Interruption
+from metamix_jax.runtime.progress import Progress
+from metamix_jax.selection.phases import phase_at
+from metamix_jax.training.checkpoints import DIRECTORY, KEPT, Checkpoints
+from metamix_jax.training.run import Run
+from metamix_jax.training.step.batch_step import make_train_step
+from metamix_jax.training.step.state import TrainState
+from metamix_jax.workdir import bucket
+from metamix_jax.workdir.claim import claim_workdir
+from metamix_jax.workdir.metrics import MetricWriter
+
+__all__ = ["TrainState", "make_train_step", "train_and_evaluate"]
+
+
+def train_and_evaluate(
+    config: ConfigDict, workdir: Path, *, stop_after_search: bool = False
+) -> dict[str, Any]:
+    """Runs all phases of `config` in `workdir`, going on from what is there.
+
+    Args:
+      config: a configuration of `configs/`.
+      workdir: where everything is written.
+      stop_after_search: end when the policy is written.
+
+    Returns:
+      The RESULT line's content.
+
+    Raises:
+      UserError: anything the user can fix, before compilation.
+      RunError: numbers that are not finite, a full disk, a full memory.
+      InterruptedRunError: SIGTERM or SIGINT, after saving.
+    """
+    with (
+        Interruption() as interruption,
+        failures.explained(workdir, config),
+        distributed.files_of(workdir) as files,
+    ):
+        run = Run.prepare(config, files)
+        with claim_workdir(config, files, datasets.fingerprint(run.dataset)):
+            return _train(run, workdir, interruption, stop_after_search)
+
+
+def _train(
+    run: Run, workdir: Path, interruption: Interruption, stop_after_search: bool
+) -> dict[str, Any]:
+    config, schedule = run.config, run.schedule
+    if stop_after_search:
+        schedule = [span for span in schedule if not span.phase.needs_policy]
+    total = schedule[-1].stop if schedule else 0
+    home = bucket.origin(workdir)
+    with Checkpoints(home / DIRECTORY, create=True) as checkpoints:
+        latest, state = run.resume(checkpoints) or (None, run.init_state())
+        step = latest or 0
+        if not bucket.is_remote(home):
+            failures.require_room(workdir, state, saves=KEPT + 1 - len(checkpoints.steps))
+        if latest is not None and latest >= total:
+            logging.info("%s: finished before, nothing to do", home)
+            return run.finish(stop_after_search)
+        if latest is not None:
+            logging.info("going on from step %d in %s", step, phase_at(step, schedule).phase.name)
+        with (
+            MetricWriter(run.workdir, resume_step=-1 if latest is None else latest) as writer,
+            Progress(total, step, config.batch_size, "setting up") as progress,
+        ):
+            run.writer, run.progress = writer, progress
+            if latest is None:
+                state = run.begin(state, run.schedule[0])
+                bucket.push(run.workdir)
+                run.save(checkpoints, step, run.schedule[0].phase, state)
+            for span in schedule:
+                if step >= span.stop:
+                    continue
+                train_step, batches = run.make_step(state, span), run.batches(step, span.stop)
+                progress.description, metrics = span.phase.name, None
+                interruption.stop_if_requested(step)
+                for batch in batches:
+                    with run.clock(span.phase.name):
+                        before = metrics
+                        state, metrics = train_step(
+                            state, batch, run.branches, run.teacher_variables
+                        )
+                        # One step ahead of the device and no more: keeps the rate true.
+                        run.require_finite(step, span.phase, before, state)
+                        step += 1
+                        progress.update(step, **{k: metrics[k] for k in metrics if "loss" in k})
+                        if step % config.log_every_steps == 0 or step == span.stop:
+                            run.log(step, span.phase, metrics, state)
+                    ends, stops = step == span.stop, interruption.requested_at(step)
+                    saves = ends or stops or step % config.checkpoint_every_steps == 0
+                    if saves:
+                        run.require_finite(step, span.phase, metrics, state)
+                    if ends or (config.eval.every_steps and step % config.eval.every_steps == 0):
+                        run.evaluate(step, state, span.phase)
+                    if ends and step < run.schedule[-1].stop:
+                        state = run.begin(state, phase_at(step, run.schedule))
+                    elif ends:
+                        state = run.settle_statistics(state, span.phase)
+                    if saves:
+                        # Before there can be the checkpoint: it counts on what came before it.
+                        bucket.push(run.workdir)
+                        run.save(checkpoints, step, span.phase, state)
+                    if stops:
+                        interruption.stop_if_requested(step)
+    return run.finish(stop_after_search)

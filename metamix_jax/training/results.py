@@ -1,0 +1,121 @@
+"""What came out of a run: results.json, the pictures, the report, the tables, the RESULT line."""
+
+import logging
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from metamix_jax.networks.precision import FULL, FULL_BITS, bit_candidates
+from metamix_jax.report import charts, tables
+from metamix_jax.report.html import write_report
+from metamix_jax.selection import cost
+from metamix_jax.selection import policy as policy_lib
+from metamix_jax.selection.cost import LayerCosts, Policy
+from metamix_jax.selection.phases import Span
+from metamix_jax.training.setup import Network
+from metamix_jax.workdir import bucket
+from metamix_jax.workdir.claim import is_finished
+from metamix_jax.workdir.files import write_json
+from metamix_jax.workdir.metrics import read_rows
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+CHOICE = "choosing bits"  # beside the phases, where time is kept
+
+
+def write(
+    workdir: Path,
+    *,
+    config: ConfigDict,
+    network: Network,
+    schedule: Sequence[Span],
+    policy: Mapping[str, Any] | None,
+    seconds: Mapping[str, float],
+    search_end: int | None,
+) -> dict[str, Any]:
+    """Writes what people read, logs the tables and returns the RESULT line's content.
+
+    Args:
+      workdir: holds config.json, metrics.jsonl and, with a policy, policy.json.
+      config: the run's configuration.
+      network: what was trained.
+      schedule: all phases.
+      policy: the chosen bits, None for a full-precision run.
+      seconds: training time by phase.
+      search_end: the step at which the policy was written, if the run stops there; else None.
+    """
+    rows = read_rows(workdir / "metrics.jsonl")
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    if search_end is not None:
+        evaluations = [row for row in evaluations if row["step"] <= search_end]
+    final = evaluations[-1]
+    result = {
+        "mode": "train" if search_end is None else "search",
+        "model": network.label,
+        "searcher": config.search.searcher,
+        "top1": final["top1"],
+        "top5": final["top5"],
+        "correct": final["correct"],
+        "examples": final["examples"],
+        "gbops": policy["gbops"] if policy else cost.gbops_at(network.costs, {}, FULL),
+        "budget_gbops": policy["budget_gbops"] if policy else None,
+        "average_act_bits": _average(cost.average_act_bits, network, policy),
+        "average_weight_bits": _average(cost.average_weight_bits, network, policy),
+        "seconds": round(sum(seconds.values()), 1),
+        "workdir": str(bucket.origin(workdir)),
+    }
+    summary = result | {
+        "statistics": final["statistics"],
+        "phases": {
+            span.phase.name: {"steps": span.steps, "seconds": seconds.get(span.phase.name, 0.0)}
+            for span in schedule
+        },
+        "search_cost": _search_cost(schedule, seconds, config),
+        "evaluations": evaluations,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in _PACKAGES},
+    }
+    path = workdir / "results.json"
+    if search_end is None or not is_finished(workdir):
+        write_json(path, summary)
+    charts.learning_curves(rows, workdir / "learning_curves.png")
+    logging.info("accuracies:\n%s", tables.accuracy_table(evaluations))
+    if policy:
+        charts.bit_chart(policy, workdir / "bits.png", average_act_bits=result["average_act_bits"])
+        logging.info("policy:\n%s", tables.policy_table(policy))
+    write_report(workdir)
+    names = sorted(path.name for path in workdir.iterdir() if not path.name.startswith("."))
+    logging.info("in %s: %s", bucket.origin(workdir), ", ".join(names))
+    return result
+
+
+def _average(
+    average: Callable[[LayerCosts, Policy], float], network: Network, policy: Mapping | None
+) -> float:
+    if policy is None:
+        return float(FULL_BITS)
+    return average(network.costs, policy_lib.layer_bits(policy))
+
+
+def _search_cost(
+    schedule: Sequence[Span], seconds: Mapping[str, float], config: ConfigDict
+) -> dict[str, float]:
+    spans = [span for span in schedule if span.phase.quantizes and not span.phase.needs_policy]
+    spent = sum(seconds.get(name, 0.0) for name in [CHOICE, *(span.phase.name for span in spans)])
+    branches = len(bit_candidates(config.quant.act_bits, config.quant.weight_bits))
+    passes = 0  # forward and backward
+    for span in spans:
+        for update in span.phase.updates:
+            times = 1 + len(config.search.budgets) if "logits" in update.trains else 1
+            passes += span.steps * update.passes(branches) * times
+    return {
+        "steps": sum(span.steps for span in spans),
+        "forward_passes": passes,
+        "seconds": spent,
+        "device_hours": spent * jax.device_count() / 3600,
+    }

@@ -1,0 +1,303 @@
+"""The parts of one run and the actions that its loop (loop.py) calls."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clu import parameter_overview
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from metamix_jax.data import batching, datasets
+from metamix_jax.networks.precision import FULL, Precision
+from metamix_jax.report import tables
+from metamix_jax.runtime import distributed, sharding
+from metamix_jax.runtime.progress import Progress, waiting
+from metamix_jax.selection import cost
+from metamix_jax.selection import policy as policy_lib
+from metamix_jax.selection.budget import Budget
+from metamix_jax.selection.phases import BIT_SEARCH, Phase, Span, phase_at
+from metamix_jax.training import nonfinite, results, setup, start_weights
+from metamix_jax.training.calibrate import calibrations, make_calibrate
+from metamix_jax.training.checkpoints import Checkpoints
+from metamix_jax.training.choose_policy import choose_policy, logits_of
+from metamix_jax.training.evaluator import Evaluator, uniform_precisions
+from metamix_jax.training.step.batch_step import make_train_step
+from metamix_jax.training.step.state import SKIPPED, TrainState, enter_phase, swap_search
+from metamix_jax.validate import validate_start
+from metamix_jax.workdir.metrics import MetricWriter
+
+
+@dataclasses.dataclass
+class Run:
+    """The parts of one run and the actions of its loop."""
+
+    config: ConfigDict
+    workdir: Path
+    network: setup.Network
+    dataset: datasets.Dataset
+    schedule: tuple[Span, ...]
+    mesh: Mesh
+    evaluator: Evaluator
+    teacher: nn.Module | None
+    teacher_variables: dict[str, Any]
+    weights: dict[str, Any] | None  # pretrained params and batch_stats
+    writer: MetricWriter | None = None
+    progress: Progress | None = None
+    policy: dict[str, Any] | None = None
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase
+    skipped: int = 0  # steps whose numbers were not finite, so far
+
+    @classmethod
+    def prepare(cls, config: ConfigDict, workdir: Path) -> "Run":
+        """Builds and checks everything that a user can get wrong."""
+        network = setup.make_network(config)
+        validate_start(config)
+        mesh = sharding.make_mesh()
+        sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
+        weights = None
+        if config.pretrained:
+            shapes = setup.abstract_variables(network)
+            weights, _ = start_weights.load_weights(config.pretrained, shapes, mesh)
+        teacher, teacher_variables = start_weights.load_teacher(config, network.image_shape)
+        dataset = setup.load_dataset(config, mesh)
+        return cls(
+            config=config,
+            workdir=workdir,
+            network=network,
+            dataset=dataset,
+            schedule=setup.make_schedule(config, len(dataset.train)),
+            mesh=mesh,
+            evaluator=Evaluator(network.model, dataset, config, mesh),
+            teacher=teacher,
+            teacher_variables=sharding.replicate(teacher_variables, mesh),
+            weights=weights,
+        )
+
+    @property
+    def branches(self) -> Mapping[str, jax.Array]:
+        """The policy as the forward pass takes it; nothing before there is one."""
+        if self.policy is None:
+            return {}
+        return policy_lib.branches(policy_lib.layer_bits(self.policy), self.network.costs)
+
+    def init_state(self) -> TrainState:
+        """Returns the state before the first step, after a look at what is about to be trained."""
+        with waiting("initialising the network"):
+            state = setup.init_state(self.config, self.network, self.weights)
+        state = sharding.replicate(state, self.mesh)
+        overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+        logging.info("parameters of %s:\n%s", self.network.label, overview)
+        costs = self.network.costs
+        logging.info("layers:\n%s", tables.cost_table(cost.rows(costs), cost.totals(costs)))
+        for span in self.schedule:
+            logging.info("%s: steps %d to %d", span.phase.name, span.start, span.stop)
+        return state
+
+    def resume(self, checkpoints: Checkpoints) -> tuple[int, TrainState] | None:
+        """Returns step and state of the newest good checkpoint; None if there are none at all.
+
+        Takes up its policy and clock. Damaged ones after it are set aside.
+
+        Raises:
+          UserError: all are damaged; nothing was changed.
+        """
+        if checkpoints.latest_step is None:
+            return None
+        step, (state, facts), damaged = checkpoints.newest_good(
+            functools.partial(self._restore, checkpoints)
+        )
+        for later in damaged:
+            checkpoints.set_aside(later)
+        self.policy, self.seconds = facts["policy"], facts["seconds"]
+        self.skipped = int(state.opt_states.get(SKIPPED, 0))
+        if self.policy is not None:
+            policy_lib.check_policy(self.policy, self.network.costs, "the checkpoint's policy")
+            policy_lib.write_policy(self.workdir / "policy.json", self.policy)
+        return step, state
+
+    def _restore(self, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
+        span = phase_at(min(step, self.schedule[-1].stop - 1), self.schedule)
+        target = setup.abstract_state(self.config, self.network, span)
+        with waiting(f"restoring checkpoint {step}"):
+            facts = checkpoints.read_facts(step)
+            return checkpoints.restore(step, target, self.mesh), facts
+
+    def begin(self, state: TrainState, span: Span) -> TrainState:
+        """Returns the state ready for a phase: policy decided, step sizes calibrated."""
+        phase = span.phase
+        if span.start == 0 and self.weights is not None:
+            self._evaluate_one(0, state, "pretrained", "full", FULL)
+        decides = phase.needs_policy and self.policy is None
+        if decides:
+            self.policy = self._decide(state)
+            policy_lib.write_policy(self.workdir / "policy.json", self.policy)
+            self.progress.message(tables.policy_table(self.policy))
+        calibrates = calibrations(
+            self.config, acts=span.calibrates_acts, weights=span.calibrates_weights
+        )
+        if calibrates:
+            batch = next(iter(self.batches(span.start, span.start + 1)))
+            calibrate = jax.jit(
+                make_calibrate(self.network.model, calibrates, self.config, train=True)
+            )
+            with self.progress.pause(), waiting(f"calibrating step sizes for {phase.name}"):
+                state = jax.block_until_ready(calibrate(state, batch))
+        # The optimizer states belong to the phase, so its step count and schedule start anew.
+        state = sharding.replicate(enter_phase(state, span, self.config), self.mesh)
+        if decides or calibrates:
+            self.evaluate(span.start, state, phase)
+        return state
+
+    def _decide(self, state: TrainState) -> dict[str, Any]:
+        """Returns the policy; writes those of further budgets to policies/."""
+        budgets = self.network.further_budgets if BIT_SEARCH.name in state.opt_states else {}
+        for key, budget in budgets.items():
+            policy = self._choose(swap_search(state, key), budget)
+            (self.workdir / "policies").mkdir(exist_ok=True)
+            policy_lib.write_policy(self.workdir / "policies" / f"{key}.json", policy)
+        return self._choose(state, self.network.budget)
+
+    def _choose(self, state: TrainState, budget: Budget) -> dict[str, Any]:
+        with (
+            self.progress.pause(),
+            waiting(f"choosing bits by {self.config.search.searcher}"),
+            self.clock(results.CHOICE),
+        ):
+            return choose_policy(self.config, self.network, state, budget, self.batches)
+
+    def make_step(self, state: TrainState, span: Span) -> Callable[..., Any]:
+        """Returns the training step of a phase, compiled by a step on a copy of the state."""
+        network = self.network
+        step = make_train_step(
+            network.model, span, self.config, network.budget, self.teacher, network.further_budgets
+        )
+        batch = next(iter(self.batches(span.start, span.start + 1)))
+        with self.progress.pause(), waiting(f"compiling {span.phase.name}"):
+            copy = jax.tree.map(jnp.copy, state)
+            jax.block_until_ready(step(copy, batch, self.branches, self.teacher_variables))
+        return step
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+        """Yields the global batches of steps start, ..., stop - 1 on the devices."""
+        return setup.train_batches(self.config, self.dataset, self.mesh, start, stop)
+
+    @contextlib.contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to that of a phase, or of results.CHOICE."""
+        started = time.monotonic()
+        yield
+        spent = time.monotonic() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def require_finite(
+        self, step: int, phase: Phase, metrics: Mapping[str, jax.Array] | None, state: TrainState
+    ) -> None:
+        """Waits for the step that makes `metrics`; ends the run if one of them is not finite.
+
+        Up to config.max_skipped_steps of them are logged instead: they have changed nothing.
+
+        Raises:
+          RunError: what is wrong is in nonfinite.json.
+        """
+        names = nonfinite.broken_metrics(metrics)
+        if metrics and SKIPPED in metrics:
+            known, self.skipped = self.skipped, int(metrics[SKIPPED])
+            names = (names or ["what it leads to"]) if self.skipped > known else []
+            if names and self.skipped <= self.config.max_skipped_steps:
+                nonfinite.log_skipped(step, phase.name, names, self.skipped)
+                return
+        if names:
+            self._stop_not_finite(step, phase, names, state)
+
+    def save(self, checkpoints: Checkpoints, step: int, phase: Phase, state: TrainState) -> None:
+        """Saves in the background; never a state with a number that is not finite.
+
+        Raises:
+          RunError: there is one; what is wrong is in nonfinite.json.
+        """
+        if names := nonfinite.broken_leaves(state):
+            self._stop_not_finite(step, phase, names, state)
+        facts = {"model": self.network.label, "policy": self.policy, "seconds": self.seconds}
+        checkpoints.save(step, state, facts)
+
+    def _stop_not_finite(
+        self, step: int, phase: Phase, names: list[str], state: TrainState
+    ) -> None:
+        options = {"seed": self.config.seed, "batch_size": self.config.batch_size}
+        examples, _ = batching.train_indices(
+            len(self.dataset.train), step=max(step - 1, 0), **options
+        )
+        nonfinite.stop(
+            self.workdir, step=step, phase=phase.name, names=names, examples=examples, state=state
+        )
+
+    def log(
+        self, step: int, phase: Phase, metrics: Mapping[str, jax.Array], state: TrainState
+    ) -> None:
+        """Writes the step's numbers, and the logits where they are trained."""
+        numbers = {name: value.item() for name, value in metrics.items()}
+        self.writer.write(step, {"phase": phase.name, "kind": "train", **numbers})
+        if any("logits" in update.trains for update in phase.updates):
+            logits = {path: row.tolist() for path, row in logits_of(state).items()}
+            self.writer.write(step, {"phase": phase.name, "kind": "logits", "logits": logits})
+        self.writer.write_speed(step, phase.name, self.progress.images_per_second)
+
+    def evaluate(self, step: int, state: TrainState, phase: Phase) -> None:
+        """Judges the network as `phase` runs it: at every uniform width until there is a policy."""
+        if phase.evaluation.activations == "full":
+            self._evaluate_one(step, state, phase.name, "full", FULL)
+        elif self.policy is not None:
+            precision = phase.evaluation.replace(branches=self.branches)
+            self._evaluate_one(step, state, phase.name, "chosen", precision)
+        else:
+            uniform = uniform_precisions(self.network, self.config, phase.evaluation)
+            for bits, precision in uniform.items():
+                name = f"uniform {bits.act}"
+                if len(self.config.quant.weight_bits) > 1:
+                    name += f"/{bits.weight}"
+                self._evaluate_one(step, state, phase.name, name, precision)
+
+    def _evaluate_one(
+        self, step: int, state: TrainState, phase: str, name: str, precision: Precision
+    ) -> None:
+        """Writes the accuracy with the running and, if asked, with re-estimated statistics."""
+        with self.progress.pause(), waiting(f"evaluating {phase} at {name} precision"):
+            for kind, counts in self.evaluator.by_statistics(state.variables, precision).items():
+                row = {"phase": phase, "kind": "eval", "precision": name, "statistics": kind}
+                self.writer.write(step, row | {"weights": precision.weights, **counts})
+                self.progress.message(
+                    f"{phase} step {step}: {name} activations, {precision.weights} weights, "
+                    f"{kind} statistics: top-1 {counts['top1']:.2f} % "
+                    f"({counts['correct']} of {counts['examples']})"
+                )
+
+    def settle_statistics(self, state: TrainState, phase: Phase) -> TrainState:
+        """Returns the final state, with re-estimated batch norm statistics if configured."""
+        if not self.config.eval.bn_reestimate_batches or not phase.quantizes:
+            return state
+        precision = phase.evaluation.replace(branches=self.branches)
+        return state.replace(batch_stats=self.evaluator.reestimate(state.variables, precision))
+
+    def finish(self, stop_after_search: bool) -> dict[str, Any]:
+        """Writes results.json and the pictures; returns the RESULT, {} but in process 0."""
+        if not distributed.is_first():
+            return {}
+        first_step = next((span.start for span in self.schedule if span.phase.needs_policy), None)
+        return results.write(
+            self.workdir,
+            config=self.config,
+            network=self.network,
+            schedule=self.schedule,
+            policy=self.policy,
+            seconds=self.seconds,
+            search_end=first_step if stop_after_search else None,
+        )

@@ -1,0 +1,142 @@
+"""Trained weights to start from, to learn from or to judge: weight files and checkpoints."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from metamix_jax.data.datasets import Dataset
+from metamix_jax.errors import UserError
+from metamix_jax.networks import registry, torch_weights
+from metamix_jax.networks.precision import QuantSettings
+from metamix_jax.runtime import sharding
+from metamix_jax.selection import policy as policy_lib
+from metamix_jax.selection.phases import Phase, phase_at
+from metamix_jax.training import setup
+from metamix_jax.training.calibrate import calibrations, make_calibrate
+from metamix_jax.training.checkpoints import Checkpoints, locate
+from metamix_jax.training.setup import Network, abstract_variables
+from metamix_jax.training.step.state import TrainState
+from metamix_jax.workdir import bucket
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A checkpoint's variables, all of them, and what they are.
+
+    policy: as in policy.json; None where the bits have not been chosen.
+    finished: whether it is the run's last, whose batch norm statistics are settled.
+    """
+
+    name: str
+    step: int
+    phase: Phase
+    finished: bool
+    policy: dict[str, Any] | None
+    variables: dict[str, Any]
+
+
+def load_checkpoint(
+    config: ConfigDict, network: Network, workdir: Path, train_examples: int, mesh: Mesh
+) -> Trained:
+    """Returns what config.checkpoint names, or the newest good checkpoint of `workdir`.
+
+    Args:
+      config: of the run.
+      network: of the run.
+      workdir: used where config.checkpoint names none.
+      train_examples: what an epoch is.
+      mesh: devices.
+
+    Raises:
+      UserError: not there, damaged, or of another network.
+    """
+    directory, step = locate(bucket.path_of(config.checkpoint) if config.checkpoint else workdir)
+    with Checkpoints(directory, create=False) as checkpoints:
+
+        def restore(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            facts = checkpoints.read_facts(step)
+            if facts["model"] != network.label:
+                raise UserError(f"{directory}/{step} holds {facts['model']}, not {network.label}")
+            return facts, checkpoints.restore_items(step, abstract_variables(network), mesh)
+
+        if step is None:
+            step, (facts, variables), _ = checkpoints.newest_good(restore)
+        else:
+            facts, variables = restore(step)
+    name, policy = f"{directory}/{step}", facts["policy"]
+    if policy is not None:
+        policy_lib.check_policy(policy, network.costs, name)
+    schedule = setup.make_schedule(config, train_examples)
+    stop = schedule[-1].stop
+    phase = phase_at(min(step, stop - 1), schedule).phase
+    return Trained(name, step, phase, step == stop, policy, variables)
+
+
+def load_weights(
+    path: str | Path, variables: Mapping[str, Any], mesh: Mesh
+) -> tuple[dict[str, Any], int | None]:
+    """Returns trained params and batch_stats, and the step of the checkpoint they come from.
+
+    Args:
+      path: a weight file, or a workdir (its newest checkpoint), or one checkpoint.
+      variables: shapes.
+      mesh: devices.
+
+    Raises:
+      UserError: not there, damaged, or of another network.
+    """
+    target = {name: variables[name] for name in ("params", "batch_stats")}
+    path = bucket.path_of(path)
+    if not path.is_dir():
+        if bucket.is_remote(path):
+            raise UserError(f"{path}: no workdir there; copy weight files to this machine first")
+        weights, report = torch_weights.load_pretrained(path, target)
+        logging.info("%s:\n%s", path, torch_weights.format_report(report))
+        return weights, None
+    directory, step = locate(path)
+    with Checkpoints(directory, create=False) as checkpoints:
+        step = checkpoints.require_latest_step() if step is None else step
+        weights = checkpoints.restore_items(step, target, mesh)
+    logging.info("%s: weights of step %d", path, step)
+    return weights, step
+
+
+def load_calibrated(
+    config: ConfigDict, network: Network, dataset: Dataset, mesh: Mesh
+) -> TrainState:
+    """Returns the weights of config.pretrained, all step sizes calibrated, nothing trained.
+
+    The step sizes come from the first training batch. Raises UserError: no weights given, or see
+    `load_weights`.
+    """
+    if not config.pretrained:
+        raise UserError("config.pretrained='': expected a file of trained weights, or a workdir")
+    loaded, _ = load_weights(config.pretrained, abstract_variables(network), mesh)
+    state = sharding.replicate(setup.init_state(config, network, loaded), mesh)
+    passes = calibrations(config, acts=True, weights=True)
+    batch = next(iter(setup.train_batches(config, dataset, mesh, 0, 1)))
+    return jax.jit(make_calibrate(network.model, passes, config, train=False))(state, batch)
+
+
+def load_teacher(
+    config: ConfigDict, image_shape: tuple[int, int, int]
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """Returns the distillation teacher and its variables, (None, {}) without one.
+
+    config.teacher.path is as `load_weights` takes it; the teacher runs at full precision.
+    """
+    if not config.teacher.path:
+        return None, {}
+    model = registry.make(
+        config.teacher.model, config.data.num_classes, QuantSettings(), "config.teacher.model"
+    )
+    teacher = Network(model, "", image_shape, costs={}, budget=None, further_budgets={})
+    shapes = abstract_variables(teacher)
+    return model, load_weights(config.teacher.path, shapes, sharding.make_mesh())[0]

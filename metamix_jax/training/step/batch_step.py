@@ -1,0 +1,124 @@
+"""The training step: what one batch does in one phase."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from metamix_jax.data import batching
+from metamix_jax.selection.budget import Budget
+from metamix_jax.selection.phases import Span
+from metamix_jax.training.step.gradient_step import make_update
+from metamix_jax.training.step.state import SKIPPED, Batch, Metrics, TrainState, swap_search
+
+Part = tuple[jax.Array, jax.Array, jax.Array | None]  # images, labels, soft targets
+
+
+def training_images(batch: Batch, config: ConfigDict) -> jax.Array:
+    """Returns the batch's images [b, h, w, c] as the network sees them in training."""
+    options = config.data
+    images = batching.augment(
+        batch["image"], batch["index"], batch["epoch"], seed=config.seed, kind=options.augment
+    )
+    return batching.preprocess(images, mean=options.mean, std=options.std)
+
+
+def micro_batch(rows: jax.Array, number: jax.Array, parts: int) -> jax.Array:
+    """Returns every `parts`-th of `rows`, from `number` on: the same share of each device's."""
+    return rows.reshape(-1, parts, *rows.shape[1:])[:, number]
+
+
+def make_train_step(
+    model: nn.Module,
+    span: Span,
+    config: ConfigDict,
+    budget: Budget | None,
+    teacher: nn.Module | None,
+    further_budgets: Mapping[str, Budget] | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns `step(state, batch, branches, teacher_variables) -> (state, metrics)`.
+
+    It calls compiled parts and consumes the state it is given. All branches go through the same
+    compiled pass, one after the other, so that neither compile time nor memory grow with their
+    number. With config.accumulation_steps > 1 so do the micro-batches that the batch is split into
+    (not by `lax.scan`, in which XLA's convolutions on CPUs are many times slower). Gradients are
+    averaged over them; batch norm normalises by the statistics of a micro-batch, and each moves
+    the running ones, one after the other.
+
+    Args:
+      model: the network.
+      span: the phase and its length.
+      config: the run's configuration.
+      budget: for updates with a budget term.
+      teacher: network that gives the soft targets, or None.
+      further_budgets: of searches beside the first, by the keys that `enter_phase` gave them.
+    """
+    updates = [
+        (update, make_update(model, update, span.steps, config, budget))
+        for update in span.phase.updates
+    ]
+    parts = config.accumulation_steps
+
+    @jax.jit
+    def prepare(batch: Batch, number: jax.Array, teacher_variables: Any) -> Part:
+        batch = {name: micro_batch(rows, number, parts) for name, rows in batch.items()}
+        images = training_images(batch, config)
+        if teacher is None:
+            return images, batch["label"], None
+        scores = teacher.apply(teacher_variables, images, train=False)
+        return images, batch["label"], jax.nn.softmax(scores)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def count(step: jax.Array) -> jax.Array:
+        return step + 1
+
+    def train_step(
+        state: TrainState, batch: Batch, branches: Mapping[str, jax.Array], teacher_variables: Any
+    ) -> tuple[TrainState, Metrics]:
+        inputs = [prepare(batch, np.int32(i), teacher_variables) for i in range(parts)]
+        metrics = {}
+        for update, apply_update in updates:
+            state, numbers = apply_update(state, inputs, branches)
+            # Of the alternation, the search's numbers are the phase's own.
+            prefix = "" if update.name == span.phase.name else f"{update.name}_"
+            metrics |= {prefix + name: value for name, value in numbers.items()}
+            for key, other in (further_budgets or {}).items() if update.budget_term else ():
+                state, numbers = apply_update(
+                    swap_search(state, key), inputs, branches, limit=other.limit
+                )
+                state = swap_search(state, key)
+                metrics[f"cost_{key}"] = numbers["cost"]
+        return state.replace(step=count(state.step)), metrics
+
+    return _skipping(train_step) if config.max_skipped_steps else train_step
+
+
+def _skipping(
+    train_step: Callable[..., tuple[TrainState, Metrics]],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns a step that changes nothing but the step's number where one is not finite.
+
+    It counts such steps in the state, and in the metric of the same name.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def choose(
+        before: TrainState, after: TrainState, metrics: Metrics
+    ) -> tuple[TrainState, Metrics]:
+        leaves = jax.tree.leaves((metrics, after.variables, after.opt_states))
+        finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()
+        kept = jax.tree.map(functools.partial(jnp.where, finite), after, before)
+        skipped = before.opt_states[SKIPPED] + (~finite).astype(jnp.int32)
+        opt_states = kept.opt_states | {SKIPPED: skipped}
+        return kept.replace(step=after.step, opt_states=opt_states), metrics | {SKIPPED: skipped}
+
+    def step(state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
+        before = jax.tree.map(jnp.copy, state)  # the step consumes its own
+        return choose(before, *train_step(state, *inputs))
+
+    return step

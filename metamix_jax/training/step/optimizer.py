@@ -1,0 +1,62 @@
+"""Which rule trains what: one optax transformation per label of a leaf."""
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from metamix_jax.selection.phases import Update
+
+
+def label(path: str, leaf: jax.Array) -> str:
+    """Returns what kind of trained thing lies at `path`, e.g. `params/conv1/kernel`."""
+    name = path.rsplit("/", 1)[-1]
+    if path.startswith("quant/"):
+        return {"act_step": "act_steps", "weight_step": "weight_steps", "logits": "logits"}[name]
+    # Weight decay applies to convolution kernels alone.
+    return "kernels" if name == "kernel" and leaf.ndim == 4 else "weights"
+
+
+def make_optimizer(update: Update, steps: int, config: ConfigDict) -> optax.GradientTransformation:
+    """Returns the optimizer of an update: one transformation per label that it trains.
+
+    Args:
+      update: a row's update.
+      steps: length of the phase, for the cosine schedules.
+      config: optimizer, and the phase's own section for learning rates.
+    """
+    options = config.optimizer
+    rate = _learning_rate(update, steps, config)
+
+    def base() -> optax.GradientTransformation:
+        if options.name == "sgd":
+            return optax.sgd(rate, momentum=options.b1, nesterov=True)
+        return optax.adam(rate, b1=options.b1, b2=options.b2, eps=options.eps)
+
+    search = config.bit_search
+    transforms = {
+        "kernels": optax.chain(optax.add_decayed_weights(options.weight_decay), base()),
+        "weights": base(),
+        "act_steps": base(),
+        "weight_steps": base(),
+        "logits": optax.chain(
+            optax.add_decayed_weights(search.weight_decay),
+            optax.adam(search.learning_rate, b1=search.b1, b2=search.b2, eps=options.eps),
+        ),
+    }
+    # Sorted: a set's order differs from process to process, and the compiled program with it.
+    split = optax.multi_transform(
+        {name: transforms[name] for name in sorted(update.trains)},
+        lambda flat: {path: label(path, leaf) for path, leaf in flat.items()},
+    )
+    clip = optax.masked(
+        optax.clip_by_global_norm(options.clip_norm),
+        lambda flat: {path: label(path, leaf) != "logits" for path, leaf in flat.items()},
+    )
+    return optax.chain(clip, split)
+
+
+def _learning_rate(update: Update, steps: int, config: ConfigDict) -> optax.Schedule:
+    if update.name in ("bit_meta", "bit_search", "joint_search", "sharpness_search"):
+        return optax.constant_schedule(config.bit_meta.learning_rate)
+    section = {"act_training": "weight_training"}.get(update.name, update.name)
+    return optax.cosine_decay_schedule(config[section].learning_rate, steps)

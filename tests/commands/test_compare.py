@@ -1,0 +1,109 @@
+"""Comparisons: what the runs differ in, the summary over seeds, a small one through main.py."""
+
+import json
+
+import pytest
+
+from configs import digits
+from metamix_jax.commands import compare
+from metamix_jax.errors import UserError
+from metamix_jax.report import tables
+from tests.helpers.processes import command
+
+
+def config_of(**overrides):
+    config = digits.get_config()
+    config.update_from_flattened_dict({"quant.act_bits": (8, 4, 2)} | overrides)
+    return config
+
+
+def run_of(method, budget, seed, top1, bits, passes=10):
+    return {
+        "method": method, "budget": budget, "seed": seed, "top1": top1, "gbops": budget - 0.1,
+        "search_cost": {"steps": 4, "seconds": 2.0 + seed, "forward_passes": passes},
+        "bits": {"a": [bits[0], 4], "b": [bits[1], 4]},
+    }  # fmt: skip
+
+
+def test_summary_over_seeds():
+    runs = [
+        run_of("metamix", 0.5, 0, 90.0, (4, 2)),
+        run_of("metamix", 0.5, 1, 92.0, (4, 4)),
+        run_of("metamix", 0.5, 2, 94.0, (2, 4)),
+        run_of("metamix", 1.0, 0, 95.0, (4, 4)),
+        run_of("joint", 0.5, 0, 80.0, (4, 4), passes=7),
+    ]
+    low, high, joint = compare.summarise(runs)
+    assert (joint["method"], joint["budget"], joint["seeds"]) == ("joint", 0.5, 1)
+    assert (joint["top1_spread"], joint["agreement"]) == (0.0, None)
+    assert joint["search"] == {"steps": 4, "seconds": 2.0, "forward_passes": 7}
+    assert (high["method"], high["budget"]) == ("metamix", 1.0)
+    assert (low["top1"], low["top1_spread"], low["seeds"]) == (92.0, 2.0, 3)
+    assert low["gbops"] == pytest.approx(0.4)
+    assert low["agreement"] == pytest.approx((0.5 + 0.0 + 0.5) / 3)
+    assert low["search"]["seconds"] == 3.0
+
+
+def test_table_has_a_line_for_each_row():
+    rows = compare.summarise([run_of("metamix", 0.5, seed, 90.0, (4, 2)) for seed in range(2)])
+    head, _, line = tables.comparison_table(rows).splitlines()
+    assert head.split()[0] == "method" and "agreement %" in head
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells == ["metamix", "0.5", "0.4000", "2", "90.00", "0.00", "100", "4", "10", "2"]
+
+
+@pytest.mark.parametrize("method", compare.METHODS)
+def test_every_method_differs_in_its_fields_alone(method):
+    config = config_of()
+    asked = config_of(**{"compare.methods": ("uniform", method), "compare.seeds": (5,)})
+    own = compare.run_config(asked, method, 0.9, 3)  # what else is compared makes no difference
+    expected = compare.METHODS[method] | {"seed": 3, "budget.value": 0.9}
+    if method == "uniform":
+        expected["search.uniform_bits"] = 2  # 4 are one tenth too many
+    config.update_from_flattened_dict(expected)
+    assert own.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(("budget", "bits"), [(1.0, 4), (1.9, 4), (0.99, 2)])
+def test_uniform_takes_the_widest_bits_inside_the_budget(budget, bits):
+    assert compare.run_config(config_of(), "uniform", budget, 0).search.uniform_bits == bits
+
+
+def test_unknown_method_has_a_suggestion():
+    with pytest.raises(UserError, match=r"compare.methods: 'metamx'; did you mean 'metamix'\?"):
+        compare.run_config(config_of(), "metamx", 1.0, 0)
+
+
+def test_budget_out_of_reach_is_refused():
+    with pytest.raises(UserError, match="budget"):
+        compare.run_config(config_of(), "metamix", 0.01, 0)
+
+
+def test_comparison_through_main_and_again(processes, tmp_path):
+    workdir = tmp_path / "comparison"
+    overrides = {
+        "compare.methods": ("random", "uniform"), "compare.budgets": (0.9,),
+        "compare.seeds": (3,), "quant.act_bits": (8, 4, 2), "full_precision.epochs": 0.1,
+        "weight_training.act_epochs": 0.1, "weight_training.epochs": 0.1,
+        "eval.bn_reestimate_batches": 0,
+    }  # fmt: skip
+    arguments = command(f"--workdir={workdir}", "--mode=compare", **overrides)
+    result = processes.result(arguments)
+    assert (result["mode"], result["runs"]) == ("compare", 2)
+    assert [(row["method"], row["budget"]) for row in result["rows"]] == [
+        ("random", 0.9), ("uniform", 0.9),
+    ]  # fmt: skip
+    assert all(row["seeds"] == 1 for row in result["rows"])
+    assert (workdir / "comparison.png").stat().st_size > 1000
+    written = json.loads((workdir / "comparison.json").read_text())
+    assert written["rows"] == result["rows"] and len(written["runs"]) == 2
+    for run in written["runs"]:
+        assert run["gbops"] <= run["budget_gbops"] * (1 + 1e-9)
+        folder = workdir / f"{run['method']}_{run['budget']:g}_{run['seed']}"
+        assert json.loads((folder / "results.json").read_text())["top1"] == run["top1"]
+    # A run that was lost is made again, the others are not.
+    metrics = workdir / "random_0.9_3" / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns
+    (workdir / "comparison.json").unlink()
+    again = processes.result(arguments)
+    assert again["rows"] == result["rows"] and metrics.stat().st_mtime_ns == before

@@ -1,0 +1,161 @@
+"""metamix_jax as a library, and the modes that export a checkpoint and judge a bundle."""
+
+import importlib.util
+import inspect
+import json
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import metamix_jax
+from metamix_jax import command_line, commands, recipes
+from metamix_jax.errors import UserError
+from metamix_jax.exporters import bundle, card, quantized_network
+from metamix_jax.selection import policy
+from metamix_jax.selection.phases import PHASES
+from metamix_jax.training import setup
+from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints
+from metamix_jax.training.step.state import TrainState
+from tests.helpers.export_networks import quantized
+from tests.helpers.tiny_network import compiled, make_config
+
+EXAMPLES = 70  # of 360; not a multiple of the executor's batch
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Returns a configuration, its network and a workdir with the last checkpoint of a run."""
+    pytest.importorskip("onnx")
+    config = make_config(**{"export.examples": EXAMPLES, "eval.bn_reestimate_batches": 1})
+    network = setup.make_network(config)
+    found = quantized(network.model, network.image_shape)
+    state = TrainState(step=jnp.int32(0), opt_states={}, rng=jax.random.key(0), **found.variables)
+    chosen = policy.make_policy(
+        network.costs, policy.layer_bits(found.policy), model=network.label,
+        image_size=8, searcher="file", seed=0, budget_gbops=network.budget_gbops,
+    )  # fmt: skip
+    workdir = tmp_path_factory.mktemp("run")
+    (workdir / "config.json").write_text(config.to_json())
+    policy.write_policy(workdir / "policy.json", chosen)
+    stop = setup.make_schedule(config, 1437)[-1].stop
+    with Checkpoints(workdir / DIRECTORY, create=True) as checkpoints:
+        facts = {"model": network.label, "policy": chosen, "seconds": {}}
+        checkpoints.save(1, state, facts)
+        checkpoints.save(stop, state, facts)
+    return config, network, workdir
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    config, _, workdir = run
+    return commands.run_mode(
+        "export", config, workdir
+    ), workdir / quantized_network.EXPORT_DIRECTORY
+
+
+def test_mode_export(run, exported):
+    config, network, _ = run
+    result, directory = exported
+    json.dumps(result)
+    assert result["mode"] == "export" and result["model"] == network.label
+    assert result["examples"] == EXAMPLES and result["differing"] == 0
+    assert result["correct"] == result["reference_correct"]
+    names = {*bundle.FILES, card.QCDQ, card.QONNX, card.STABLEHLO}
+    assert result["files"].keys() == names
+    assert {path.name for path in directory.iterdir()} == names | {"README.md"}
+    for name, size in result["files"].items():
+        assert (directory / name).stat().st_size == size
+    assert f"({result['correct']} right)" in (directory / "README.md").read_text()
+
+
+def test_mode_evaluate_judges_a_bundle(run, exported):
+    config = run[0].copy_and_resolve_references()
+    config.checkpoint = str(exported[1])
+    found = commands.run_mode("evaluate", config, run[2])
+    assert found["mode"] == "evaluate" and found["correct"] == exported[0]["correct"]
+    config.data.channels = 3
+    with pytest.raises(UserError, match="takes images of"):
+        quantized_network.judge_bundle(config, exported[1])
+
+
+def test_a_damaged_bundle_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, capsys):
+    config = run[0].copy_and_resolve_references()
+    config.checkpoint = str(tmp_path)
+    (tmp_path / bundle.GRAPH).write_text("{}")
+    for name in (bundle.WEIGHTS, bundle.SCALES):
+        (tmp_path / name).write_bytes(b"")
+    flags = types.SimpleNamespace(config=config, workdir=str(run[2]), mode="evaluate")
+    monkeypatch.setattr(command_line.flags, "FLAGS", flags)
+    assert command_line.main([]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f"error: {tmp_path}/graph.json: damaged or no part of a bundle")
+
+
+def test_a_checkpoint_whose_weights_are_not_quantized_is_refused(run):
+    config = run[0].copy_and_resolve_references()
+    config.checkpoint = str(run[2] / DIRECTORY / "1")
+    assert not PHASES["full_precision"].quantizes
+    with pytest.raises(UserError, match="of phase full_precision, whose weights are not quantized"):
+        quantized_network.restore(config, run[2])
+
+
+def test_a_finished_run_from_a_notebook(run, exported, tmp_path):
+    _, _, workdir = run
+    chosen = metamix_jax.load_policy(workdir)
+    assert chosen == metamix_jax.load_policy(workdir / "policy.json")
+    found = metamix_jax.export(workdir, tmp_path / "again")
+    for name in bundle.FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (exported[1] / name).read_bytes()
+    assert found["files"].keys() == exported[0]["files"].keys()
+
+
+def test_weights_and_a_policy_from_a_notebook(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "jit", compiled)
+    config, chosen = run[0].copy_and_resolve_references(), metamix_jax.load_policy(run[2])
+    with pytest.raises(UserError, match="expected a file of trained weights"):
+        metamix_jax.quantize(config, chosen)
+    config.pretrained, config.eval.bn_reestimate_batches = str(run[2]), 0
+    config.export.onnx, config.export.examples = False, 360
+    network = metamix_jax.quantize(config, chosen)
+    counts = metamix_jax.evaluate(network)
+    found = metamix_jax.export(network, tmp_path)
+    assert found["files"].keys() == {*bundle.FILES, card.STABLEHLO}
+    assert found["reference_correct"] == counts["correct"] and counts["examples"] == 360
+
+
+def test_functions_of_the_package_have_their_signatures():
+    for name in ("evaluate", "export"):
+        assert importlib.util.find_spec(f"metamix_jax.{name}") is None
+        assert list(inspect.signature(getattr(metamix_jax, name)).parameters)[0] == "source"
+    assert metamix_jax.quantize is quantized_network.quantize
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        metamix_jax.nothing  # noqa: B018
+
+
+def test_what_is_no_workdir_or_policy(tmp_path):
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}: no workdir"):
+        metamix_jax.evaluate(tmp_path)
+    (tmp_path / "policy.json").write_text('{"format": 2}')
+    with pytest.raises(UserError, match="expected a policy of format 1"):
+        metamix_jax.load_policy(tmp_path)
+
+
+def test_a_configuration_comes_back_from_its_workdir(run):
+    config, _, workdir = run
+    found = recipes.read_config(workdir)
+    assert json.loads(found.to_json()) == json.loads(config.to_json())
+    assert found.is_locked and found.quant.act_bits == config.quant.act_bits
+
+
+def test_graph_holds_the_checkpoints_weights(run):
+    config, _, workdir = run
+    network = quantized_network.restore(config, workdir)
+    graph = network.graph()
+    kernel = np.asarray(network.variables["params"]["fc"]["kernel"])
+    node = graph.layers[-1]
+    step = np.asarray(network.variables["quant"]["fc"]["weight_step"])[0]
+    assert np.array_equal(node.kernel.levels, np.rint(np.clip(kernel / step, -127, 127)))

@@ -1,0 +1,164 @@
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from metamix_jax.networks import registry
+from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
+from metamix_jax.networks.precision import FULL, QuantSettings
+from metamix_jax.networks.torch_weights import read_weights, torch_name
+from metamix_jax.networks.zoo.mobilenet import V3_LARGE, InvertedResidual
+from metamix_jax.selection import cost
+
+DATA = pathlib.Path(__file__).parents[3] / "shared/data"
+SHAPE = (224, 224, 3)
+WITH_SE = {4, 5, 6, 11, 12, 13, 14, 15}
+WITH_HSWISH = set(range(7, 16))
+
+
+def make(name, **settings):
+    return registry.make(ConfigDict({"name": name}), 1000, QuantSettings(**settings))
+
+
+def shapes_of(model):
+    keys = {"params": jax.random.key(0), "quant": jax.random.key(1)}
+    return jax.eval_shape(model.init, keys, jnp.zeros((1, *SHAPE)))
+
+
+def quantizer_sites(model):
+    """Returns layer path -> (signed, shift) of its input's quantizer."""
+    sites = {}
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, QuantConv | QuantDense) and context.method_name == "__call__":
+            sites["/".join(context.module.path)] = (context.module.signed, context.module.shift)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        shapes_of(model)
+    return sites
+
+
+# torchvision's counts.
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("mobilenet_v2", 3_504_872), ("mobilenet_v3_large", 5_483_032)]
+)
+def test_parameters(name, parameters):
+    leaves = jax.tree.leaves(shapes_of(make(name))["params"])
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "macs", "layers", "gbops", "gbops_with_32_bit_image"),
+    [
+        ("resnet18", 1814.073, 21, 34.7144, 57.3731),
+        ("mobilenet_v2", 300.774, 53, 5.3941, 7.4750),
+        ("mobilenet_v3_large", 216.590, 64, 3.7870, 4.8274),
+    ],
+)
+def test_cost_anchors(name, macs, layers, gbops, gbops_with_32_bit_image):
+    totals = {}
+    for image_bits in (8, 32):
+        costs = cost.layer_costs(make(name, image_bits=image_bits), SHAPE)
+        assert len(costs) == layers
+        totals[image_bits] = cost.totals(costs)
+    assert round(totals[8]["macs"] / 1e6, 3) == macs
+    assert round(totals[8]["gbops_uniform"]["4"], 4) == gbops
+    assert round(totals[32]["gbops_uniform"]["4"], 4) == gbops_with_32_bit_image
+
+
+def test_quantizer_sites_of_v2():
+    for path, site in quantizer_sites(make("mobilenet_v2")).items():
+        signed = path in ("stem", "last_conv") or path.endswith("/expand")
+        assert site == (signed, 0.0), path
+
+
+def test_quantizer_sites_of_v3():
+    for path, site in quantizer_sites(make("mobilenet_v3_large")).items():
+        block, _, layer = path.rpartition("/")
+        number = int(block.removeprefix("bneck") or 0)
+        if path in ("stem", "head_conv") or layer == "expand":
+            assert site == (True, 0.0), path
+        elif layer == "se_fc2":
+            assert site == (False, 0.0), path  # after a ReLU
+        else:
+            # bneck1's depthwise convolution follows the stem's hswish.
+            follows_hswish = (
+                number in WITH_HSWISH or path == "bneck1/depthwise" or path.startswith("classifier")
+            )
+            assert site == (False, HSWISH_SHIFT if follows_hswish else 0.0), path
+
+
+def test_blocks_with_squeeze_and_excite():
+    assert {i for i, row in enumerate(V3_LARGE, start=1) if row.squeeze} == WITH_SE
+
+
+def test_gate_by_hand():
+    settings = QuantSettings()
+
+    def norm(train, name):
+        return nn.BatchNorm(use_running_average=not train, epsilon=1e-3, name=name)
+
+    block = InvertedResidual(
+        16, 8, settings, norm, squeeze=True, hswish=True, activation=nn.hard_swish
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
+    keys = {"params": jax.random.key(1), "quant": jax.random.key(2)}
+    variables = block.init(keys, x, False, FULL)
+    found = block.apply(variables, x, False, FULL)
+
+    params = jax.tree.map(np.asarray, variables["params"])
+    scale = 1 / np.sqrt(1 + 1e-3)  # fresh batch norm
+
+    def hswish(y):
+        return y * np.clip(y + 3, 0, 6) / 6
+
+    y = hswish(np.asarray(x) @ params["expand"]["kernel"][0, 0] * scale)
+    padded = np.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernel = params["depthwise"]["kernel"]
+    y = sum(padded[:, i : i + 6, j : j + 6] * kernel[i, j, 0] for i in range(3) for j in range(3))
+    y = hswish(y * scale)
+    fc1, fc2 = params["se_fc1"], params["se_fc2"]
+    hidden = np.maximum(y.mean(axis=(1, 2)) @ fc1["kernel"][0, 0] + fc1["bias"], 0)
+    gate = np.clip(hidden @ fc2["kernel"][0, 0] + fc2["bias"] + 3, 0, 6) / 6
+    y = y * gate[:, None, None]
+    wanted = np.asarray(x) + y @ params["project"]["kernel"][0, 0] * scale
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def torch_names(name):
+    shapes = shapes_of(make(name))
+    flat = flatten_dict({key: shapes[key] for key in ("params", "batch_stats")})
+    return {torch_name(path) for path in flat}
+
+
+def test_torch_names_of_v2_are_the_files():
+    path = DATA / "mobilenet_v2_uint8_qat_decoded.npz"
+    if not path.exists():
+        pytest.skip("needs ../shared/data/mobilenet_v2_uint8_qat_decoded.npz")
+    assert torch_names("mobilenet_v2") == set(read_weights(path))
+
+
+def test_torch_names_of_v3():
+    names = torch_names("mobilenet_v3_large")
+    # 46 convolutions with batch norm, 8 gates of 2 biased convolutions, 2 dense layers.
+    assert len(names) == 46 * 5 + 8 * 2 * 2 + 2 * 2
+    assert {
+        "features.0.0.weight",
+        "features.1.block.0.0.weight",
+        "features.1.block.1.1.running_var",
+        "features.2.block.2.0.weight",
+        "features.4.block.2.fc1.bias",
+        "features.4.block.3.1.bias",
+        "features.7.block.2.1.running_mean",
+        "features.15.block.2.fc2.weight",
+        "features.16.1.weight",
+        "classifier.0.weight",
+        "classifier.3.bias",
+    } <= names
