@@ -247,8 +247,7 @@ def _report_unless_abandoned(
 
 
 def _pytrees(state: TrainState) -> dict[str, Any]:
-    training = {"opt_states": state.opt_states, "step": state.step, "rng": state.rng}
-    return state.variables | {"training": training}
+    return state.variables | {"training": state.training}
 
 
 def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:

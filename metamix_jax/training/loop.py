@@ -10,9 +10,9 @@ from metamix_jax.data import datasets
 from metamix_jax.runtime import distributed, failures
 from metamix_jax.runtime.interruption import Interruption
 from metamix_jax.runtime.progress import Progress
-from metamix_jax.selection.phases import phase_at
 from metamix_jax.training.checkpoints import DIRECTORY, KEPT, Checkpoints
 from metamix_jax.training.run import Run
+from metamix_jax.training.schedule import phase_at
 from metamix_jax.training.step.batch_step import make_train_step
 from metamix_jax.training.step.state import TrainState
 from metamix_jax.workdir import bucket

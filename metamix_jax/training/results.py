@@ -16,7 +16,7 @@ from metamix_jax.report.html import write_report
 from metamix_jax.selection import cost
 from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.cost import LayerCosts, Policy
-from metamix_jax.selection.phases import Span
+from metamix_jax.training.schedule import Span
 from metamix_jax.training.setup import Network
 from metamix_jax.workdir import bucket
 from metamix_jax.workdir.claim import is_finished

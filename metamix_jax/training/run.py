@@ -24,14 +24,15 @@ from metamix_jax.runtime.progress import Progress, waiting
 from metamix_jax.selection import cost
 from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.budget import Budget
-from metamix_jax.selection.phases import BIT_SEARCH, Phase, Span, phase_at
+from metamix_jax.selection.phases import Phase
 from metamix_jax.training import nonfinite, results, setup, start_weights
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints
 from metamix_jax.training.choose_policy import choose_policy, logits_of
 from metamix_jax.training.evaluator import Evaluator, uniform_precisions
+from metamix_jax.training.schedule import Span, phase_at
 from metamix_jax.training.step.batch_step import make_train_step
-from metamix_jax.training.step.state import SKIPPED, TrainState, enter_phase, swap_search
+from metamix_jax.training.step.state import TrainState, enter_phase, with_logits
 from metamix_jax.validate import validate_start
 from metamix_jax.workdir.metrics import MetricWriter
 
@@ -118,7 +119,7 @@ class Run:
         for later in damaged:
             checkpoints.set_aside(later)
         self.policy, self.seconds = facts["policy"], facts["seconds"]
-        self.skipped = int(state.opt_states.get(SKIPPED, 0))
+        self.skipped = int(state.skipped_steps)
         if self.policy is not None:
             policy_lib.check_policy(self.policy, self.network.costs, "the checkpoint's policy")
             policy_lib.write_policy(self.workdir / "policy.json", self.policy)
@@ -159,9 +160,9 @@ class Run:
 
     def _decide(self, state: TrainState) -> dict[str, Any]:
         """Returns the policy; writes those of further budgets to policies/."""
-        budgets = self.network.further_budgets if BIT_SEARCH.name in state.opt_states else {}
-        for key, budget in budgets.items():
-            policy = self._choose(swap_search(state, key), budget)
+        for key, search in state.searches.items():
+            budget = self.network.further_budgets[key]
+            policy = self._choose(with_logits(state, search.logits), budget)
             (self.workdir / "policies").mkdir(exist_ok=True)
             policy_lib.write_policy(self.workdir / "policies" / f"{key}.json", policy)
         return self._choose(state, self.network.budget)
@@ -209,8 +210,8 @@ class Run:
           RunError: what is wrong is in nonfinite.json.
         """
         names = nonfinite.broken_metrics(metrics)
-        if metrics and SKIPPED in metrics:
-            known, self.skipped = self.skipped, int(metrics[SKIPPED])
+        if metrics and "skipped_steps" in metrics:
+            known, self.skipped = self.skipped, int(metrics["skipped_steps"])
             names = (names or ["what it leads to"]) if self.skipped > known else []
             if names and self.skipped <= self.config.max_skipped_steps:
                 nonfinite.log_skipped(step, phase.name, names, self.skipped)

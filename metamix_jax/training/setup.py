@@ -18,9 +18,9 @@ from metamix_jax.runtime import sharding
 from metamix_jax.selection import cost, knapsack, phases
 from metamix_jax.selection.budget import Budget, make_budget
 from metamix_jax.selection.cost import LayerCosts
-from metamix_jax.selection.phases import Span
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.selection.searchers.file import read_bits
+from metamix_jax.training.schedule import Span, make_spans
 from metamix_jax.training.step.state import TrainState, enter_phase, further_searches
 from metamix_jax.validate import validate
 
@@ -101,8 +101,8 @@ def _check_uniform(config: ConfigDict, costs: LayerCosts, budget: Budget) -> Non
 def make_schedule(config: ConfigDict, train_examples: int) -> tuple[Span, ...]:
     """Returns all phases of the run in order."""
     searcher = SEARCHERS.get(config.search.searcher)
-    searcher_phases = searcher.PHASES if searcher else ()
-    return phases.make_schedule(config, searcher_phases, train_examples / config.batch_size)
+    rows = (phases.full_precision, *(searcher.PHASES if searcher else ()))
+    return make_spans([row(config) for row in rows], train_examples / config.batch_size)
 
 
 def abstract_variables(network: Network) -> dict[str, Any]:
@@ -145,7 +145,6 @@ def _first_state(config: ConfigDict, variables: Mapping[str, Any]) -> TrainState
     return TrainState(
         # An array, not a Python int, or the first step would be compiled twice.
         step=jnp.int32(0),
-        opt_states={},
         rng=jax.random.fold_in(jax.random.key(config.seed), 2),
         **variables,
     )

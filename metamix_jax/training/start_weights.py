@@ -17,10 +17,11 @@ from metamix_jax.networks import registry, torch_weights
 from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.runtime import sharding
 from metamix_jax.selection import policy as policy_lib
-from metamix_jax.selection.phases import Phase, phase_at
+from metamix_jax.selection.phases import Phase
 from metamix_jax.training import setup
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints, locate
+from metamix_jax.training.schedule import phase_at
 from metamix_jax.training.setup import Network, abstract_variables
 from metamix_jax.training.step.state import TrainState
 from metamix_jax.workdir import bucket

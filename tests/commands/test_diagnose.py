@@ -19,6 +19,7 @@ from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.searchers import hessian
 from metamix_jax.training import setup
 from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints, locate
+from metamix_jax.training.schedule import make_spans
 from metamix_jax.training.step.batch_step import training_images
 from tests.helpers.tiny_network import (
     BITS,
@@ -137,8 +138,8 @@ def test_pick_layer(network):
 
 def schedule_of(**epochs):
     config = make_config(**{f"{name}.epochs": value for name, value in epochs.items()})
-    names = ("bit_meta", "bit_search", "weight_training")
-    return phases.make_schedule(config, names, steps_per_epoch=10)
+    rows = (phases.full_precision, phases.bit_meta, phases.bit_search, phases.weight_training)
+    return make_spans([row(config) for row in rows], steps_per_epoch=10)
 
 
 def test_the_meta_state_is_preferred_to_what_came_later():

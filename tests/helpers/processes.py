@@ -15,9 +15,9 @@ import numpy as np
 
 from configs import digits
 from metamix_jax.runtime import sharding
-from metamix_jax.selection.phases import phase_at
 from metamix_jax.training import setup
 from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints
+from metamix_jax.training.schedule import phase_at
 
 ROOT = Path(__file__).parents[2]
 CONFIG_FILE = "configs/digits.py"

@@ -6,15 +6,26 @@ import numpy as np
 from flax import traverse_util
 
 from configs import digits
-from metamix_jax.selection.phases import PHASES, Span
+from metamix_jax.selection import phases
+from metamix_jax.selection.searchers import asga, joint
 from metamix_jax.training import setup
 from metamix_jax.training.calibrate import calibrations, make_calibrate
+from metamix_jax.training.schedule import Span
 from metamix_jax.training.step.optimizer import label
 from metamix_jax.training.step.state import enter_phase
 
 BATCH = 16
 STEPS = 10  # length of every phase
 BITS = (8, 2)  # candidates; index 1 is the narrower one
+
+
+ROWS = {
+    row.__name__: row
+    for row in (
+        phases.full_precision, phases.bit_meta, phases.bit_search, joint.joint_search,
+        asga.sharpness_search, *phases.FINE_TUNING,
+    )
+}  # fmt: skip
 
 
 def compiled(function, *, jit=jax.jit, **options):
@@ -69,13 +80,17 @@ def calibrated_state(config, network, batch):
     return state.replace(quant=traverse_util.unflatten_dict(flat, sep="/"))
 
 
-def span_of(name):
-    phase = PHASES[name]
+def phase_of(name, config=None):
+    return ROWS[name](make_config() if config is None else config)
+
+
+def span_of(name, config=None):
+    phase = phase_of(name, config)
     return Span(phase, 0, STEPS, calibrates_acts=True, calibrates_weights=phase.quantizes_weights)
 
 
 def entered(state, name, config):
-    return enter_phase(state.replace(opt_states={}), span_of(name), config)
+    return enter_phase(state.replace(opt_states={}), span_of(name, config), config)
 
 
 def leaves(state):

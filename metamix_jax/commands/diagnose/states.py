@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError
 from metamix_jax.runtime import sharding
-from metamix_jax.selection.phases import Span
 from metamix_jax.training import setup, start_weights
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints, locate
+from metamix_jax.training.schedule import Span
 from metamix_jax.workdir import bucket
 
 

@@ -7,8 +7,24 @@ sizes and logits are not. The policy may be searched on a small data set and use
 by searcher "file".
 """
 
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from metamix_jax.selection import phases
 from metamix_jax.selection.searchers.metamix import choose
 
 __all__ = ["PHASES", "choose"]
 
-PHASES = ("sharpness_search", "act_training", "weight_training")
+
+def sharpness_search(config: ConfigDict) -> phases.Phase:
+    """The joint search with sharpness-aware steps, of two passes each; as many as MetaMix makes."""
+    update = dataclasses.replace(
+        phases.search_update(config, "sharpness_search", fixed_meta_state=False),
+        sharpness_aware=True,
+    )
+    epochs = phases.metamix_passes(config) / 2
+    return phases.Phase("sharpness_search", epochs, (update,), phases.search_evaluation(config))
+
+
+PHASES = (sharpness_search, *phases.FINE_TUNING)

@@ -7,9 +7,10 @@ from metamix_jax.networks.precision import Bits
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import LayerCosts
+from metamix_jax.selection.phases import FINE_TUNING
 from metamix_jax.selection.policy import layer_bits, read_policy
 
-PHASES = ("act_training", "weight_training")
+PHASES = FINE_TUNING
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:

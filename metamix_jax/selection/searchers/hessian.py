@@ -26,8 +26,9 @@ from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import LayerCosts
+from metamix_jax.selection.phases import FINE_TUNING
 
-PHASES = ("act_training", "weight_training")
+PHASES = FINE_TUNING
 IMAGES = 512  # at least so many, in whole batches
 PROBES = 50  # at most
 FEWEST_PROBES = 5

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 
 from metamix_jax.networks.precision import Bits
-from metamix_jax.selection import knapsack
+from metamix_jax.selection import knapsack, phases
 from metamix_jax.selection.context import SearchContext
 
-PHASES = ("bit_meta", "bit_search", "act_training", "weight_training")
+PHASES = (phases.bit_meta, phases.bit_search, *phases.FINE_TUNING)
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:

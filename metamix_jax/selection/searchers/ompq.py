@@ -22,8 +22,9 @@ from flax.traverse_util import flatten_dict
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
 from metamix_jax.selection.context import SearchContext
+from metamix_jax.selection.phases import FINE_TUNING
 
-PHASES = ("act_training", "weight_training")
+PHASES = FINE_TUNING
 # Rounded to the closest size below; the published code does so for ResNet-18.
 ROUNDED_BELOW = ("cifar_resnet", "resnet18")
 

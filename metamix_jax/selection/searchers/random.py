@@ -9,8 +9,9 @@ from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.context import SearchContext
+from metamix_jax.selection.phases import FINE_TUNING
 
-PHASES = ("act_training", "weight_training")
+PHASES = FINE_TUNING
 WITHIN = 0.01  # of the dearest policy's cost, below it
 DRAWS, ROUNDS = 10_000, 100
 

@@ -3,8 +3,9 @@
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import cost
 from metamix_jax.selection.context import SearchContext
+from metamix_jax.selection.phases import FINE_TUNING
 
-PHASES = ("act_training", "weight_training")
+PHASES = FINE_TUNING
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
