@@ -24,8 +24,8 @@ from metamix_jax.data import batching
 from metamix_jax.errors import UserError
 from metamix_jax.exporters import bundle, card, onnx_files
 from metamix_jax.exporters.build import build_graph
+from metamix_jax.exporters.evaluation import evaluate_graph
 from metamix_jax.exporters.graph import Graph
-from metamix_jax.exporters.judge import judge
 from metamix_jax.exporters.stablehlo import stablehlo
 from metamix_jax.networks.precision import Precision
 from metamix_jax.runtime import sharding
@@ -180,7 +180,9 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
     sizes = {name: len(content) for name, content in contents.items()}
     split = setup.load_dataset(config, sharding.make_mesh()).evaluation
-    counts = judge(bundle.read_bundle(directory), split, config.export.examples, _prediction(found))
+    counts = evaluate_graph(
+        bundle.read_bundle(directory), split, config.export.examples, _prediction(found)
+    )
     text = card.card(
         graph,
         sizes,
@@ -210,7 +212,7 @@ def judge_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:
             f"not config.data's {wanted[0]} for {wanted[1]}"
         )
     split = setup.load_dataset(config, sharding.make_mesh()).evaluation
-    return judge(graph, split, config.export.examples)
+    return evaluate_graph(graph, split, config.export.examples)
 
 
 def _prediction(found: QuantizedNetwork) -> Callable[[jax.Array], jax.Array]:

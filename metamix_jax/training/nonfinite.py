@@ -1,4 +1,4 @@
-"""Numbers gone wrong: a run stops at the first, or skips so many steps, and never saves one."""
+"""Non-finite values: a run stops at the first or skips a limited number of steps; never saved."""
 
 import logging
 import math
@@ -17,18 +17,18 @@ NAME = "nonfinite.json"
 
 
 def broken_metrics(metrics: Mapping[str, jax.Array] | None) -> list[str]:
-    """Returns the names of the metrics that are not finite; waits for the step that makes them."""
+    """Returns the names of the non-finite metrics; blocks on the step that computes them."""
     numbers = jax.device_get(dict(metrics or {}))
     return [name for name, value in numbers.items() if not math.isfinite(value)]
 
 
 def broken_leaves(state: Any) -> list[str]:
-    """Returns the paths of the arrays of a state that hold a number that is not finite."""
+    """Returns the paths of a state's arrays that contain non-finite values."""
     return [path for path, row in largest_values(state).items() if row["not_finite"]]
 
 
 def largest_values(state: Any) -> dict[str, dict[str, Any]]:
-    """Returns path -> {"largest": largest finite |value|, "not_finite": how many are not}."""
+    """Returns path -> {"largest": largest finite |value|, "not_finite": number of non-finite}."""
     leaves = digests.host_leaves(state)
     return {path: _summary(leaf) for path, leaf in leaves.items() if leaf.dtype.kind == "f"}
 
@@ -40,8 +40,8 @@ def _summary(leaf: np.ndarray) -> dict[str, Any]:
 
 
 def log_skipped(step: int, phase: str, names: list[str], count: int) -> None:
-    """Says that a step was skipped, the run's `count`-th; `names` are what was not finite."""
-    text = "step %d (%s) skipped: %s not finite; %d of config.max_skipped_steps so far"
+    """Logs that a step was skipped, the run's `count`-th; `names` are the non-finite metrics."""
+    text = "step %d (%s) skipped: %s not finite; %d skipped so far (see config.max_skipped_steps)"
     logging.warning(text, step, phase, ", ".join(names), count)
 
 
@@ -51,12 +51,12 @@ def stop(
     """Writes nonfinite.json and ends the run.
 
     Args:
-      workdir: where to.
-      step: the step, counted from 1, whose numbers `names` are not finite.
+      workdir: where to write it.
+      step: the step, counted from 1, with non-finite values.
       phase: its phase.
-      names: of metrics or of arrays.
-      examples: positions of its batch in the training split [batch].
-      state: the state when it was noticed.
+      names: the non-finite metrics or arrays.
+      examples: indices of its batch in the training split [batch].
+      state: the state when this was detected.
 
     Raises:
       RunError: always.
@@ -70,8 +70,8 @@ def stop(
     }
     write_json(workdir / NAME, report)
     raise RunError(
-        f"{', '.join(names[:3])} not finite at step {step} ({phase}); the last checkpoint in "
-        f"{workdir} is from before, its examples and the largest values by layer are in {NAME}; "
-        "try a lower learning rate of the phase, config.optimizer.clip_norm or "
-        "config.max_skipped_steps, elsewhere"
+        f"{', '.join(names[:3])} not finite at step {step} ({phase}); {workdir} keeps the last "
+        f"checkpoint before it, and {NAME} the batch's examples and the largest value of each "
+        "array; in another --workdir, lower the phase's learning rate or set "
+        "config.optimizer.clip_norm or config.max_skipped_steps"
     )

@@ -1,4 +1,4 @@
-"""metamix_jax as a library, and the modes that export a checkpoint and judge a bundle."""
+"""metamix_jax as a library, and the modes that export a checkpoint and evaluate a bundle."""
 
 import importlib.util
 import inspect
@@ -68,10 +68,10 @@ def test_mode_export(run, exported):
     assert {path.name for path in directory.iterdir()} == names | {"README.md"}
     for name, size in result["files"].items():
         assert (directory / name).stat().st_size == size
-    assert f"({result['correct']} right)" in (directory / "README.md").read_text()
+    assert f"({result['correct']} correct)" in (directory / "README.md").read_text()
 
 
-def test_mode_evaluate_judges_a_bundle(run, exported):
+def test_mode_evaluate_accepts_a_bundle(run, exported):
     config = run[0].copy_and_resolve_references()
     config.checkpoint = str(exported[1])
     found = commands.run_mode("evaluate", config, run[2])
@@ -91,7 +91,7 @@ def test_a_damaged_bundle_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch
     monkeypatch.setattr(command_line.flags, "FLAGS", flags)
     assert command_line.main([]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith(f"error: {tmp_path}/graph.json: damaged or no part of a bundle")
+    assert lines[-1].startswith(f"error: {tmp_path}/graph.json: damaged or not part of a bundle")
 
 
 def test_a_checkpoint_whose_weights_are_not_quantized_is_refused(run):

@@ -1,4 +1,4 @@
-"""Networks in a state from which they can be exported, without training or initialising them."""
+"""Networks ready for export, without training or initialising them."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ CLASSES = 5
 
 
 class Pieces(nn.Module):
-    """Every kind of layer once: signed, unsigned, shifted; dense, grouped, depthwise; SE."""
+    """Has every kind of layer once: signed, unsigned, shifted; dense, grouped, depthwise; SE."""
 
     num_classes: int
     settings: QuantSettings
@@ -62,7 +62,7 @@ def draw_pieces(model, drawing):
 
 
 def quantized(model, image_shape, *, seed=0):
-    """Returns a network with random weights and statistics at bits drawn from its candidates."""
+    """Returns a network with random weights and statistics at randomly chosen candidates."""
     generator = np.random.default_rng(seed)
     costs = cost.layer_costs(model, image_shape)
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
@@ -84,7 +84,7 @@ def quantized(model, image_shape, *, seed=0):
 
 
 def random_leaves(shapes, generator):
-    """Returns kernels that keep the variance, and batch norm near the identity."""
+    """Returns variance-preserving kernels and near-identity batch norm."""
     found = {}
     for path, leaf in flatten_dict(shapes).items():
         noise = generator.normal(size=leaf.shape).astype(np.float32)
@@ -98,7 +98,7 @@ def random_leaves(shapes, generator):
 
 
 def steps(params, shapes, costs):
-    """Returns step sizes that suit inputs of about unit variance and the kernels."""
+    """Returns step sizes suitable for the kernels and for inputs of about unit variance."""
     params, found = flatten_dict(params, sep="/"), {}
     for path, leaf in flatten_dict(shapes, sep="/").items():
         layer, _, name = path.rpartition("/")

@@ -1,8 +1,8 @@
-"""Runs main.py with one number of one gradient not finite at some steps.
+"""Runs main.py with one gradient entry set to NaN at some steps.
 
     python -m tests.helpers.inject 3,5 --config=FILE --workdir=DIR ...
 
-Steps count from 0. They are told by their labels, because the gradient does not know the number.
+Steps count from 0. They are recognized by their labels: gradient functions do not get the step.
 """
 
 import sys
@@ -26,12 +26,12 @@ def labels_of(steps):
 
 
 def poisoned(pass_gradient, bad_labels, end=""):
-    """Returns `pass_gradient` of gradient_step.py that sets a number of the gradient to NaN.
+    """Returns gradient_step.pass_gradient with one gradient entry set to NaN.
 
     Args:
-      pass_gradient: the original.
-      bad_labels: labels [n, batch] of the batches to do that at.
-      end: of the path of the array, the first such one; without one nothing is changed.
+      pass_gradient: the original function.
+      bad_labels: labels [n, batch] of the batches to poison.
+      end: suffix of the array's path; the first match is poisoned, if any.
     """
 
     def found(loss, trained, frozen, batch_stats, inputs, precision):

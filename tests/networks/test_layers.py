@@ -1,4 +1,4 @@
-"""The quantized layers against references written here with NumPy alone."""
+"""The quantized layers against NumPy references."""
 
 import dataclasses
 
