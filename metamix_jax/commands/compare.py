@@ -100,13 +100,11 @@ def widest_uniform(config: ConfigDict) -> int:
     free = config.copy_and_resolve_references()
     free.search.searcher = "random"  # any that does not ask for a width yet
     costs = setup.make_network(free).costs
-    budget = make_budget(costs, config.budget)
+    budget = make_budget(costs, config.budget.value, config.budget.unit)
     for bits in sorted(config.quant.act_bits, reverse=True):
-        if budget.cost(cost.uniform_bits(costs, bits), costs) <= budget.limit * (1 + 1e-9):
+        if budget.admits(cost.uniform_bits(costs, bits)):
             return bits
-    raise UserError(
-        f"config.compare.budgets: no uniform network fits {budget.limit:.6g} {budget.unit}"
-    )
+    raise UserError(f"config.compare.budgets: no uniform network fits {budget}")
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import cost as cost_lib
-from metamix_jax.selection.cost import LayerCosts, Policy
+from metamix_jax.selection.cost import LayerBits, LayerCosts
 from metamix_jax.workdir.files import read_json, write_json
 
 FORMAT = 1
 _FIELDS = ("model", "image_size", "searcher", "seed", "budget_gbops", "gbops", "layers")
 
 
-def make_policy(costs: LayerCosts, bits: Policy, **facts: Any) -> dict[str, Any]:
+def make_policy(costs: LayerCosts, bits: LayerBits, **facts: Any) -> dict[str, Any]:
     """Returns the policy as the JSON object of policy.json.
 
     Args:
@@ -91,7 +91,7 @@ def layer_bits(policy: Mapping[str, Any]) -> dict[str, Bits]:
     }
 
 
-def branches(bits: Policy, costs: LayerCosts) -> dict[str, jax.Array]:
+def branches(bits: LayerBits, costs: LayerCosts) -> dict[str, jax.Array]:
     """Returns the branch index of every searched layer, for `Precision.branches`."""
     return {
         path: jnp.int32(cost.candidates.index(bits[path]))

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from metamix_jax.selection import knapsack
 from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.context import SearchContext
@@ -46,7 +47,7 @@ def choose_policy(
         image_size=config.data.image_size,
         searcher=name,
         seed=config.seed,
-        budget_gbops=network.budget_in_gbops(budget),
+        budget_gbops=knapsack.most_gbops(network.costs, budget),
     )
 
 

@@ -15,7 +15,7 @@ from metamix_jax.report import charts, tables
 from metamix_jax.report.html import write_report
 from metamix_jax.selection import cost
 from metamix_jax.selection import policy as policy_lib
-from metamix_jax.selection.cost import LayerCosts, Policy
+from metamix_jax.selection.cost import LayerBits, LayerCosts
 from metamix_jax.selection.phases import Span
 from metamix_jax.training.setup import Network
 from metamix_jax.workdir import bucket
@@ -95,7 +95,7 @@ def write(
 
 
 def _average(
-    average: Callable[[LayerCosts, Policy], float], network: Network, policy: Mapping | None
+    average: Callable[[LayerCosts, LayerBits], float], network: Network, policy: Mapping | None
 ) -> float:
     if policy is None:
         return float(FULL_BITS)

@@ -38,18 +38,8 @@ class Network:
 
     @property
     def budget_gbops(self) -> float | None:
-        """The budget in GBOPs; see `budget_in_gbops`."""
-        return self.budget and self.budget_in_gbops(self.budget)
-
-    def budget_in_gbops(self, budget: Budget) -> float:
-        """Returns a budget in GBOPs; for one in another unit, the most GBOPs it admits."""
-        if budget.unit == "GBOPs":
-            return budget.limit
-        gbops = {path: cost.branch_gbops(self.costs[path]) for path in budget.branch_costs}
-        room = budget.limit - budget.fixed_cost
-        choice = knapsack.maximise(gbops, budget.branch_costs, room)
-        bits = {path: self.costs[path].candidates[index] for path, index in choice.items()}
-        return cost.bops(self.costs, cost.widest_bits(self.costs) | bits) / cost.GIGA
+        """The budget in GBOPs; see `knapsack.most_gbops`."""
+        return self.budget and knapsack.most_gbops(self.costs, self.budget)
 
 
 def make_network(config: ConfigDict) -> Network:
@@ -75,13 +65,13 @@ def make_network(config: ConfigDict) -> Network:
     costs = cost.layer_costs(model, image_shape)
     budget = None
     if config.search.searcher != "none":
-        budget = make_budget(costs, config.budget)
+        budget = make_budget(costs, config.budget.value, config.budget.unit)
         if config.search.searcher == "uniform":
             _check_uniform(config, costs, budget)
         elif config.search.searcher == "file":
             read_bits(config.search.policy, costs, budget)
     further_budgets = {
-        key: make_budget(costs, ConfigDict({"value": value, "unit": config.budget.unit}))
+        key: make_budget(costs, value, config.budget.unit)
         for key, value in further_searches(config).items()
     }
     label = registry.label(config.model)
@@ -89,12 +79,12 @@ def make_network(config: ConfigDict) -> Network:
 
 
 def _check_uniform(config: ConfigDict, costs: LayerCosts, budget: Budget) -> None:
-    bits = config.search.uniform_bits
-    spent = budget.cost(cost.uniform_bits(costs, bits), costs)
-    if spent > budget.limit * (1 + 1e-9):
+    bits = cost.uniform_bits(costs, config.search.uniform_bits)
+    if not budget.admits(bits):
         raise UserError(
-            f"config.search.uniform_bits={bits}: {spent:.6g} {budget.unit}, above the budget of "
-            f"{budget.limit:.6g}; raise config.budget.value or take fewer bits"
+            f"config.search.uniform_bits={config.search.uniform_bits}: {budget.cost(bits):.6g} "
+            f"{budget.cost_model.unit}, above the budget of {budget.limit:.6g}; raise "
+            "config.budget.value or take fewer bits"
         )
 
 

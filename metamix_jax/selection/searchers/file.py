@@ -24,10 +24,9 @@ def read_bits(path: str, costs: LayerCosts, budget: Budget) -> dict[str, Bits]:
       UserError: unreadable, of other layers or widths, or above the budget.
     """
     bits = layer_bits(read_policy(Path(path), costs))
-    spent = budget.cost(bits, costs)
-    if spent > budget.limit * (1 + 1e-9):
+    if not budget.admits(bits):
         raise UserError(
-            f"config.search.policy={path!r} costs {spent:.6g} {budget.unit} in this network, above "
-            f"the budget of {budget.limit:.6g}; raise config.budget.value"
+            f"config.search.policy={path!r} costs {budget.cost(bits):.6g} {budget.cost_model.unit} "
+            f"in this network, above the budget of {budget.limit:.6g}; raise config.budget.value"
         )
     return bits

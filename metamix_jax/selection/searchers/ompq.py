@@ -21,7 +21,9 @@ from flax.traverse_util import flatten_dict
 
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
+from metamix_jax.selection.budget import within
 from metamix_jax.selection.context import SearchContext
+from metamix_jax.selection.cost_models import WEIGHTS
 
 PHASES = ("act_training", "weight_training")
 # Rounded to the closest size below; the published code does so for ResNet-18.
@@ -31,7 +33,7 @@ ROUNDED_BELOW = ("cifar_resnet", "resnet18")
 def choose(context: SearchContext) -> dict[str, Bits]:
     """Returns the policy that gives the bits to the layers where they are worth most."""
     grams = gram_matrices(context)
-    if context.budget.unit == "MiB":
+    if context.budget.cost_model.name == WEIGHTS:
         return _choose_for_size(context, grams)
     values = {}
     for path, worth in zip(grams, _worths(context, grams), strict=True):
@@ -43,21 +45,19 @@ def choose(context: SearchContext) -> dict[str, Bits]:
 
 def _choose_for_size(context: SearchContext, grams: Mapping[str, np.ndarray]) -> dict[str, Bits]:
     """The paper's own setting: a linear program over weight bits, then rounding."""
-    costs, budget = context.costs, context.budget
+    costs, budget, room = context.costs, context.budget, context.budget.room
     units = merge_shortcuts(grams)
     worths = _worths(context, {path: grams[path] for path in units})
     widths = costs[next(iter(units))].weight_bits  # everywhere the same
-    sizes = np.array(
-        [sum(budget.branch_costs[path][0] for path in unit) for unit in units.values()]
-    )
+    branch_costs = budget.cost_model.branch_costs
+    sizes = np.array([sum(branch_costs[path][0] for path in unit) for unit in units.values()])
     sizes /= widths[0]
-    room = budget.limit - budget.fixed_cost
     continuous = continuous_bits(worths, sizes, (min(widths), max(widths)), room)
     if context.config.model.name in ROUNDED_BELOW:
         rounded = round_below(continuous, widths, sizes)
     else:
         rounded = round_nearest(continuous, widths)
-    if sizes @ rounded > room * (1 + 1e-9):
+    if not within(sizes @ rounded, room):
         logging.info("rounded to the nearest widths, the policy is above the budget; projected")
         rounded = _projected(worths, widths, sizes, room)
     fixed = {path: cost.candidates[0] for path, cost in costs.items()}
@@ -68,7 +68,7 @@ def _choose_for_size(context: SearchContext, grams: Mapping[str, np.ndarray]) ->
     }
     logging.info(
         "%.4f MiB of weights; %.4f MiB as the published code counts, with batch norm",
-        budget.cost(bits, costs), published_size(context.variables["params"], bits),
+        budget.cost(bits), published_size(context.variables["params"], bits),
     )  # fmt: skip
     return bits
 

@@ -49,8 +49,8 @@ def make_update(
         if update.budget_term:
             form = config.bit_search.budget_form
             logits = branch_logits({**frozen, **trained})
-            spent = chosen_cost(budget, logits, form)
-            gap = jnp.abs(spent - limit) / budget.reference
+            spent = chosen_cost(budget.cost_model, logits, form)
+            gap = jnp.abs(spent - limit) / budget.cost_model.reference
             metrics |= {"cost": spent, "budget_term": config.bit_search.budget_weight * gap}
             loss += metrics["budget_term"]
         return loss, (moved["batch_stats"], metrics)
