@@ -16,6 +16,7 @@ from metamix_jax.errors import UserError, suggestion
 from metamix_jax.report import charts, tables
 from metamix_jax.selection import cost
 from metamix_jax.selection.budget import make_budget
+from metamix_jax.selection.policy import load_policy
 from metamix_jax.training import setup
 from metamix_jax.training.loop import train_and_evaluate
 from metamix_jax.workdir import bucket
@@ -63,12 +64,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         result = train_and_evaluate(own, path)
         jax.clear_caches()  # or the programs of all runs pile up
         summary = json.loads((path / "results.json").read_text())
-        policy = json.loads((path / "policy.json").read_text())
+        policy = load_policy(path / "policy.json")
         runs.append(
             {"method": method, "budget": budget, "seed": seed}
             | {name: result[name] for name in ("top1", "gbops", "budget_gbops", "seconds")}
             | {"search_cost": summary["search_cost"]}
-            | {"bits": {p: [r["act_bits"], r["weight_bits"]] for p, r in policy["layers"].items()}}
+            | {"bits": {path: list(pair) for path, pair in policy.bits.items()}}
         )
         rows = summarise(runs)
         write_json(workdir / "comparison.json", {"rows": rows, "runs": runs})

@@ -22,9 +22,9 @@ from metamix_jax.report import tables
 from metamix_jax.runtime import distributed, sharding
 from metamix_jax.runtime.progress import Progress, waiting
 from metamix_jax.selection import cost
-from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.phases import BIT_SEARCH, Phase, Span, phase_at
+from metamix_jax.selection.policy import Policy, write_policy
 from metamix_jax.training import nonfinite, results, setup, start_weights
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints
@@ -52,7 +52,7 @@ class Run:
     weights: dict[str, Any] | None  # pretrained params and batch_stats
     writer: MetricWriter | None = None
     progress: Progress | None = None
-    policy: dict[str, Any] | None = None
+    policy: Policy | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase
     skipped: int = 0  # steps whose numbers were not finite, so far
 
@@ -85,9 +85,7 @@ class Run:
     @property
     def branches(self) -> Mapping[str, jax.Array]:
         """The policy as the forward pass takes it; nothing before there is one."""
-        if self.policy is None:
-            return {}
-        return policy_lib.branches(policy_lib.layer_bits(self.policy), self.network.costs)
+        return {} if self.policy is None else self.policy.branches(self.network.costs)
 
     def init_state(self) -> TrainState:
         """Returns the state before the first step, after a look at what is about to be trained."""
@@ -117,11 +115,12 @@ class Run:
         )
         for later in damaged:
             checkpoints.set_aside(later)
-        self.policy, self.seconds = facts["policy"], facts["seconds"]
-        self.skipped = int(state.opt_states.get(SKIPPED, 0))
-        if self.policy is not None:
-            policy_lib.check_policy(self.policy, self.network.costs, "the checkpoint's policy")
-            policy_lib.write_policy(self.workdir / "policy.json", self.policy)
+        self.seconds, self.skipped = facts["seconds"], int(state.opt_states.get(SKIPPED, 0))
+        if facts["policy"] is not None:
+            source = "the checkpoint's policy"
+            self.policy = Policy.from_json(facts["policy"], source)
+            self.policy.check(self.network.costs, source)
+            write_policy(self.workdir / "policy.json", self.policy)
         return step, state
 
     def _restore(self, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -139,8 +138,8 @@ class Run:
         decides = phase.needs_policy and self.policy is None
         if decides:
             self.policy = self._decide(state)
-            policy_lib.write_policy(self.workdir / "policy.json", self.policy)
-            self.progress.message(tables.policy_table(self.policy))
+            write_policy(self.workdir / "policy.json", self.policy)
+            self.progress.message(tables.policy_table(self.policy.to_json()))
         calibrates = calibrations(
             self.config, acts=span.calibrates_acts, weights=span.calibrates_weights
         )
@@ -157,16 +156,16 @@ class Run:
             self.evaluate(span.start, state, phase)
         return state
 
-    def _decide(self, state: TrainState) -> dict[str, Any]:
+    def _decide(self, state: TrainState) -> Policy:
         """Returns the policy; writes those of further budgets to policies/."""
         budgets = self.network.further_budgets if BIT_SEARCH.name in state.opt_states else {}
         for key, budget in budgets.items():
             policy = self._choose(swap_search(state, key), budget)
             (self.workdir / "policies").mkdir(exist_ok=True)
-            policy_lib.write_policy(self.workdir / "policies" / f"{key}.json", policy)
+            write_policy(self.workdir / "policies" / f"{key}.json", policy)
         return self._choose(state, self.network.budget)
 
-    def _choose(self, state: TrainState, budget: Budget) -> dict[str, Any]:
+    def _choose(self, state: TrainState, budget: Budget) -> Policy:
         with (
             self.progress.pause(),
             waiting(f"choosing bits by {self.config.search.searcher}"),
@@ -226,7 +225,8 @@ class Run:
         """
         if names := nonfinite.broken_leaves(state):
             self._stop_not_finite(step, phase, names, state)
-        facts = {"model": self.network.label, "policy": self.policy, "seconds": self.seconds}
+        policy = self.policy and self.policy.to_json()
+        facts = {"model": self.network.label, "policy": policy, "seconds": self.seconds}
         checkpoints.save(step, state, facts)
 
     def _stop_not_finite(

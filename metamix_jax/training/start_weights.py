@@ -16,8 +16,8 @@ from metamix_jax.errors import UserError
 from metamix_jax.networks import registry, torch_weights
 from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.runtime import sharding
-from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.phases import Phase, phase_at
+from metamix_jax.selection.policy import Policy
 from metamix_jax.training import setup
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints, locate
@@ -30,7 +30,7 @@ from metamix_jax.workdir import bucket
 class Trained:
     """A checkpoint's variables, all of them, and what they are.
 
-    policy: as in policy.json; None where the bits have not been chosen.
+    policy: None where the bits have not been chosen.
     finished: whether it is the run's last, whose batch norm statistics are settled.
     """
 
@@ -38,7 +38,7 @@ class Trained:
     step: int
     phase: Phase
     finished: bool
-    policy: dict[str, Any] | None
+    policy: Policy | None
     variables: dict[str, Any]
 
 
@@ -70,9 +70,10 @@ def load_checkpoint(
             step, (facts, variables), _ = checkpoints.newest_good(restore)
         else:
             facts, variables = restore(step)
-    name, policy = f"{directory}/{step}", facts["policy"]
-    if policy is not None:
-        policy_lib.check_policy(policy, network.costs, name)
+    name, policy = f"{directory}/{step}", None
+    if facts["policy"] is not None:
+        policy = Policy.from_json(facts["policy"], name)
+        policy.check(network.costs, name)
     schedule = setup.make_schedule(config, train_examples)
     stop = schedule[-1].stop
     phase = phase_at(min(step, stop - 1), schedule).phase

@@ -123,9 +123,9 @@ def test_random_networks_in_every_form(seed):
 
 
 def test_random_networks_have_all_bits():
-    policies = [random_network(seed).policy["layers"].values() for seed in range(RANDOM_NETWORKS)]
-    for kind in ("act_bits", "weight_bits"):
-        assert {row[kind] for rows in policies for row in rows} == set(ALL_BITS)
+    policies = [random_network(seed).policy.bits.values() for seed in range(RANDOM_NETWORKS)]
+    for kind in ("act", "weight"):
+        assert {getattr(pair, kind) for pairs in policies for pair in pairs} == set(ALL_BITS)
 
 
 @pytest.mark.parametrize("shortcut", ["identity", "conv"])

@@ -7,7 +7,7 @@ from metamix_jax.networks.precision import Bits
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import LayerCosts
-from metamix_jax.selection.policy import layer_bits, read_policy
+from metamix_jax.selection.policy import read_policy
 
 PHASES = ("act_training", "weight_training")
 
@@ -23,7 +23,7 @@ def read_bits(path: str, costs: LayerCosts, budget: Budget) -> dict[str, Bits]:
     Raises:
       UserError: unreadable, of other layers or widths, or above the budget.
     """
-    bits = layer_bits(read_policy(Path(path), costs))
+    bits = read_policy(Path(path), costs).bits
     if not budget.admits(bits):
         raise UserError(
             f"config.search.policy={path!r} costs {budget.cost(bits):.6g} {budget.cost_model.unit} "
