@@ -154,3 +154,16 @@ def read_policy(path: Path, costs: LayerCosts) -> Policy:
     policy = load_policy(path)
     policy.check(costs, source=str(path))
     return policy
+
+
+def policy_of_checkpoint(content: Any, costs: LayerCosts, source: str) -> Policy | None:
+    """Returns the policy that a checkpoint holds as JSON; None where no bits were chosen yet.
+
+    Raises:
+      UserError: it is none, or does not fit the network.
+    """
+    if content is None:
+        return None
+    policy = Policy.from_json(content, source)
+    policy.check(costs, source)
+    return policy

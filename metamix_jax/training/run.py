@@ -24,7 +24,7 @@ from metamix_jax.runtime.progress import Progress, waiting
 from metamix_jax.selection import cost
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.phases import BIT_SEARCH, Phase, Span, phase_at
-from metamix_jax.selection.policy import Policy, write_policy
+from metamix_jax.selection.policy import Policy, policy_of_checkpoint, write_policy
 from metamix_jax.training import nonfinite, results, setup, start_weights
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints
@@ -116,10 +116,9 @@ class Run:
         for later in damaged:
             checkpoints.set_aside(later)
         self.seconds, self.skipped = facts["seconds"], int(state.opt_states.get(SKIPPED, 0))
-        if facts["policy"] is not None:
-            source = "the checkpoint's policy"
-            self.policy = Policy.from_json(facts["policy"], source)
-            self.policy.check(self.network.costs, source)
+        source = "the checkpoint's policy"
+        self.policy = policy_of_checkpoint(facts["policy"], self.network.costs, source)
+        if self.policy is not None:
             write_policy(self.workdir / "policy.json", self.policy)
         return step, state
 
@@ -259,11 +258,10 @@ class Run:
             precision = phase.evaluation.replace(branches=self.branches)
             self._evaluate_one(step, state, phase.name, "chosen", precision)
         else:
-            uniform = uniform_precisions(self.network, self.config, phase.evaluation)
+            several = len(self.config.quant.weight_bits) > 1
+            uniform = uniform_precisions(self.network, self.config.quant, phase.evaluation)
             for bits, precision in uniform.items():
-                name = f"uniform {bits.act}"
-                if len(self.config.quant.weight_bits) > 1:
-                    name += f"/{bits.weight}"
+                name = f"uniform {bits.act}" + (f"/{bits.weight}" if several else "")
                 self._evaluate_one(step, state, phase.name, name, precision)
 
     def _evaluate_one(

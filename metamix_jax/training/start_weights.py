@@ -17,7 +17,7 @@ from metamix_jax.networks import registry, torch_weights
 from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.runtime import sharding
 from metamix_jax.selection.phases import Phase, phase_at
-from metamix_jax.selection.policy import Policy
+from metamix_jax.selection.policy import Policy, policy_of_checkpoint
 from metamix_jax.training import setup
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints, locate
@@ -70,10 +70,8 @@ def load_checkpoint(
             step, (facts, variables), _ = checkpoints.newest_good(restore)
         else:
             facts, variables = restore(step)
-    name, policy = f"{directory}/{step}", None
-    if facts["policy"] is not None:
-        policy = Policy.from_json(facts["policy"], name)
-        policy.check(network.costs, name)
+    name = f"{directory}/{step}"
+    policy = policy_of_checkpoint(facts["policy"], network.costs, name)
     schedule = setup.make_schedule(config, train_examples)
     stop = schedule[-1].stop
     phase = phase_at(min(step, stop - 1), schedule).phase

@@ -29,7 +29,7 @@ def schedule_of(epochs, steps_per_epoch=10.0, searcher="metamix", **overrides):
         config[section].epochs = float(value)
     config.weight_training.act_epochs = float(epochs[3])
     config.weight_training.epochs = float(epochs[4])
-    return make_schedule(config, SEARCHERS[searcher].PHASES, steps_per_epoch)
+    return make_schedule(config, SEARCHERS[searcher].phases, steps_per_epoch)
 
 
 def branch_of(run):
@@ -85,7 +85,7 @@ def test_searchers_name_their_rows():
     uniform = names(schedule_of(epochs, searcher="uniform"))
     assert uniform == ["full_precision", "act_training", "weight_training"]
     for searcher in SEARCHERS.values():
-        assert set(searcher.PHASES) <= set(PHASES)
+        assert set(searcher.phases) <= set(PHASES)
 
 
 def test_phase_at_boundaries():
@@ -259,7 +259,7 @@ def test_what_trains_in_each_phase():
 def test_ablations_change_the_updates_of_the_search_only(alternate, fixed, updates):
     config = config_lib.default()
     config.bit_search.alternate, config.bit_search.fixed_meta_state = alternate, fixed
-    schedule = make_schedule(config, SEARCHERS["metamix"].PHASES, 10.0)
+    schedule = make_schedule(config, SEARCHERS["metamix"].phases, 10.0)
     found = {span.phase.name: span.phase.updates for span in schedule}
     assert found.pop("bit_search") == updates
     assert found == {name: PHASES[name].updates for name in found}

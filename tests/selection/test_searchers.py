@@ -10,7 +10,7 @@ from metamix_jax.networks.precision import Bits, LayerCost
 from metamix_jax.selection import cost, knapsack, policy
 from metamix_jax.selection.budget import make_budget
 from metamix_jax.selection.context import SearchContext
-from metamix_jax.selection.searchers import SEARCHERS, file, metamix, random, uniform
+from metamix_jax.selection.searchers import file, metamix, random, uniform
 
 BITS = (8, 4, 2)
 FIXED = {"first": Bits(8, 8), "last": Bits(8, 8)}
@@ -266,12 +266,6 @@ def test_uniform_takes_the_configured_bits():
         budget = budget_of(costs, 1.0, "fraction")
         expected = {path: Bits(*pair) for path in costs} | FIXED
         assert choose(uniform, {}, costs, budget, config) == expected
-
-
-def test_every_searcher_has_phases_and_choose():
-    for searcher in SEARCHERS.values():
-        assert searcher.PHASES
-        assert callable(searcher.choose)
 
 
 @pytest.mark.parametrize("fraction", [0.55, 0.7, 1.0, 1.5, 1.9])

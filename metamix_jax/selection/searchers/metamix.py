@@ -4,14 +4,15 @@ import logging
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from metamix_jax.errors import require
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
 from metamix_jax.selection.budget import TOLERANCE
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import bits_at
-
-PHASES = ("bit_meta", "bit_search", "act_training", "weight_training")
+from metamix_jax.selection.searcher import Searcher
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
@@ -49,3 +50,36 @@ def choose(context: SearchContext) -> dict[str, Bits]:
         budget.limit, budget.cost(projected), len(changed), ", ".join(changed),
     )  # fmt: skip
     return projected
+
+
+def check_epochs(config: ConfigDict) -> None:
+    """Raises UserError unless logits are searched for a while."""
+    epochs = config.bit_search.epochs
+    expected = f"more than 0 for searcher {config.search.searcher}"
+    require(epochs > 0, "bit_search.epochs", epochs, expected)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError where there is no search, or further ones would disturb it."""
+    check_epochs(config)
+    options, budgets = config.bit_search, tuple(config.search.budgets)
+    require(
+        not budgets or (options.fixed_meta_state and not options.commit_batch_stats),
+        "search.budgets", budgets, "none, but with searcher metamix and a fixed meta-state",
+    )  # fmt: skip
+
+
+SEARCHER = Searcher(
+    name="metamix",
+    summary="the most probable policy on the frozen meta-state",
+    phases=("bit_meta", "bit_search", "act_training", "weight_training"),
+    choose=choose,
+    exclusive=("search.budgets",),
+    check=check,
+    variants={
+        "metamix_spent": {"search.least_spent": 0.99},
+        "metamix_unfixed": {"bit_search.fixed_meta_state": False},
+        "metamix_no_meta": {"bit_meta.epochs": 0.0, "bit_search.alternate": False},
+        "metamix_last_loss": {"bit_meta.loss": "last"},
+    },
+)

@@ -18,14 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
+from metamix_jax.errors import require
+from metamix_jax.fields import Field
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
 from metamix_jax.selection.budget import within
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost_models import WEIGHTS
+from metamix_jax.selection.searcher import ZERO_OR_MORE, Searcher
 
-PHASES = ("act_training", "weight_training")
 # Rounded to the closest size below; the published code does so for ResNet-18.
 ROUNDED_BELOW = ("cifar_resnet", "resnet18")
 
@@ -204,3 +207,31 @@ def published_size(params: Mapping[str, Any], bits: Mapping[str, Bits]) -> float
         vectors = 1 if f"{path}/bias" in flat else 2
         total += (kernel.size + vectors * kernel.shape[-1]) * layer.weight
     return total / 8 / 2**20
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError where activation and weight bits are searched together."""
+    act_bits, weight_bits = tuple(config.quant.act_bits), tuple(config.quant.weight_bits)
+    require(
+        min(len(act_bits), len(weight_bits)) == 1,
+        "quant.weight_bits", weight_bits, "one, or one of quant.act_bits, for searcher ompq",
+    )  # fmt: skip
+
+
+SEARCHER = Searcher(
+    name="ompq",
+    summary="layers whose outputs resemble the others' least get the bits (Ma et al., AAAI 2023): "
+    "the paper's linear program over weight bits for a size in `mebibytes`; for BOPs, our "
+    "adaptation by exact knapsack",
+    phases=("act_training", "weight_training"),
+    choose=choose,
+    fields=(
+        Field(
+            "ompq.beta",
+            10.0,
+            "published for ResNet-18: 10, after training 100; for ResNet-50: 3.3",
+            ZERO_OR_MORE,
+        ),
+    ),
+    check=check,
+)

@@ -10,8 +10,8 @@ from metamix_jax.selection import knapsack
 from metamix_jax.selection.budget import TOLERANCE, Budget
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import bits_at
+from metamix_jax.selection.searcher import Searcher
 
-PHASES = ("act_training", "weight_training")
 WITHIN = 0.01  # of the dearest policy's cost, below it
 DRAWS, ROUNDS = 10_000, 100
 
@@ -71,3 +71,11 @@ def _tilt(tables: list[np.ndarray], target: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) > target else (low, middle)
     return (low + high) / 2
+
+
+SEARCHER = Searcher(
+    name="random",
+    summary="uniformly drawn, within 1 % below the budget",
+    phases=("act_training", "weight_training"),
+    choose=choose,
+)
