@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from metamix_jax.exporters.graph import IMAGE, Graph, Kernel, Node, Quantizer, result_shape
-from metamix_jax.exporters.wiring import draw
+from metamix_jax.errors import UserError
+from metamix_jax.exporters.graph import Graph, Kernel, Node, Quantizer, result_shape
+from metamix_jax.networks import registry
+from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.layers import QuantConv, QuantDense, side_padding
 from metamix_jax.networks.precision import FULL_BITS, Bits
 from metamix_jax.networks.quantizers import POSITIVE_STEPS, fake_quant
@@ -48,14 +50,23 @@ def build_graph(
       image_shape: (height, width, channels).
       mean: of pixels in [0, 1], per channel or one for all.
       std: the same.
+
+    Raises:
+      UserError: nothing says how the network is drawn.
     """
+    architecture = registry.architecture_of(model)
+    if architecture.draw is None:
+        raise UserError(
+            f"config.model.name={architecture.name!r}: cannot be exported, as its file in "
+            "networks/zoo/ does not say how it is drawn"
+        )
     drawing = _Drawing(
         record_modules(model, variables, image_shape),
         jax.tree.map(np.asarray, variables),
         policy.bits,
         image_shape,
     )
-    draw(model, drawing)
+    architecture.draw(model, drawing)
     return Graph(
         model=policy.model,
         image_shape=tuple(image_shape),
@@ -90,7 +101,7 @@ def record_modules(
 
 
 class _Drawing:
-    """The nodes so far; see `wiring.Drawing`."""
+    """The nodes so far; see `networks.drawing.Drawing`."""
 
     def __init__(
         self,

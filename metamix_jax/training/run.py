@@ -65,8 +65,7 @@ class Run:
         sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
         weights = None
         if config.pretrained:
-            shapes = setup.abstract_variables(network)
-            weights, _ = start_weights.load_weights(config.pretrained, shapes, mesh)
+            weights, _ = start_weights.load_weights(config.pretrained, network, mesh)
         teacher, teacher_variables = start_weights.load_teacher(config, network.image_shape)
         dataset = setup.load_dataset(config, mesh)
         return cls(
@@ -110,9 +109,8 @@ class Run:
         """
         if checkpoints.latest_step is None:
             return None
-        step, (state, facts), damaged = checkpoints.newest_good(
-            functools.partial(self._restore, checkpoints)
-        )
+        restore = functools.partial(self._restore, checkpoints)
+        step, (state, facts), damaged = checkpoints.newest_good(restore)
         for later in damaged:
             checkpoints.set_aside(later)
         self.seconds, self.skipped = facts["seconds"], int(state.opt_states.get(SKIPPED, 0))

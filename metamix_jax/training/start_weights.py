@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +78,26 @@ def load_checkpoint(
 
 
 def load_weights(
-    path: str | Path, variables: Mapping[str, Any], mesh: Mesh
+    path: str | Path, network: Network, mesh: Mesh
 ) -> tuple[dict[str, Any], int | None]:
     """Returns trained params and batch_stats, and the step of the checkpoint they come from.
 
     Args:
       path: a weight file, or a workdir (its newest checkpoint), or one checkpoint.
-      variables: shapes.
+      network: what they belong to.
       mesh: devices.
 
     Raises:
       UserError: not there, damaged, or of another network.
     """
-    target = {name: variables[name] for name in ("params", "batch_stats")}
+    shapes = abstract_variables(network)
+    target = {name: shapes[name] for name in ("params", "batch_stats")}
     path = bucket.path_of(path)
     if not path.is_dir():
         if bucket.is_remote(path):
             raise UserError(f"{path}: no workdir there; copy weight files to this machine first")
-        weights, report = torch_weights.load_pretrained(path, target)
+        names = registry.architecture_of(network.model).torch_names
+        weights, report = torch_weights.load_pretrained(path, target, names)
         logging.info("%s:\n%s", path, torch_weights.format_report(report))
         return weights, None
     directory, step = locate(path)
@@ -117,7 +118,7 @@ def load_calibrated(
     """
     if not config.pretrained:
         raise UserError("config.pretrained='': expected a file of trained weights, or a workdir")
-    loaded, _ = load_weights(config.pretrained, abstract_variables(network), mesh)
+    loaded, _ = load_weights(config.pretrained, network, mesh)
     state = sharding.replicate(setup.init_state(config, network, loaded), mesh)
     passes = calibrations(config, acts=True, weights=True)
     batch = next(iter(setup.train_batches(config, dataset, mesh, 0, 1)))
@@ -137,5 +138,4 @@ def load_teacher(
         config.teacher.model, config.data.num_classes, QuantSettings(), "config.teacher.model"
     )
     teacher = Network(model, "", image_shape, costs={}, budget=None, further_budgets={})
-    shapes = abstract_variables(teacher)
-    return model, load_weights(config.teacher.path, shapes, sharding.make_mesh())[0]
+    return model, load_weights(config.teacher.path, teacher, sharding.make_mesh())[0]

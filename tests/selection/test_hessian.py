@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from metamix_jax.networks import layers
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, QuantSettings
-from metamix_jax.networks.registry import CifarResNet
+from metamix_jax.networks.zoo.resnet import CifarResNet
 from metamix_jax.selection import cost
 from metamix_jax.selection.budget import make_budget
 from metamix_jax.selection.context import SearchContext

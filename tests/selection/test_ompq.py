@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from metamix_jax.networks import registry
 from metamix_jax.selection import cost
 from metamix_jax.selection.budget import make_budget
 from metamix_jax.selection.context import SearchContext
@@ -197,9 +198,13 @@ def test_policy_depends_on_beta_and_on_nothing_random(context, grams, monkeypatc
     assert found[0.0] != found[300.0]
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet", "another"])
-def test_policies_for_a_size_are_inside_it(name, weights_context, grams, caplog, monkeypatch):
-    context, costs = with_field(weights_context, "model.name", name), weights_context.costs
+@pytest.mark.parametrize("below", [True, False])
+def test_policies_for_a_size_are_inside_it(below, weights_context, grams, caplog, monkeypatch):
+    context, costs = weights_context, weights_context.costs
+    known = registry.architecture_of(context.model)
+    assert known.ompq_rounds_below
+    changed = dataclasses.replace(known, ompq_rounds_below=below)
+    monkeypatch.setitem(registry.ARCHITECTURES, known.name, changed)
     monkeypatch.setattr(ompq, "gram_matrices", lambda context: grams)
     model = context.budget.cost_model
     projected = []
@@ -219,7 +224,7 @@ def test_policies_for_a_size_are_inside_it(name, weights_context, grams, caplog,
                 assert bits[path] == bits[path.replace("downsample_conv", "conv2")]
     assert bits == cost.uniform_bits(costs, 4, 8)  # the last budget is for all
     # Rounding below needs no projection; rounding to the nearest about every other time.
-    assert any(projected) == (name == "another")
+    assert any(projected) != below
     assert not all(projected)
 
 

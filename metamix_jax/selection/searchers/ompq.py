@@ -22,15 +22,13 @@ from ml_collections import ConfigDict
 
 from metamix_jax.errors import require
 from metamix_jax.fields import Field
+from metamix_jax.networks import registry
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
 from metamix_jax.selection.budget import within
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost_models import WEIGHTS
 from metamix_jax.selection.searcher import ZERO_OR_MORE, Searcher
-
-# Rounded to the closest size below; the published code does so for ResNet-18.
-ROUNDED_BELOW = ("cifar_resnet", "resnet18")
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
@@ -49,14 +47,15 @@ def choose(context: SearchContext) -> dict[str, Bits]:
 def _choose_for_size(context: SearchContext, grams: Mapping[str, np.ndarray]) -> dict[str, Bits]:
     """The paper's own setting: a linear program over weight bits, then rounding."""
     costs, budget, room = context.costs, context.budget, context.budget.room
-    units = merge_shortcuts(grams)
+    architecture = registry.architecture_of(context.model)
+    units = merge_shortcuts(grams, architecture.shortcut)
     worths = _worths(context, {path: grams[path] for path in units})
     widths = costs[next(iter(units))].weight_bits  # everywhere the same
     branch_costs = budget.cost_model.branch_costs
     sizes = np.array([sum(branch_costs[path][0] for path in unit) for unit in units.values()])
     sizes /= widths[0]
     continuous = continuous_bits(worths, sizes, (min(widths), max(widths)), room)
-    if context.config.model.name in ROUNDED_BELOW:
+    if architecture.ompq_rounds_below:
         rounded = round_below(continuous, widths, sizes)
     else:
         rounded = round_nearest(continuous, widths)
@@ -135,11 +134,11 @@ def suffix_means(theta: np.ndarray) -> np.ndarray:
     return np.cumsum(theta[::-1])[::-1] / np.arange(len(theta), 0, -1)
 
 
-def merge_shortcuts(paths: Iterable[str]) -> dict[str, list[str]]:
+def merge_shortcuts(paths: Iterable[str], shortcut: str | None) -> dict[str, list[str]]:
     """Returns what shares a width: shortcut convolutions go with the layer before them."""
     units = {}
     for path in paths:
-        if path.endswith("downsample_conv"):
+        if path.rsplit("/", 1)[-1] == shortcut:
             units[next(reversed(units))].append(path)
         else:
             units[path] = [path]
