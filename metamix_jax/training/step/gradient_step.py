@@ -171,8 +171,9 @@ def objective(
     metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(scores, -1) == labels)}
     if update.budget_term:
         options = config.bit_search
-        spent = chosen_cost(budget, branch_logits({**frozen, **trained}), options.budget_form)
-        gap = jnp.abs(spent - limit) / budget.reference
+        logits = branch_logits({**frozen, **trained})
+        spent = chosen_cost(budget.cost_model, logits, options.budget_form)
+        gap = jnp.abs(spent - limit) / budget.cost_model.reference
         metrics |= {"cost": spent, "budget_term": options.budget_weight * gap}
         loss += metrics["budget_term"]
     return loss, (moved["batch_stats"], metrics)
