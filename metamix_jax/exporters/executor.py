@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from metamix_jax.exporters.graph import IMAGE, Graph, Node, Padding, Quantizer
+from metamix_jax.exporters.graph import Graph, Node, Padding, Quantizer
+from metamix_jax.networks.drawing import IMAGE
 
 LevelsHook = Callable[[Node, np.ndarray], np.ndarray]
 

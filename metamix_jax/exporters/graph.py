@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-IMAGE = "image"  # the tensor that comes in, normalised
+from metamix_jax.networks.drawing import IMAGE
 
 # op -> number of inputs
 OPS = {

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from metamix_jax.exporters.executor import ones_product
-from metamix_jax.exporters.graph import IMAGE, Graph, Node
+from metamix_jax.exporters.graph import Graph, Node
 from metamix_jax.exporters.onnx_writers import (
     QONNX_DOMAIN,
     QcdqWriter,
@@ -26,6 +26,7 @@ from metamix_jax.exporters.onnx_writers import (
     kernel_levels,
     require_onnx,
 )
+from metamix_jax.networks.drawing import IMAGE
 
 OPSET = 17
 IR_VERSION = 8  # onnx's default is newer than onnxruntime and qonnx accept

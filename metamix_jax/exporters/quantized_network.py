@@ -30,6 +30,7 @@ from metamix_jax.exporters.stablehlo import stablehlo
 from metamix_jax.networks.precision import Precision
 from metamix_jax.runtime import sharding
 from metamix_jax.selection import policy as policy_lib
+from metamix_jax.selection.policy import Policy
 from metamix_jax.training import setup
 from metamix_jax.training.evaluator import Evaluator
 from metamix_jax.training.start_weights import load_calibrated, load_checkpoint
@@ -49,13 +50,12 @@ class QuantizedNetwork:
     config: ConfigDict
     network: setup.Network
     variables: Mapping[str, Any]
-    policy: Mapping[str, Any]
+    policy: Policy
 
     @property
     def precision(self) -> Precision:
         """How its layers run."""
-        bits = policy_lib.layer_bits(self.policy)
-        return Precision("chosen", "quantized", policy_lib.branches(bits, self.network.costs))
+        return Precision("chosen", "quantized", self.policy.branches(self.network.costs))
 
     def graph(self) -> Graph:
         """Returns what is exported."""
@@ -73,7 +73,7 @@ class QuantizedNetwork:
 Source = QuantizedNetwork | str | Path  # a path is a workdir, which holds its config.json
 
 
-def load_policy(path: str | Path) -> dict[str, Any]:
+def load_policy(path: str | Path) -> Policy:
     """Reads policy.json, or that of a workdir; raises UserError.
 
     Whether it fits a network is checked where it meets one.
@@ -82,14 +82,14 @@ def load_policy(path: str | Path) -> dict[str, Any]:
     return policy_lib.load_policy(path / "policy.json" if path.is_dir() else path)
 
 
-def quantize(config: ConfigDict, policy: Mapping[str, Any]) -> QuantizedNetwork:
+def quantize(config: ConfigDict, policy: Policy) -> QuantizedNetwork:
     """Returns the network of config.pretrained at a policy's bits, calibrated but not trained.
 
     Step sizes come from the first training batch (config.batch_size images); batch norm's
     statistics are re-estimated if config.eval.bn_reestimate_batches says so. Raises UserError.
     """
     network = setup.make_network(config)
-    policy_lib.check_policy(policy, network.costs, "policy")
+    policy.check(network.costs, "policy")
     mesh = sharding.make_mesh()
     dataset = setup.load_dataset(config, mesh)
     state = load_calibrated(config, network, dataset, mesh)

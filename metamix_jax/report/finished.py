@@ -54,7 +54,7 @@ def read_finished(workdir: Path) -> Finished:
         )
     results = _read(workdir / "results.json", _RESULTS)
     policy = None
-    if results["searcher"] != "none":
+    if results["budget_gbops"] is not None:
         policy = _read(workdir / "policy.json", _POLICY)
     config = _flat(_read(workdir / "config.json", ()))
     try:

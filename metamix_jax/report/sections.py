@@ -17,12 +17,6 @@ from metamix_jax.report.markup import (
 )
 from metamix_jax.workdir import bucket
 
-_UNITS = {
-    "fraction": "of the BOPs of the uniform 4/4 network",
-    "gbops": "GBOPs",
-    "average_act_bits": "activation bits on average",
-    "mebibytes": "MiB of weights",
-}
 _STATISTICS = ("running", "re-estimated")
 _BOTH_STATISTICS = (
     "Running batch normalization statistics come from training and are shared by all bit-widths; "
@@ -70,8 +64,10 @@ def summary(run: Finished) -> Section:
             "Candidate bits": f"activations {_listed(config.get('quant.act_bits'))}; "
             f"weights {_listed(config.get('quant.weight_bits'))}",
             "First and last layer": f"{ends} bits, the image {image}; not searched",
-            "Budget": f"{config.get('budget.value')} {_UNITS.get(config.get('budget.unit'), '')}",
+            "Budget": _asked_budget(run),
         }
+        if budget := results.get("budget"):
+            came_out["Spent"] = f"{budget['cost']:.6g} of {budget['limit']:.6g} {budget['unit']}"
         came_out |= {
             "Average bits": f"activations {results['average_act_bits']:.2f}, "
             f"weights {tables.percent(results.get('average_weight_bits'))}",
@@ -199,6 +195,13 @@ def configuration(run: Finished) -> Section:
         "Configuration",
         folded(f"All {len(rows)} fields", listing),
     )
+
+
+def _asked_budget(run: Finished) -> str:
+    if budget := run.results.get("budget"):
+        return budget["asked"]
+    # Runs of earlier versions do not describe it in words.
+    return f"{run.config.get('budget.value')} ({run.config.get('budget.unit')})"
 
 
 def _spent(run: Finished) -> str:

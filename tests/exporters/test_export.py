@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import export_forms
 from metamix_jax.data import batching
-from metamix_jax.exporters import executor, onnx_files, wiring
+from metamix_jax.exporters import executor, onnx_files
 from metamix_jax.exporters.graph import Kernel, Node, Quantizer, normalise
 from metamix_jax.exporters.packing import pack, packed_size, unpack
 from metamix_jax.exporters.stablehlo import PLATFORMS, stablehlo
@@ -17,8 +17,8 @@ from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.networks.quantizers import fake_quant
 from tests.helpers.export_networks import (
     CLASSES,
+    PIECES,
     Pieces,
-    draw_pieces,
     graph_of,
     quantized,
     random_images,
@@ -31,7 +31,7 @@ SHAPE = (11, 9, 3)  # odd sides, where the paddings differ most
 
 @pytest.fixture(autouse=True)
 def pieces_can_be_drawn(monkeypatch):
-    monkeypatch.setitem(wiring.NETWORKS, Pieces, draw_pieces)
+    monkeypatch.setattr(registry, "ARCHITECTURES", registry.ARCHITECTURES | PIECES)
 
 
 # Packing ---------------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ def test_random_networks_in_every_form(seed):
 
 
 def test_random_networks_have_all_bits():
-    policies = [random_network(seed).policy["layers"].values() for seed in range(RANDOM_NETWORKS)]
-    for kind in ("act_bits", "weight_bits"):
-        assert {row[kind] for rows in policies for row in rows} == set(ALL_BITS)
+    policies = [random_network(seed).policy.bits.values() for seed in range(RANDOM_NETWORKS)]
+    for kind in ("act", "weight"):
+        assert {getattr(pair, kind) for pairs in policies for pair in pairs} == set(ALL_BITS)
 
 
 @pytest.mark.parametrize("shortcut", ["identity", "conv"])
@@ -176,7 +176,6 @@ def test_an_image_that_is_not_quantized():
     ],
 )
 def test_every_network_is_drawn_with_all_of_its_layers(name, padding):
-    assert set(registry.MODELS.values()) <= set(wiring.NETWORKS)
     # Drawing asserts each layer's input; scores are compared on real networks
     # (benchmarks/export_parity.py) and on `Pieces` above.
     model = registry.make(ConfigDict({"name": name, "padding": padding}), CLASSES, QuantSettings())

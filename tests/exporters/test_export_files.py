@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters import bundle, executor, onnx_files, wiring
+from metamix_jax.exporters import bundle, executor, onnx_files
 from metamix_jax.exporters.card import QCDQ, QONNX, card
+from metamix_jax.networks import registry
 from metamix_jax.networks.precision import QuantSettings
 from tests.helpers.export_networks import (
     CLASSES,
+    PIECES,
     Pieces,
-    draw_pieces,
     graph_of,
     quantized,
     random_images,
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def network():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(wiring.NETWORKS, Pieces, draw_pieces)
+        patch.setattr(registry, "ARCHITECTURES", PIECES)
         settings = QuantSettings(act_bits=(8, 4, 3, 2), weight_bits=(8, 4, 3, 2))
         network = quantized(Pieces(CLASSES, settings), SHAPE, seed=3)
         return network, graph_of(network)

@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     found = quantized(network.model, network.image_shape)
     state = TrainState(step=jnp.int32(0), rng=jax.random.key(0), **found.variables)
     chosen = policy.make_policy(
-        network.costs, policy.layer_bits(found.policy), model=network.label,
+        network.costs, found.policy.bits, model=network.label,
         image_size=8, searcher="file", seed=0, budget_gbops=network.budget_gbops,
     )  # fmt: skip
     workdir = tmp_path_factory.mktemp("run")
@@ -42,7 +42,7 @@ def run(tmp_path_factory):
     policy.write_policy(workdir / "policy.json", chosen)
     stop = setup.make_schedule(config, 1437)[-1].stop
     with Checkpoints(workdir / DIRECTORY, create=True) as checkpoints:
-        facts = {"model": network.label, "policy": chosen, "seconds": {}}
+        facts = {"model": network.label, "policy": chosen.to_json(), "seconds": {}}
         checkpoints.save(1, state, facts)
         checkpoints.save(stop, state, facts)
     return config, network, workdir

@@ -7,8 +7,10 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from metamix_jax.exporters import quantized_network, wiring
+from metamix_jax.exporters import quantized_network
 from metamix_jax.exporters.build import build_graph
+from metamix_jax.networks.architecture import Architecture
+from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, QuantSettings
 from metamix_jax.selection import cost, policy
@@ -52,13 +54,16 @@ class Pieces(nn.Module):
 
 
 def draw_pieces(model, drawing):
-    x = drawing.layer(wiring.IMAGE, "stem", "stem_bn", "hswish")
+    x = drawing.layer(IMAGE, "stem", "stem_bn", "hswish")
     x = drawing.layer(x, "grouped", "grouped_bn", "relu6")
     x = drawing.node("add", x, drawing.layer(x, "signed"))
     x = drawing.layer(x, "depthwise", "depthwise_bn", "hswish")
     gate = drawing.layer(drawing.node("mean", x), "gate", activation="hsigmoid")
     x = drawing.node("flatten", drawing.node("mean", drawing.node("multiply", x, gate)))
     drawing.layer(drawing.layer(x, "hidden", activation="relu"), "fc")
+
+
+PIECES = {"pieces": Architecture("pieces", Pieces, draw=draw_pieces)}  # for the registry
 
 
 def quantized(model, image_shape, *, seed=0):

@@ -72,6 +72,8 @@ def write_run(workdir, *, layers=6, names=None, weight_bits=(4,), searcher="meta
         "mode": "train", "model": "cifar_resnet8", "searcher": searcher,
         **{name: final[name] for name in ("top1", "top5", "correct", "examples", "statistics")},
         "gbops": 0.21, "budget_gbops": 0.25 if searched else None,
+        "budget": {"asked": "0.875 of the BOPs of the uniform 4/4 network", "limit": 0.25,
+                   "cost": 0.21, "unit": "GBOPs"} if searched else None,
         "average_act_bits": 4.625, "average_weight_bits": 3.75, "seconds": 103.5,
         "workdir": "elsewhere",
         "phases": {name: {"steps": s, "seconds": t} for name, (s, t) in phases.items()},

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from jax import export
 
-from metamix_jax.exporters import wiring
 from metamix_jax.exporters.stablehlo import stablehlo
+from metamix_jax.networks import registry
 from metamix_jax.networks.kernels import bfloat16
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 from metamix_jax.networks.quantizers import int_range
-from metamix_jax.networks.registry import CifarResNet
+from metamix_jax.networks.zoo.resnet import CifarResNet
 from metamix_jax.training import setup
 from metamix_jax.training.step.batch_step import make_train_step
 from tests.helpers import tiny_network
-from tests.helpers.export_networks import Pieces, draw_pieces, graph_of, quantized, random_images
+from tests.helpers.export_networks import PIECES, Pieces, graph_of, quantized, random_images
 from tests.helpers.layer_reference import CONV_INPUT, DENSE_INPUT, KEYS, NAME, apply, init, make_net
 from tests.helpers.layer_reference import reference_conv as convolved
 
@@ -216,7 +216,7 @@ def test_a_quantized_network_evaluates_as_in_float32():
 
 
 def test_what_is_exported_does_not_depend_on_it(monkeypatch):
-    monkeypatch.setitem(wiring.NETWORKS, Pieces, draw_pieces)
+    monkeypatch.setattr(registry, "ARCHITECTURES", PIECES)
     shape = (9, 9, 3)
     plain, network = (
         quantized(Pieces(5, dataclasses.replace(SETTINGS, compute_dtype=dtype)), shape)

@@ -11,7 +11,7 @@ import pytest
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import Precision, QuantSettings
 from metamix_jax.networks.quantizers import POSITIVE_STEPS, init_step
-from metamix_jax.networks.registry import CifarResNet
+from metamix_jax.networks.zoo.resnet import CifarResNet
 from tests.helpers.layer_reference import (
     CONV_INPUT,
     DENSE_INPUT,

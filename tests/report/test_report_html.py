@@ -65,6 +65,7 @@ def test_what_a_page_tells(tmp_path):
         "Candidate bitsactivations 8, 4, 2; weights 4",
         "Budget0.875 of the BOPs of the uniform 4/4 network",
         "GBOPs, budget 0.2500: 0.",
+        "Spent0.21 of 0.25 GBOPs",
         "below",
         "Top-599.50 %",
         "activations chosen, weights quantized, BN statistics re-estimated",
@@ -86,6 +87,19 @@ def test_what_a_page_tells(tmp_path):
     assert blocks.count("act") == 8 + 4 + 2 + 8 + 4 + 8
     assert blocks.count("weight") == 8 + 4 * 4 + 8
     assert blocks.count("share") == 6
+
+
+def test_a_budget_in_another_unit_and_one_of_an_earlier_version(tmp_path):
+    workdir = write_run(tmp_path)
+    results = json.loads((workdir / "results.json").read_text())
+    asked = "0.5 MiB of weights"
+    results["budget"] = {"asked": asked, "limit": 0.5, "cost": 0.4875, "unit": "MiB"}
+    (workdir / "results.json").write_text(json.dumps(results))
+    page = report(workdir)
+    assert f"Budget{asked}" in page.text and "Spent0.4875 of 0.5 MiB" in page.text
+    del results["budget"]
+    (workdir / "results.json").write_text(json.dumps(results))
+    assert "Budget0.875 (fraction)" in report(workdir).text
 
 
 def test_names_are_text(tmp_path):

@@ -24,7 +24,7 @@ def schedule_of(epochs, steps_per_epoch=10.0, searcher="metamix", **overrides):
         config[section].epochs = float(value)
     config.weight_training.act_epochs = float(epochs[3])
     config.weight_training.epochs = float(epochs[4])
-    rows = (phases.full_precision, *SEARCHERS[searcher].PHASES)
+    rows = (phases.full_precision, *SEARCHERS[searcher].phases)
     return make_spans([row(config) for row in rows], steps_per_epoch)
 
 
@@ -86,7 +86,7 @@ def test_searchers_name_their_rows():
     uniform = names(schedule_of(epochs, searcher="uniform"))
     assert uniform == ["full_precision", "act_training", "weight_training"]
     for searcher in SEARCHERS.values():
-        assert set(searcher.PHASES) <= set(ROWS.values())
+        assert set(searcher.phases) <= set(ROWS.values())
 
 
 def test_phase_at_boundaries():

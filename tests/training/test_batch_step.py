@@ -174,7 +174,7 @@ def test_bit_search_moves_logits_only(
     after, metrics = apply_update(before, [(images, batch["label"], None)], branches)
     assert moved_labels(before, after) == ({"logits", "batch_stats"} if commit else {"logits"})
     assert metrics["cost"] > 0
-    gap = abs(float(metrics["cost"]) - network.budget.limit) / network.budget.reference
+    gap = abs(float(metrics["cost"]) - network.budget.limit) / network.budget.cost_model.reference
     expected = config.bit_search.budget_weight * gap
     assert metrics["budget_term"] == pytest.approx(expected, rel=1e-5)
 

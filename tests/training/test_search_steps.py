@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import unflatten_dict
-from ml_collections import ConfigDict
 
 from metamix_jax.data import batching
 from metamix_jax.networks.precision import Precision
@@ -58,10 +57,7 @@ def copied(state):
 
 def searched(network, state, config, budgets):
     """Returns the state after two steps of bit-search with the first of `budgets` and the rest."""
-    first, *others = (
-        make_budget(network.costs, ConfigDict({"value": value, "unit": "fraction"}))
-        for value in budgets
-    )
+    first, *others = (make_budget(network.costs, value, "fraction") for value in budgets)
     further = dict(zip(further_searches(config), others, strict=True))
     span = span_of("bit_search", config)
     state = enter_phase(copied(state), span, config)

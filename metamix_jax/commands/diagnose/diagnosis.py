@@ -14,7 +14,7 @@ from metamix_jax.errors import UserError
 from metamix_jax.report import diagnostic_charts, diagnostic_tables
 from metamix_jax.runtime import sharding
 from metamix_jax.runtime.progress import waiting
-from metamix_jax.selection import policy as policy_lib
+from metamix_jax.selection.policy import read_policy
 from metamix_jax.selection.searchers import hessian
 from metamix_jax.training import setup
 from metamix_jax.training.step.batch_step import training_images
@@ -101,7 +101,7 @@ def _sensitivity(
     path = workdir / "policy.json"
     if not path.exists():
         return None
-    bits = policy_lib.layer_bits(policy_lib.read_policy(path, network.costs))
+    bits = read_policy(path, network.costs).bits
     searched, traces = _searched(network), None
     if config.diagnose.hessian:
         weights = {name: state.variables[name] for name in ("params", "batch_stats")}

@@ -15,8 +15,8 @@ from metamix_jax.commands.diagnose import statistics
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.networks.precision import FULL, Precision
 from metamix_jax.selection import cost
-from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.cost import LayerCosts
+from metamix_jax.selection.policy import branches
 from metamix_jax.training.step.batch_step import training_images
 
 SAMPLES = 2**14  # sampled values per layer input; the same positions at every width
@@ -64,7 +64,7 @@ def precision_at(
         layer, own_act = own
         bits[layer] = bits[layer]._replace(act=own_act)
     kind = "full" if weight is None else "quantized"
-    return Precision("chosen", kind, policy_lib.branches(bits, costs))
+    return Precision("chosen", kind, branches(bits, costs))
 
 
 def make_sampler(

@@ -50,8 +50,7 @@ def load_states(
     found = {}
     before = config.diagnose.before or config.pretrained
     if before:
-        shapes = setup.abstract_variables(network)
-        weights, step = start_weights.load_weights(before, shapes, mesh)
+        weights, step = start_weights.load_weights(before, network, mesh)
         facts = {"source": before} | ({} if step is None else {"step": step})
         found["before"] = _calibrated(config, network, weights, facts, batch, mesh, True, True)
     after = bucket.path_of(config.checkpoint) if config.checkpoint else workdir

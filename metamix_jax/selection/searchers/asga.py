@@ -11,10 +11,10 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from metamix_jax.fields import Field
 from metamix_jax.selection import phases
-from metamix_jax.selection.searchers.metamix import choose
-
-__all__ = ["PHASES", "choose"]
+from metamix_jax.selection.searcher import ZERO_OR_MORE, Searcher
+from metamix_jax.selection.searchers.metamix import check_epochs, choose
 
 
 def sharpness_search(config: ConfigDict) -> phases.Phase:
@@ -27,4 +27,23 @@ def sharpness_search(config: ConfigDict) -> phases.Phase:
     return phases.Phase("sharpness_search", epochs, (update,), phases.search_evaluation(config))
 
 
-PHASES = (sharpness_search, *phases.FINE_TUNING)
+FIELDS = (
+    Field("asga.start_radius", 0.05, "of the first perturbation of the weights", ZERO_OR_MORE),
+    Field("asga.max_radius", 0.1, "afterwards ln(surrogate gap + 1), up to this", ZERO_OR_MORE),
+    Field(
+        "asga.alignment",
+        1e-3,
+        "of the gradients: a step downhill within the perturbation",
+        ZERO_OR_MORE,
+    ),
+)
+SEARCHER = Searcher(
+    name="asga",
+    summary="sharpness-aware: gradients where the loss near the weights and logits is greatest, "
+    "their radius following the surrogate gap (ASGA, ICML 2025). Reconstructed: no code is "
+    "published",
+    phases=(sharpness_search, *phases.FINE_TUNING),
+    choose=choose,
+    fields=FIELDS,
+    check=check_epochs,
+)

@@ -27,8 +27,8 @@ from metamix_jax.selection import knapsack
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import LayerCosts
 from metamix_jax.selection.phases import FINE_TUNING
+from metamix_jax.selection.searcher import Searcher
 
-PHASES = FINE_TUNING
 IMAGES = 512  # at least so many, in whole batches
 PROBES = 50  # at most
 FEWEST_PROBES = 5
@@ -171,3 +171,12 @@ def make_probe(model: nn.Module, kind: str) -> Callable[..., dict[str, jax.Array
         }
 
     return probe
+
+
+SEARCHER = Searcher(
+    name="hessian",
+    summary="trace of the Hessian at each layer's input x squared quantization error, exact "
+    "knapsack",
+    phases=FINE_TUNING,
+    choose=choose,
+)

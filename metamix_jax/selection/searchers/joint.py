@@ -3,9 +3,8 @@
 from ml_collections import ConfigDict
 
 from metamix_jax.selection import phases
-from metamix_jax.selection.searchers.metamix import choose
-
-__all__ = ["PHASES", "choose"]
+from metamix_jax.selection.searcher import Searcher
+from metamix_jax.selection.searchers.metamix import check_epochs, choose
 
 
 def joint_search(config: ConfigDict) -> phases.Phase:
@@ -15,4 +14,10 @@ def joint_search(config: ConfigDict) -> phases.Phase:
     return phases.Phase("joint_search", epochs, (update,), phases.search_evaluation(config))
 
 
-PHASES = (joint_search, *phases.FINE_TUNING)
+SEARCHER = Searcher(
+    name="joint",
+    summary="logits, weights and steps together on one batch, no meta-state (as EdMIPS does)",
+    phases=(joint_search, *phases.FINE_TUNING),
+    choose=choose,
+    check=check_epochs,
+)

@@ -76,7 +76,7 @@ def make_update(
         metrics = jax.tree.map(lambda *values: sum(values) / len(values), *rows)
         return state, metrics | {"gradient_norm": optax.tree.norm(gradient)}
 
-    ascend = jax.jit(functools.partial(sharpness_ascent, update=update, options=config.asga))
+    ascend = jax.jit(functools.partial(sharpness_ascent, update=update, config_asga=config.asga))
 
     def apply_update(state, parts, branches, limit=None):
         if limit is None:
@@ -171,8 +171,9 @@ def objective(
     metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(scores, -1) == labels)}
     if update.budget_term:
         options = config.bit_search
-        spent = chosen_cost(budget, branch_logits({**frozen, **trained}), options.budget_form)
-        gap = jnp.abs(spent - limit) / budget.reference
+        logits = branch_logits({**frozen, **trained})
+        spent = chosen_cost(budget.cost_model, logits, options.budget_form)
+        gap = jnp.abs(spent - limit) / budget.cost_model.reference
         metrics |= {"cost": spent, "budget_term": options.budget_weight * gap}
         loss += metrics["budget_term"]
     return loss, (moved["batch_stats"], metrics)
@@ -218,7 +219,7 @@ def apply_gradient(
 
 
 def sharpness_ascent(
-    state: TrainState, gradient: Gradient, *, update: Update, options: ConfigDict
+    state: TrainState, gradient: Gradient, *, update: Update, config_asga: ConfigDict
 ) -> TrainState:
     """Returns the state with its weights moved to where the loss is about greatest (ASGA).
 
@@ -226,9 +227,9 @@ def sharpness_ascent(
     gradient of the weights; step sizes and logits stay as they are.
     """
     weights = {path: leaf for path, leaf in gradient.items() if path.startswith("params/")}
-    radius = jnp.minimum(options.max_radius, jnp.log1p(state.surrogate_gap))
+    radius = jnp.minimum(config_asga.max_radius, jnp.log1p(state.surrogate_gap))
     # Less a step downhill: aligns the two gradients without ever multiplying them.
-    factor = radius / (optax.tree.norm(weights) + 1e-12) - options.alignment
+    factor = radius / (optax.tree.norm(weights) + 1e-12) - config_asga.alignment
     trained, frozen = split_by_label(state, update.trains)
     moved = {path: trained[path] + factor * weights[path] for path in weights}
     return state.replace(params=unflatten_dict(frozen | trained | moved, sep="/")["params"])
