@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from metamix_jax.data import batching, datasets
+from metamix_jax.data import datasets
 from metamix_jax.networks.precision import FULL, Precision
 from metamix_jax.report import tables
 from metamix_jax.runtime import distributed, sharding
@@ -25,11 +25,12 @@ from metamix_jax.selection import cost
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.phases import Phase
 from metamix_jax.selection.policy import Policy, policy_of_checkpoint, write_policy
-from metamix_jax.training import nonfinite, results, setup, start_weights
+from metamix_jax.training import results, setup, start_weights
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints
 from metamix_jax.training.choose_policy import choose_policy, logits_of
 from metamix_jax.training.evaluator import Evaluator, uniform_precisions
+from metamix_jax.training.nonfinite import FiniteGuard
 from metamix_jax.training.schedule import Span, phase_at
 from metamix_jax.training.step.batch_step import make_train_step
 from metamix_jax.training.step.state import TrainState, enter_phase, with_logits
@@ -51,11 +52,11 @@ class Run:
     teacher: nn.Module | None
     teacher_variables: dict[str, Any]
     weights: dict[str, Any] | None  # pretrained params and batch_stats
+    guard: FiniteGuard
     writer: MetricWriter | None = None
     progress: Progress | None = None
     policy: Policy | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase
-    skipped: int = 0  # steps whose numbers were not finite, so far
 
     @classmethod
     def prepare(cls, config: ConfigDict, workdir: Path) -> "Run":
@@ -80,6 +81,7 @@ class Run:
             teacher=teacher,
             teacher_variables=sharding.replicate(teacher_variables, mesh),
             weights=weights,
+            guard=FiniteGuard(workdir, config, len(dataset.train)),
         )
 
     @property
@@ -114,7 +116,7 @@ class Run:
         step, (state, facts), damaged = checkpoints.newest_good(restore)
         for later in damaged:
             checkpoints.set_aside(later)
-        self.seconds, self.skipped = facts["seconds"], int(state.skipped_steps)
+        self.seconds, self.guard.skipped = facts["seconds"], int(state.skipped_steps)
         source = "the checkpoint's policy"
         self.policy = policy_of_checkpoint(facts["policy"], self.network.costs, source)
         if self.policy is not None:
@@ -195,48 +197,16 @@ class Run:
         spent = time.monotonic() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
-    def require_finite(
-        self, step: int, phase: Phase, metrics: Mapping[str, jax.Array] | None, state: TrainState
-    ) -> None:
-        """Waits for the step that makes `metrics`; ends the run if one of them is not finite.
-
-        Up to config.max_skipped_steps of them are logged instead: they have changed nothing.
-
-        Raises:
-          RunError: what is wrong is in nonfinite.json.
-        """
-        names = nonfinite.broken_metrics(metrics)
-        if metrics and "skipped_steps" in metrics:
-            known, self.skipped = self.skipped, int(metrics["skipped_steps"])
-            names = (names or ["what it leads to"]) if self.skipped > known else []
-            if names and self.skipped <= self.config.max_skipped_steps:
-                nonfinite.log_skipped(step, phase.name, names, self.skipped)
-                return
-        if names:
-            self._stop_not_finite(step, phase, names, state)
-
     def save(self, checkpoints: Checkpoints, step: int, phase: Phase, state: TrainState) -> None:
         """Saves in the background; never a state with a number that is not finite.
 
         Raises:
           RunError: there is one; what is wrong is in nonfinite.json.
         """
-        if names := nonfinite.broken_leaves(state):
-            self._stop_not_finite(step, phase, names, state)
+        self.guard.check_state(step, phase.name, state)
         policy = self.policy and self.policy.to_json()
         facts = {"model": self.network.label, "policy": policy, "seconds": self.seconds}
         checkpoints.save(step, state, facts)
-
-    def _stop_not_finite(
-        self, step: int, phase: Phase, names: list[str], state: TrainState
-    ) -> None:
-        options = {"seed": self.config.seed, "batch_size": self.config.batch_size}
-        examples, _ = batching.train_indices(
-            len(self.dataset.train), step=max(step - 1, 0), **options
-        )
-        nonfinite.stop(
-            self.workdir, step=step, phase=phase.name, names=names, examples=examples, state=state
-        )
 
     def log(
         self, step: int, phase: Phase, metrics: Mapping[str, jax.Array], state: TrainState
