@@ -1,4 +1,7 @@
-"""Checks of a configuration before any work; they need no data and no devices."""
+"""Checks of a configuration before any work; they need no data and no devices.
+
+What goes with which searcher is in selection/checks.py.
+"""
 
 import sys
 
@@ -10,10 +13,6 @@ CHOICES = {
     "loss": ("cross_entropy", "distillation", "both"),
     "compute_dtype": ("float32", "bfloat16"),
     "data.augment": ("none", "crop_flip", "crop", "random_resized_crop_flip"),
-    "budget.unit": ("fraction", "gbops", "average_act_bits", "mebibytes"),
-    "search.searcher": (
-        "metamix", "joint", "asga", "ompq", "hessian", "random", "uniform", "file", "none",
-    ),
     "quant.init_pass": ("full_precision", "lowest_bits"),
     "quant.init_rule": ("shifted", "unshifted", "mse"),
     "quant.positive_step": ("floor", "abs", "softplus"),
@@ -83,56 +82,19 @@ def validate(config: ConfigDict) -> None:
         len(act_bits) * len(weight_bits) > 1,
         "quant.act_bits", act_bits, "two or more, or several quant.weight_bits, to choose from",
     )  # fmt: skip
-    _require(
-        len(weight_bits) > 1 or config.budget.unit != "mebibytes",
-        "quant.weight_bits", weight_bits, "two or more with budget.unit='mebibytes'",
-    )  # fmt: skip
-    _require(
-        min(len(act_bits), len(weight_bits)) == 1 or config.search.searcher != "ompq",
-        "quant.weight_bits", weight_bits, "one, or one of quant.act_bits, for searcher ompq",
-    )  # fmt: skip
     value = config.quant.image_bits
     _require(value == 32 or 2 <= value <= 8, "quant.image_bits", value, "2 to 8, or 32")
-    if config.search.searcher == "uniform":
-        value = config.search.uniform_bits
-        for name, bits in (("act_bits", act_bits), ("weight_bits", weight_bits)):
-            _require(
-                len(bits) == 1 or value in bits,
-                "search.uniform_bits", value, f"one of quant.{name} {bits}",
-            )  # fmt: skip
-    searcher = config.search.searcher
-    if searcher in ("metamix", "joint", "asga"):
-        value = config.bit_search.epochs
-        _require(value > 0, "bit_search.epochs", value, f"more than 0 for searcher {searcher}")
     seeds = tuple(config.compare.seeds)
     _require(
         all(isinstance(v, int) and 0 <= v < 2**32 for v in seeds),
         "compare.seeds", seeds, "whole numbers from 0 to 4294967295",
     )  # fmt: skip
     value = tuple(config.search.budgets)
-    alone = searcher == "metamix" and config.bit_search.fixed_meta_state
-    _require(
-        not value or (alone and not config.bit_search.commit_batch_stats),
-        "search.budgets", value, "none, but with searcher metamix and a fixed meta-state",
-    )  # fmt: skip
     _require(
         all(_is_finite(v) and 0 < v != config.budget.value for v in value)
         and len({f"{v:g}" for v in value}) == len(value),
         "search.budgets", value, "different numbers above 0, other than budget.value",
     )  # fmt: skip
-    value = config.search.policy
-    _require(
-        bool(value) == (searcher == "file"),
-        "search.policy", value, f"{'a policy.json' if searcher == 'file' else 'nothing'} with "
-        f"searcher {searcher}",
-    )  # fmt: skip
-    if config.search.searcher == "none":
-        value = config.full_precision.epochs
-        _require(value > 0, "full_precision.epochs", value, "more than 0 for searcher none")
-    else:
-        value = config.weight_training.epochs
-        _require(value > 0, "weight_training.epochs", value, "more than 0, or nothing would "
-                 "quantize the weights")  # fmt: skip
     for path in ("mean", "std"):
         value = tuple(config.data[path])
         _require(
@@ -152,7 +114,7 @@ def validate_start(config: ConfigDict) -> None:
 
     Recipes leave both files to be named on the command line; cost and evaluation need neither.
     """
-    if config.search.searcher != "none" and not config.pretrained:
+    if not config.pretrained:
         _require(
             config.full_precision.epochs > 0, "full_precision.epochs", config.full_precision.epochs,
             "more than 0, or config.pretrained naming trained weights to start from",

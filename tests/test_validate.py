@@ -4,16 +4,19 @@ import pytest
 
 from metamix_jax import config as config_lib
 from metamix_jax.errors import UserError
+from metamix_jax.selection.checks import check_searcher
+from metamix_jax.selection.cost_models import BUDGET_UNITS
+from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup, start_weights
 from metamix_jax.validate import CHOICES
 from metamix_jax.validate import validate as check_validate
 from metamix_jax.validate import validate_start as check_validate_start
 from tests.helpers.config_fields import ROOT, change, leaves, load, value_of
 
-# Texts that can be anything; what they name is looked up later.
+# Texts that can be anything, or that a registry knows; what they name is looked up later.
 NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir", "data.train_split",
-         "search.policy", "data.eval_split", "teacher.path", "teacher.model.name",
-         "diagnose.layer", "diagnose.before", "distributed.coordinator",
+         "search.policy", "search.searcher", "budget.unit", "data.eval_split", "teacher.path",
+         "teacher.model.name", "diagnose.layer", "diagnose.before", "distributed.coordinator",
          "compilation_cache", "export.licence"}  # fmt: skip
 BIT_WIDTHS = "one or more different bit-widths from 2 to 8, such as (8, 4, 2)"
 
@@ -34,6 +37,7 @@ def test_every_text_is_a_choice_that_holds_its_default_or_a_name():
 
 def validate(config):
     check_validate(config)
+    check_searcher(config)
     check_validate_start(config)
 
 
@@ -49,6 +53,14 @@ def test_unknown_choices_name_the_known(path, config):
     change(config, path, "something")
     known = ", ".join(CHOICES[path])
     assert error_of(config) == f"config.{path}='something': expected one of {known}"
+
+
+@pytest.mark.parametrize(
+    ("path", "known"), [("search.searcher", SEARCHERS), ("budget.unit", BUDGET_UNITS)]
+)
+def test_unknown_names_of_a_registry_name_the_known(path, known, config):
+    change(config, path, "something")
+    assert error_of(config) == f"config.{path}='something': expected one of {', '.join(known)}"
 
 
 @pytest.mark.parametrize(
@@ -164,6 +176,24 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
         (
             {"budget.unit": "mebibytes"},
             "config.quant.weight_bits=(4,): expected two or more with budget.unit='mebibytes'",
+        ),
+        ({"search.policy": "policy.json"}, "config.search.policy='policy.json': expected nothing"),
+        ({"search.searcher": "file"}, "config.search.policy='': expected a policy.json with"),
+        (
+            {"search.searcher": "joint", "search.budgets": (0.8,)},
+            "config.search.budgets=(0.8,): expected nothing with searcher joint",
+        ),
+        (
+            {"search.budgets": (0.8,), "bit_search.fixed_meta_state": False},
+            "config.search.budgets=(0.8,): expected none, but with searcher metamix and a fixed",
+        ),
+        (
+            {"search.budgets": (0.8,), "bit_search.commit_batch_stats": True},
+            "config.search.budgets=(0.8,): expected none, but with searcher metamix and a fixed",
+        ),
+        (
+            {"search.searcher": "asga", "bit_search.epochs": 0.0},
+            "config.bit_search.epochs=0.0: expected more than 0 for searcher asga",
         ),
         (
             {"search.searcher": "ompq", "quant.weight_bits": (8, 4)},

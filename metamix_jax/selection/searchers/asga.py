@@ -7,8 +7,43 @@ sizes and logits are not. The policy may be searched on a small data set and use
 by searcher "file".
 """
 
-from metamix_jax.selection.searchers.metamix import choose
+import dataclasses
 
-__all__ = ["PHASES", "choose"]
+from ml_collections import ConfigDict
 
-PHASES = ("sharpness_search", "act_training", "weight_training")
+from metamix_jax.fields import Field
+from metamix_jax.selection import phases
+from metamix_jax.selection.searcher import ZERO_OR_MORE, Searcher
+from metamix_jax.selection.searchers.metamix import check_epochs, choose
+
+
+def sharpness_search(config: ConfigDict) -> phases.Phase:
+    """The joint search with sharpness-aware steps, of two passes each; as many as MetaMix makes."""
+    update = dataclasses.replace(
+        phases.search_update(config, "sharpness_search", fixed_meta_state=False),
+        sharpness_aware=True,
+    )
+    epochs = phases.metamix_passes(config) / 2
+    return phases.Phase("sharpness_search", epochs, (update,), phases.search_evaluation(config))
+
+
+FIELDS = (
+    Field("asga.start_radius", 0.05, "of the first perturbation of the weights", ZERO_OR_MORE),
+    Field("asga.max_radius", 0.1, "afterwards ln(surrogate gap + 1), up to this", ZERO_OR_MORE),
+    Field(
+        "asga.alignment",
+        1e-3,
+        "of the gradients: a step downhill within the perturbation",
+        ZERO_OR_MORE,
+    ),
+)
+SEARCHER = Searcher(
+    name="asga",
+    summary="sharpness-aware: gradients where the loss near the weights and logits is greatest, "
+    "their radius following the surrogate gap (ASGA, ICML 2025). Reconstructed: no code is "
+    "published",
+    phases=(sharpness_search, *phases.FINE_TUNING),
+    choose=choose,
+    fields=FIELDS,
+    check=check_epochs,
+)
