@@ -5,7 +5,7 @@
 #
 # DATA holds tfds/cifar10 (52 MB) and resnet20-12fca82f.npz: carry those two and nothing else. The
 # weights are the .th file saved again as .npz, so that torch is not needed there:
-#   python -c "import numpy as np; from metamix_jax.pretrained import read_weights; \
+#   python -c "import numpy as np; from metamix_jax.networks.torch_weights import read_weights; \
 #              np.savez('resnet20-12fca82f.npz', **read_weights('resnet20-12fca82f.th'))"
 # OUT gets the results. Needs a Python with requirements-gpu.txt. Record date, device and versions
 # (results.json has them) beside every number taken from here.

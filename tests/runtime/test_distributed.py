@@ -1,4 +1,4 @@
-"""Multi-process runs, and runs resumed on other devices; see docs/FAULTS.md.
+"""Multi-process runs, and runs resumed on other devices; see docs/OPERATIONS.md.
 
 Real processes on the CPU, connected by gloo: `make check-faults`.
 """

@@ -1,4 +1,4 @@
-"""Full or read-only disks and exhausted memory; measurements are in docs/FAULTS.md.
+"""Full or read-only disks and exhausted memory; outcomes are in docs/OPERATIONS.md.
 
 Those marked `faults` are slow: `make check-faults`.
 """

@@ -1,4 +1,4 @@
-"""Runs resume exactly after signals and kills; measurements are in docs/FAULTS.md.
+"""Runs resume exactly after signals and kills; outcomes are in docs/OPERATIONS.md.
 
 Those marked `faults` are slow: `make check-faults`.
 """

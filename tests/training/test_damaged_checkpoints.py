@@ -1,4 +1,4 @@
-"""Runs with damaged checkpoints; measurements are in docs/FAULTS.md.
+"""Runs with damaged checkpoints; outcomes are in docs/OPERATIONS.md.
 
 Those marked `faults` are slow: `make check-faults`.
 """
