@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALL := $(if $(shell command -v uv),uv pip install -q --python .venv/bin/python,.venv/bin/python -m pip install -q --disable-pip-version-check)
 WORKDIR ?= runs/digits
 
-.PHONY: demo test check-real check-faults lint clean
+.PHONY: demo test check-real check-faults lint config-docs clean
 
 demo: .venv/ready  ## all phases on the embedded digits
 	python main.py --config=configs/digits.py --workdir=$(WORKDIR)
@@ -21,6 +21,9 @@ check-faults: .venv/dev  ## hundreds of kills and damaged checkpoints, half an h
 lint: .venv/dev
 	ruff check .
 	ruff format --check .
+
+config-docs: .venv/ready  ## docs/CONFIG.md, after a change to metamix_jax/defaults.py
+	python -m metamix_jax.config > docs/CONFIG.md
 
 clean:
 	rm -rf .venv runs

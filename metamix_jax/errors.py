@@ -26,6 +26,12 @@ class InterruptedRunError(RuntimeError):
     """A run that was asked to stop and has saved; exit code 75, "try again" (sysexits.h)."""
 
 
+def require(condition: bool, path: str, value: object, expected: str) -> None:
+    """Raises UserError for the configuration's field at `path` unless `condition` holds."""
+    if not condition:
+        raise UserError(f"config.{path}={value!r}: expected {expected}")
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Returns `did you mean 'x'? known: ...` for an unknown `name`."""
     known = sorted(known)

@@ -7,10 +7,9 @@ import sys
 import pytest
 
 from metamix_jax import recipes
-from metamix_jax.config import default
+from metamix_jax.config import default, validate
 from metamix_jax.errors import UserError
 from metamix_jax.training import setup
-from metamix_jax.validate import validate as check_validate
 from tests.helpers.config_fields import ROOT, change, load
 
 CONFIGS = sorted(ROOT.glob("configs/[!_]*.py"))
@@ -39,7 +38,7 @@ def config():
 def test_files_load_validate_and_build_their_network(path, argument):
     config = load(path, argument)
     assert config.is_locked
-    check_validate(config)
+    validate(config)
     network = setup.make_network(config)
     assert sum(layer.macs for layer in network.costs.values()) > 0
     assert network.label.startswith(config.model.name)

@@ -17,8 +17,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 # A room imports only from those before it, and within itself without a circle.
 ROOMS = (
-    "errors", "config", "validate", "recipes", "runtime", "workdir", "data", "networks",
-    "selection", "report", "training", "exporters", "commands", "api", "command_line", "__main__",
+    "errors", "fields", "defaults", "runtime", "workdir", "data", "networks", "selection", "config",
+    "recipes", "report", "training", "exporters", "commands", "api", "command_line", "__main__",
 )  # fmt: skip
 RANK = {name: rank for rank, name in enumerate(ROOMS)}
 MOST_FOLDERS = 9

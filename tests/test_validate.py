@@ -5,9 +5,6 @@ import pytest
 from metamix_jax import config as config_lib
 from metamix_jax.errors import UserError
 from metamix_jax.training import setup, start_weights
-from metamix_jax.validate import CHOICES
-from metamix_jax.validate import validate as check_validate
-from metamix_jax.validate import validate_start as check_validate_start
 from tests.helpers.config_fields import ROOT, change, leaves, load, value_of
 
 # Texts that can be anything; what they name is looked up later.
@@ -15,6 +12,11 @@ NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir",
          "search.policy", "data.eval_split", "teacher.path", "teacher.model.name",
          "diagnose.layer", "diagnose.before", "distributed.coordinator",
          "compilation_cache", "export.licence"}  # fmt: skip
+CHOICES = {
+    field.path: field.check.expected.removeprefix("one of ").split(", ")
+    for field in config_lib.FIELDS
+    if field.check and field.check.expected.startswith("one of ")
+}
 BIT_WIDTHS = "one or more different bit-widths from 2 to 8, such as (8, 4, 2)"
 
 
@@ -33,8 +35,8 @@ def test_every_text_is_a_choice_that_holds_its_default_or_a_name():
 
 
 def validate(config):
-    check_validate(config)
-    check_validate_start(config)
+    config_lib.validate(config)
+    config_lib.validate_start(config)
 
 
 def error_of(config):

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from metamix_jax.config import validate_start
 from metamix_jax.data import batching, datasets
 from metamix_jax.networks.precision import FULL, Precision
 from metamix_jax.report import tables
@@ -32,7 +33,6 @@ from metamix_jax.training.choose_policy import choose_policy, logits_of
 from metamix_jax.training.evaluator import Evaluator, uniform_precisions
 from metamix_jax.training.step.batch_step import make_train_step
 from metamix_jax.training.step.state import SKIPPED, TrainState, enter_phase, swap_search
-from metamix_jax.validate import validate_start
 from metamix_jax.workdir.metrics import MetricWriter
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,6 @@ from metamix_jax.runtime import distributed
 from metamix_jax.workdir import digests, lock
 from metamix_jax.workdir.files import read_json, write_json
 
-# Fields that may change when a run goes on: they do not change what is computed. README lists them.
-HARMLESS = (
-    "checkpoint",
-    "checkpoint_every_steps",
-    "compilation_cache",
-    "cpu_devices",
-    "log_every_steps",
-    "eval.batch_size",
-    "eval.every_steps",
-    "data.data_dir",
-    "data.in_memory_gib",
-    "data.max_bad_examples",
-    "diagnose.batches",
-    "diagnose.before",
-    "diagnose.hessian",
-    "diagnose.layer",
-    "diagnose.recalibrate",
-    "distributed.coordinator",
-    "distributed.initialize",
-    "distributed.process",
-    "distributed.processes",
-    "export.examples",
-    "export.licence",
-    "export.onnx",
-)
-
-
 _OTHERS = {
     "config.json": "another configuration",
     "dataset.json": "another data set",
@@ -49,12 +22,21 @@ _OTHERS = {
 
 @contextlib.contextmanager
 def claim_workdir(
-    config: ConfigDict, workdir: Path, dataset_facts: dict[str, Any]
+    config: ConfigDict,
+    workdir: Path,
+    dataset_facts: dict[str, Any],
+    may_change: Collection[str],
 ) -> Iterator[None]:
     """Holds the workdir, new or with the same run in it, for as long as the block runs.
 
     Writes config.json, dataset.json and code.json, or checks that they say the same. A finished
     run may have been made by other code.
+
+    Args:
+      config: of the run.
+      workdir: made if it is not there.
+      dataset_facts: what identifies the data set.
+      may_change: paths of the fields of `config` that may say something else there.
 
     Raises:
       UserError: not writable, in use, or holding a run with another configuration, data set or
@@ -68,14 +50,16 @@ def claim_workdir(
                 stack.enter_context(lock.hold(workdir))
             except OSError as reason:
                 raise UserError(f"{workdir}: not usable as --workdir ({reason})") from reason
-            check_same_run(config, workdir, dataset_facts)
+            check_same_run(config, workdir, dataset_facts, may_change)
         except UserError as found:
             error = found
         distributed.agree(error)
         yield
 
 
-def check_same_run(config: ConfigDict, workdir: Path, dataset_facts: dict[str, Any]) -> None:
+def check_same_run(
+    config: ConfigDict, workdir: Path, dataset_facts: dict[str, Any], may_change: Collection[str]
+) -> None:
     """Writes what identifies a run, or raises UserError where the workdir holds another one."""
     wanted = {"config.json": json.loads(config.to_json()), "dataset.json": dataset_facts}
     if not is_finished(workdir):
@@ -89,7 +73,7 @@ def check_same_run(config: ConfigDict, workdir: Path, dataset_facts: dict[str, A
             except (OSError, TypeError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it if you are sure that "
                                 "the run there is this one") from error  # fmt: skip
-        changed = _differences(old, new)
+        changed = _differences(old, new, may_change if name == "config.json" else ())
         if changed:
             raise UserError(
                 f"{workdir} holds a run with {_OTHERS[name]} ({'; '.join(changed)}); use the "
@@ -112,13 +96,15 @@ def is_finished(workdir: Path) -> bool:
     return isinstance(results, dict) and results.get("mode") == "train"
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Returns the fields whose change would change what is computed, with both values."""
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]
+) -> list[str]:
+    """Returns the fields that differ and may not, with both values."""
     old, new = _flat(old), _flat(new)
     return [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in HARMLESS
+        if old.get(key) != new.get(key) and key not in may_change
     ]
 
 

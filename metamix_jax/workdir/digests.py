@@ -17,7 +17,9 @@ import numpy as np
 
 _LENGTH = 32  # hexadecimal characters
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
-_AFTERWARDS = ("report", "exporters", "commands")  # folders of code that no training runs through
+# Folders of code that no training runs through. Recipes are in there only once installed, and what
+# they say is in config.json.
+_NOT_TRAINING = ("report", "exporters", "commands", "configs")
 
 
 def host_leaves(tree: Any) -> dict[str, np.ndarray]:
@@ -49,7 +51,7 @@ def of_code() -> dict[str, str]:
     contents = {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in sources.items()
-        if Path(name).parts[0] not in _AFTERWARDS
+        if Path(name).parts[0] not in _NOT_TRAINING
     }
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return {"metamix_jax": of_json(contents), **versions}

@@ -22,14 +22,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metamix_jax import command_line
-from metamix_jax.config import default
+from metamix_jax.config import default, validate_start
 from metamix_jax.data import images
 from metamix_jax.errors import UserError
 from metamix_jax.networks import torch_weights
 from metamix_jax.selection import policy
 from metamix_jax.selection.cost import widest_bits
 from metamix_jax.training import setup
-from metamix_jax.validate import validate_start
 from metamix_jax.workdir import claim, files
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny_images import to_bytes
@@ -317,4 +316,4 @@ def test_files_of_a_workdir(count, tmp_path):
     for content in (b"[1]", b"1", b'"text"', b"null", b"[" * 100_000, b"\xff"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="cannot be read .*remove it if you are sure"):
-            claim.check_same_run(config, tmp_path, {})
+            claim.check_same_run(config, tmp_path, {}, ())
