@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import struct
-import sys
 import zipfile
 
 import numpy as np
@@ -80,15 +79,13 @@ def run_command_line(arguments):
     return network
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
 @counts
-def test_command_lines(count, monkeypatch):
+def test_command_lines(count):
     """Any field set to any text."""
     start = ["main.py", f"--config={ROOT}/configs/digits.py", "--workdir=nowhere"]
 
     def check(changes):
         arguments = [*start, *(f"--config.{path}={text}" for path, text in changes)]
-        monkeypatch.setattr(sys, "argv", arguments)  # where config_flags looks
         stderr = io.StringIO()
         try:
             with contextlib.redirect_stderr(stderr):
