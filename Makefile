@@ -7,13 +7,13 @@ WORKDIR ?= runs/digits
 .PHONY: demo test check-real check-faults lint config-docs clean
 
 demo: .venv/ready  ## all phases on the embedded digits
-	python main.py --config=configs/digits.py --workdir=$(WORKDIR)
+	python main.py --config=digits --workdir=$(WORKDIR)
 
 test: .venv/dev lint  ## what CI runs
 	python -m pytest -n 2 -m "not real and not faults"
 
-check-real: .venv/torch  ## slow checks on the data and weights of ../shared
-	python -m pytest -m real
+check-real: .venv/torch  ## checks against PyTorch, and on the data and weights of ../shared
+	python -m pytest -m "(real or torch) and not faults"
 
 check-faults: .venv/dev  ## hundreds of kills and damaged checkpoints, half an hour
 	python -m pytest -m faults -s

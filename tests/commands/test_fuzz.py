@@ -201,7 +201,9 @@ def weight_files(kind):
 
 
 @counts
-@pytest.mark.parametrize("kind", ["npz", "safetensors", "pth"])
+@pytest.mark.parametrize(
+    "kind", ["npz", "safetensors", pytest.param("pth", marks=pytest.mark.torch)]
+)
 def test_weight_files(count, kind, tmp_path):
     path = tmp_path / f"weights.{kind}"
 
@@ -247,6 +249,7 @@ def test_small_files_that_unfold_to_large_ones(tmp_path, monkeypatch):
     assert memory() - before < 100
 
 
+@pytest.mark.torch
 def test_one_number_that_stands_for_many(tmp_path):
     torch = pytest.importorskip("torch")
     path = tmp_path / "weights.pth"
