@@ -26,7 +26,7 @@ config-docs: .venv/ready  ## docs/CONFIG.md, after a change to metamix_jax/defau
 	python -m metamix_jax.config > docs/CONFIG.md
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build
 
 .venv/ready: requirements.txt constraints.txt
 	@echo "setting up .venv (about a minute) ..."
