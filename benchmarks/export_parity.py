@@ -123,7 +123,7 @@ def report(
         "right in the bundle": exported["correct"],
         "greatest score": float(np.abs(reference).max()),
         "normalised apart by": float(np.abs(images - normalise(pixels, graph)).max()),
-        "bops": cost.bops(network.network.costs, policy.layer_bits(network.policy)),
+        "bops": cost.bops(network.network.costs, network.policy.bits),
         "bops of qonnx": qonnx_bops(directory / card.QONNX) if qonnx else None,
         "weights.bin": exported["files"][bundle.WEIGHTS],
         "bits of the policy in bytes": weight_bytes(network),
@@ -165,8 +165,8 @@ def row(outcome: Outcome, reference: np.ndarray, labels: np.ndarray) -> dict[str
 def weight_bytes(network: quantized_network.QuantizedNetwork) -> int:
     """Returns the bytes of the policy's weight bits, each layer's rounded up, without a header."""
     params = flatten_dict(network.variables["params"], sep="/")
-    rows = network.policy["layers"].items()
-    return sum(-(-params[f"{path}/kernel"].size * row["weight_bits"] // 8) for path, row in rows)
+    rows = network.policy.bits.items()
+    return sum(-(-params[f"{path}/kernel"].size * bits.weight // 8) for path, bits in rows)
 
 
 def qonnx_bops(path: Path) -> int:

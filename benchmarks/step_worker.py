@@ -145,7 +145,7 @@ def check(config: Any, path: str) -> None:
     from flax.traverse_util import unflatten_dict
 
     from metamix_jax.networks.precision import Precision
-    from metamix_jax.networks.registry import mobilenet
+    from metamix_jax.networks.zoo import mobilenet
     from metamix_jax.training import setup
 
     jax.config.update("jax_enable_x64", True)
@@ -193,7 +193,7 @@ def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Calla
     import jax
     from flax.traverse_util import unflatten_dict
 
-    from metamix_jax.networks.registry import mobilenet
+    from metamix_jax.networks.zoo import mobilenet
     from metamix_jax.runtime import sharding
     from metamix_jax.selection import cost
     from metamix_jax.selection import policy as policy_lib

@@ -11,11 +11,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax import defaults
+from metamix_jax.defaults import FIELDS, SECTIONS
 from metamix_jax.errors import UserError, require, suggestion
 from metamix_jax.fields import document, is_finite
-
-FIELDS = (*defaults.FIELDS, *defaults.SEARCHER_FIELDS)
+from metamix_jax.selection.cost_models import BUDGET_UNITS
 
 INTRODUCTION = """\
 # Configuration
@@ -26,7 +25,7 @@ Every field of a configuration. Set one in a file of `configs/`, on the command 
 not allowed is an error of one line. A field whose last column says yes may change when a run is
 resumed, because nothing that is computed depends on it.
 
-This file is written by `make config-docs`; change `metamix_jax/defaults.py`, not this.
+This file is written by `make config-docs`, from `metamix_jax/defaults.py` and the searchers' files.
 
 """
 
@@ -73,12 +72,15 @@ def _child(section: Any, key: str, path: str) -> Any:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises UserError for values that cannot work; needs no data and no devices."""
+    """Raises UserError for values that cannot work; needs no data and no devices.
+
+    What goes with which searcher is checked by selection/checks.py.
+    """
     for field in FIELDS:
         if field.check is not None:
             section, key = section_of(config, field.path)
             require(field.check.holds(section[key]), field.path, section[key], field.check.expected)
-    for rule in (*RULES, *SEARCHER_RULES):
+    for rule in RULES:
         rule(config)
 
 
@@ -87,7 +89,7 @@ def validate_start(config: ConfigDict) -> None:
 
     Recipes leave both files to be named on the command line; cost and evaluation need neither.
     """
-    if config.search.searcher != "none" and not config.pretrained:
+    if not config.pretrained:
         _require(
             config, "full_precision.epochs", config.full_precision.epochs > 0,
             "more than 0, or config.pretrained naming trained weights to start from",
@@ -115,11 +117,12 @@ def _several_candidates(config: ConfigDict) -> None:
     )  # fmt: skip
 
 
-def _size_follows_weight_bits(config: ConfigDict) -> None:
+def _choices_change_the_cost(config: ConfigDict) -> None:
+    unit = config.budget.unit
     _require(
         config, "quant.weight_bits",
-        len(config.quant.weight_bits) > 1 or config.budget.unit != "mebibytes",
-        "two or more with budget.unit='mebibytes'",
+        len(config.quant.weight_bits) > 1 or not BUDGET_UNITS[unit].needs_weight_bits,
+        f"two or more with budget.unit={unit!r}",
     )  # fmt: skip
 
 
@@ -156,84 +159,16 @@ def _resized_to_no_less_than_the_crop(config: ConfigDict) -> None:
 
 RULES = (
     _several_candidates,
-    _size_follows_weight_bits,
+    _choices_change_the_cost,
     _budgets_differ,
     _a_number_per_channel,
     _resized_to_no_less_than_the_crop,
 )
 
 
-# What a searcher needs --------------------------------------------------------------------------
-
-
-def _search_has_epochs(config: ConfigDict) -> None:
-    searcher = config.search.searcher
-    _require(
-        config, "bit_search.epochs",
-        config.bit_search.epochs > 0 or searcher not in ("metamix", "joint", "asga"),
-        f"more than 0 for searcher {searcher}",
-    )  # fmt: skip
-
-
-def _weights_are_trained(config: ConfigDict) -> None:
-    if config.search.searcher == "none":
-        section, expected = "full_precision", "more than 0 for searcher none"
-    else:
-        section, expected = "weight_training", "more than 0, or nothing would quantize the weights"
-    _require(config, f"{section}.epochs", config[section].epochs > 0, expected)
-
-
-def _further_budgets_need_a_fixed_meta_state(config: ConfigDict) -> None:
-    options = config.bit_search
-    fixed = options.fixed_meta_state and not options.commit_batch_stats
-    _require(
-        config, "search.budgets",
-        not config.search.budgets or (config.search.searcher == "metamix" and fixed),
-        "none, but with searcher metamix and a fixed meta-state",
-    )  # fmt: skip
-
-
-def _ompq_chooses_one_kind(config: ConfigDict) -> None:
-    fewest = min(len(config.quant.act_bits), len(config.quant.weight_bits))
-    _require(
-        config, "quant.weight_bits", fewest == 1 or config.search.searcher != "ompq",
-        "one, or one of quant.act_bits, for searcher ompq",
-    )  # fmt: skip
-
-
-def _uniform_width_is_a_candidate(config: ConfigDict) -> None:
-    if config.search.searcher == "uniform":
-        for name in ("act_bits", "weight_bits"):
-            widths = tuple(config.quant[name])
-            _require(
-                config, "search.uniform_bits",
-                len(widths) == 1 or config.search.uniform_bits in widths,
-                f"one of quant.{name} {widths}",
-            )  # fmt: skip
-
-
-def _policy_goes_with_file(config: ConfigDict) -> None:
-    searcher = config.search.searcher
-    wanted = "a policy.json" if searcher == "file" else "nothing"
-    _require(
-        config, "search.policy", bool(config.search.policy) == (searcher == "file"),
-        f"{wanted} with searcher {searcher}",
-    )  # fmt: skip
-
-
-SEARCHER_RULES = (
-    _search_has_epochs,
-    _weights_are_trained,
-    _further_budgets_need_a_fixed_meta_state,
-    _ompq_chooses_one_kind,
-    _uniform_width_is_a_candidate,
-    _policy_goes_with_file,
-)
-
-
 def documentation() -> str:
     """Returns the text of docs/CONFIG.md."""
-    return INTRODUCTION + document(FIELDS, defaults.SECTIONS) + "\n"
+    return INTRODUCTION + document(FIELDS, SECTIONS) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Every field of the configuration, a row each: default, meaning, check, whether it may change.
 
 docs/CONFIG.md is made from these rows (make config-docs). Hyper-parameters are those of MetaMix's
-recipe for MobileNet-v3 where the paper or its code state them.
+recipe for MobileNet-v3 where the paper or its code state them. Fields that only one searcher reads
+are rows of that searcher's file.
 """
 
 from metamix_jax.fields import (
@@ -15,6 +16,8 @@ from metamix_jax.fields import (
     one_of,
     whole_numbers,
 )
+from metamix_jax.selection.cost_models import BUDGET_UNITS
+from metamix_jax.selection.searchers import SEARCHERS
 
 LARGEST_SEED = 2**32 - 1
 MOST_IMAGES = 2**20  # these limits keep a typing error from asking for all memory
@@ -131,12 +134,11 @@ FIELDS = (
     Field("budget.unit", "fraction", "`fraction` of the BOPs of the uniform 4/4 network; `gbops`; "
           "`average_act_bits`, weighted by each searched layer's input activations; `mebibytes` "
           "of weights, where `quant.weight_bits` has several candidates.",
-          one_of("fraction", "gbops", "average_act_bits", "mebibytes")),
+          one_of(*BUDGET_UNITS)),
 
     Field("search.searcher", "metamix", "How bits are chosen; `uniform` and `random` do not "
           "search, `file` takes the policy of another run, `none` only trains at full precision.",
-          one_of("metamix", "joint", "asga", "ompq", "hessian", "random", "uniform", "file",
-                 "none")),
+          one_of(*SEARCHERS)),
     Field("search.least_spent", 0.0, "Share of the budget that a policy found by logits spends at "
           "least, if the candidates allow it. 0, the paper's: an argmax below the budget stays.",
           between(0, 1)),
@@ -213,19 +215,5 @@ FIELDS = (
           "those before, so that the two differ in weights alone.", may_change=True),
     Field("diagnose.hessian", False, "True: also the traces of the Hessian at the inputs, to set "
           "against the bits; takes minutes.", may_change=True),
-)  # fmt: skip
-
-SEARCHER_FIELDS = (
-    Field("search.uniform_bits", 4, "The width of searcher `uniform`."),
-    Field("search.policy", "", "Searcher `file`: a `policy.json` of the same network, at any "
-          "resolution."),
-    Field("ompq.beta", 10.0, "Searcher `ompq`: how strongly a layer's likeness to the others "
-          "counts. Published for ResNet-18: 10, after training 100; for ResNet-50: 3.3.",
-          at_least(0)),
-    Field("asga.start_radius", 0.05, "Searcher `asga`: radius of the first perturbation of the "
-          "weights.", at_least(0)),
-    Field("asga.max_radius", 0.1, "Largest radius; after the first it is ln(surrogate gap + 1).",
-          at_least(0)),
-    Field("asga.alignment", 1e-3, "Alignment of the two gradients: a step downhill within the "
-          "perturbation.", at_least(0)),
+    *(field for searcher in SEARCHERS.values() for field in searcher.fields),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Makes the tests strict and gives them two virtual devices; loaded before anything imports JAX."""
+"""Shared fixtures; makes JAX strict with two virtual devices, before anything imports it."""
 
 import fcntl
 import json
@@ -10,16 +10,16 @@ import pytest
 
 XLA_FLAGS = {
     "xla_force_host_platform_device_count": 2,
-    # XLA's older code generator needs half the time, and compiling is most of what tests do.
+    # XLA's older code generator takes half the time, and compilation dominates test time.
     "xla_cpu_use_fusion_emitters": "false",
 }
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("PJRT_NPROC", "4")  # threads; cpu.py's use_cores says why
+os.environ.setdefault("PJRT_NPROC", "4")  # threads; see cpu.use_cores
 given = os.environ.get("XLA_FLAGS", "")
 missing = [f"--{name}={value}" for name, value in XLA_FLAGS.items() if name not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers of pytest-xdist inherit it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # inherited by the workers of pytest-xdist
     CACHE = tempfile.TemporaryDirectory(prefix="metamix_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
@@ -31,21 +31,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture
 def strict_dtypes():
-    """Forbids implicit dtype promotion; for all but optimizers, whose Adam (optax) relies on it."""
+    """Forbids implicit dtype promotion; not for optimizers, as optax's Adam relies on it."""
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
 @pytest.fixture(scope="module")
 def optax_arithmetic():
-    """Allows optax to mix its int32 step counts with floats, where modules forbid that."""
+    """Allows optax to mix its int32 step counts with floats in modules with strict dtypes."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
-    """Shared by the workers of pytest-xdist too."""
+    """Starts runs; shared between the workers of pytest-xdist."""
     from tests.helpers.processes import Processes
 
     folder = tmp_path_factory.getbasetemp()
@@ -58,12 +58,12 @@ def processes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(processes):
-    """Workdir of one uninterrupted run, and its RESULT; not to be written to."""
+    """The workdir of an uninterrupted run and its RESULT; shared, do not modify."""
     from tests.helpers.processes import command
 
     workdir, result = processes.folder / "finished", processes.folder / "finished.json"
     with (processes.folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker runs it, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker executes it, the others wait
         if not result.exists():
             found = processes.result(command(f"--workdir={workdir}"))
             result.write_text(json.dumps(found))
@@ -72,16 +72,16 @@ def finished(processes):
 
 @pytest.fixture
 def finished_copy(finished, tmp_path):
-    """A copy of the finished workdir that may be changed."""
+    """A writable copy of the finished workdir."""
     return shutil.copytree(finished[0], tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")
 def buckets():
-    """A server with one bucket, gs://bucket, for everything in this and in started processes."""
+    """A local server with one bucket, gs://bucket, for this process and those it starts."""
     from tests.helpers.bucket import serving
 
-    # For the whole session: clients read the environment once and keep their connections.
+    # Session-scoped: clients read the environment once and keep their connections.
     with serving("bucket") as server:
         os.environ.update(server.environment)
         yield server

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import pathlib
 import sys
 
@@ -17,7 +18,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 # A room imports only from those before it, and within itself without a circle.
 ROOMS = (
-    "errors", "fields", "defaults", "runtime", "workdir", "data", "networks", "selection", "config",
+    "errors", "fields", "runtime", "workdir", "data", "networks", "selection", "defaults", "config",
     "recipes", "report", "training", "exporters", "commands", "api", "command_line", "__main__",
 )  # fmt: skip
 RANK = {name: rank for rank, name in enumerate(ROOMS)}
@@ -132,3 +133,12 @@ def test_no_drawer_for_everything():
 @pytest.mark.parametrize("module", FILES)
 def test_files_stay_short(module):
     assert len(FILES[module].read_text().splitlines()) < LONGEST_FILE
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_benchmarks_import_what_is_there(path):
+    # They import inside functions and are not run by the tests.
+    for name in imports(parse(path)):
+        if name.split(".")[0] == PACKAGE and name not in FILES:
+            module, _, member = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), member), f"{name} is not there"

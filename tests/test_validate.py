@@ -4,6 +4,9 @@ import pytest
 
 from metamix_jax import config as config_lib
 from metamix_jax.errors import UserError
+from metamix_jax.selection.checks import check_searcher
+from metamix_jax.selection.cost_models import BUDGET_UNITS
+from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup, start_weights
 from tests.helpers.config_fields import ROOT, change, leaves, load, value_of
 
@@ -36,6 +39,7 @@ def test_every_text_is_a_choice_that_holds_its_default_or_a_name():
 
 def validate(config):
     config_lib.validate(config)
+    check_searcher(config)
     config_lib.validate_start(config)
 
 
@@ -51,6 +55,14 @@ def test_unknown_choices_name_the_known(path, config):
     change(config, path, "something")
     known = ", ".join(CHOICES[path])
     assert error_of(config) == f"config.{path}='something': expected one of {known}"
+
+
+@pytest.mark.parametrize(
+    ("path", "known"), [("search.searcher", SEARCHERS), ("budget.unit", BUDGET_UNITS)]
+)
+def test_unknown_names_of_a_registry_name_the_known(path, known, config):
+    change(config, path, "something")
+    assert error_of(config) == f"config.{path}='something': expected one of {', '.join(known)}"
 
 
 @pytest.mark.parametrize(
@@ -166,6 +178,24 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
         (
             {"budget.unit": "mebibytes"},
             "config.quant.weight_bits=(4,): expected two or more with budget.unit='mebibytes'",
+        ),
+        ({"search.policy": "policy.json"}, "config.search.policy='policy.json': expected nothing"),
+        ({"search.searcher": "file"}, "config.search.policy='': expected a policy.json with"),
+        (
+            {"search.searcher": "joint", "search.budgets": (0.8,)},
+            "config.search.budgets=(0.8,): expected nothing with searcher joint",
+        ),
+        (
+            {"search.budgets": (0.8,), "bit_search.fixed_meta_state": False},
+            "config.search.budgets=(0.8,): expected none, but with searcher metamix and a fixed",
+        ),
+        (
+            {"search.budgets": (0.8,), "bit_search.commit_batch_stats": True},
+            "config.search.budgets=(0.8,): expected none, but with searcher metamix and a fixed",
+        ),
+        (
+            {"search.searcher": "asga", "bit_search.epochs": 0.0},
+            "config.bit_search.epochs=0.0: expected more than 0 for searcher asga",
         ),
         (
             {"search.searcher": "ompq", "quant.weight_bits": (8, 4)},

@@ -22,7 +22,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with waiting("calibrating step sizes"):
         state = load_calibrated(config, network, dataset, mesh)
     evaluator = Evaluator(network.model, dataset, config, mesh)
-    uniform = uniform_precisions(network, config, Precision("chosen", "quantized"))
+    uniform = uniform_precisions(network, config.quant, Precision("chosen", "quantized"))
     precisions = {"full": FULL} | {f"{bits.act}/{bits.weight}": p for bits, p in uniform.items()}
     rows = []
     for name, precision in precisions.items():

@@ -11,32 +11,21 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from metamix_jax.config import default
+from metamix_jax.config import default, validate
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.report import charts, tables
-from metamix_jax.selection import cost
 from metamix_jax.selection.budget import make_budget
+from metamix_jax.selection.policy import load_policy
+from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup
 from metamix_jax.training.loop import train_and_evaluate
 from metamix_jax.workdir import bucket
 from metamix_jax.workdir.files import write_json
 
 # Method -> the fields in which its configuration differs.
-METHODS: dict[str, dict[str, Any]] = {
-    "metamix": {"search.searcher": "metamix"},
-    "metamix_spent": {"search.searcher": "metamix", "search.least_spent": 0.99},
-    "metamix_unfixed": {"search.searcher": "metamix", "bit_search.fixed_meta_state": False},
-    "metamix_no_meta": {
-        "search.searcher": "metamix", "bit_meta.epochs": 0.0, "bit_search.alternate": False,
-    },
-    "metamix_last_loss": {"search.searcher": "metamix", "bit_meta.loss": "last"},
-    "joint": {"search.searcher": "joint"},
-    "asga": {"search.searcher": "asga"},
-    "ompq": {"search.searcher": "ompq"},
-    "hessian": {"search.searcher": "hessian"},
-    "random": {"search.searcher": "random"},
-    "uniform": {"search.searcher": "uniform"},
-}  # fmt: skip
+METHODS = {
+    name: fields for searcher in SEARCHERS.values() for name, fields in searcher.methods.items()
+}
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -63,12 +52,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         result = train_and_evaluate(own, path)
         jax.clear_caches()  # or the programs of all runs pile up
         summary = json.loads((path / "results.json").read_text())
-        policy = json.loads((path / "policy.json").read_text())
+        policy = load_policy(path / "policy.json")
         runs.append(
             {"method": method, "budget": budget, "seed": seed}
             | {name: result[name] for name in ("top1", "gbops", "budget_gbops", "seconds")}
             | {"search_cost": summary["search_cost"]}
-            | {"bits": {p: [r["act_bits"], r["weight_bits"]] for p, r in policy["layers"].items()}}
+            | {"bits": {path: list(pair) for path, pair in policy.bits.items()}}
         )
         rows = summarise(runs)
         write_json(workdir / "comparison.json", {"rows": rows, "runs": runs})
@@ -89,24 +78,14 @@ def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> Con
     own = config.copy_and_resolve_references()
     own.update_from_flattened_dict(METHODS[method] | {"seed": seed, "budget.value": float(budget)})
     own.compare = default().compare  # a comparison may be extended: its runs stay the same
-    if method == "uniform":
-        own.search.uniform_bits = widest_uniform(own)
+    searcher = SEARCHERS[own.search.searcher]
+    if searcher.fit is not None:
+        validate(own)
+        _, costs = setup.make_model(own)
+        budget = make_budget(costs, own.budget.value, own.budget.unit)
+        own.update_from_flattened_dict(searcher.fit(own, costs, budget))
     setup.make_network(own)
     return own
-
-
-def widest_uniform(config: ConfigDict) -> int:
-    """Returns the widest activation candidate whose uniform network is inside the budget."""
-    free = config.copy_and_resolve_references()
-    free.search.searcher = "random"  # any that does not ask for a width yet
-    costs = setup.make_network(free).costs
-    budget = make_budget(costs, config.budget)
-    for bits in sorted(config.quant.act_bits, reverse=True):
-        if budget.cost(cost.uniform_bits(costs, bits), costs) <= budget.limit * (1 + 1e-9):
-            return bits
-    raise UserError(
-        f"config.compare.budgets: no uniform network fits {budget.limit:.6g} {budget.unit}"
-    )
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from metamix_jax.exporters.quantized_network import judge_bundle
 from metamix_jax.runtime import sharding
 from metamix_jax.runtime.progress import waiting
 from metamix_jax.selection import cost
-from metamix_jax.selection import policy as policy_lib
+from metamix_jax.selection.policy import branches
 from metamix_jax.training import setup
 from metamix_jax.training.evaluator import Evaluator
 from metamix_jax.training.start_weights import load_checkpoint
@@ -26,11 +26,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     dataset = setup.load_dataset(config, mesh)
     trained = load_checkpoint(config, network, workdir, len(dataset.train), mesh)
     phase, variables = trained.phase, trained.variables
-    if trained.policy is None:
-        bits = cost.widest_bits(network.costs)
-    else:
-        bits = policy_lib.layer_bits(trained.policy)
-    precision = phase.evaluation.replace(branches=policy_lib.branches(bits, network.costs))
+    bits = trained.policy.bits if trained.policy else cost.widest_bits(network.costs)
+    precision = phase.evaluation.replace(branches=branches(bits, network.costs))
     evaluator = Evaluator(network.model, dataset, config, mesh)
     with waiting(f"evaluating {trained.name}"):
         if config.eval.bn_reestimate_batches and phase.quantizes:

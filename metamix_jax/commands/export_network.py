@@ -21,7 +21,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     )
     with waiting("exporting"):
         found = quantized_network.export(network, directory)
-    gbops = network.policy["gbops"]
+    gbops = network.policy.gbops
     facts = {
         "mode": "export",
         "model": network.network.label,

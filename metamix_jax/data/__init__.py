@@ -1,1 +1,1 @@
-"""Labelled images, from a data set to batches."""
+"""Labelled images: data sets, decoding, augmentation and batching."""

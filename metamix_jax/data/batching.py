@@ -1,9 +1,9 @@
-"""Batches: the order that examples are trained in, their augmentation and normalisation.
+"""Batching: shuffling, augmentation and normalisation.
 
-A training batch is a pure function of (seed, step): the order is a fixed permutation per epoch and
-augmentation, on the device or while decoding (images.py), is keyed by (seed, epoch, example). So a
-resumed run, or one on any number of devices and processes, sees the very same global batches, and
-no iterator state has to be saved.
+A training batch is a pure function of (seed, step): the order is a fixed permutation per epoch, and
+augmentation, on the device or while decoding (images.py), is keyed by (seed, epoch, example).
+Resumed runs, and runs on any number of devices and processes, therefore see identical global
+batches, and no iterator state needs to be checkpointed.
 """
 
 import functools
@@ -22,10 +22,10 @@ from metamix_jax.errors import UserError
 def train_indices(
     examples: int, *, seed: int, step: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which examples the global batch of `step` holds, and in which epoch each falls.
+    """Returns the examples in the global batch of `step` and the epoch of each.
 
-    Both are [batch_size], indices int64 and epochs int32. Batches run on across the end of an
-    epoch, so each epoch holds every example exactly once.
+    Both are [batch_size], indices int64 and epochs int32. Batches may span two or more epochs;
+    each epoch contains every example exactly once.
     """
     epochs, offsets = np.divmod(step * batch_size + np.arange(batch_size), examples)
     indices = np.empty(batch_size, np.int64)
@@ -37,7 +37,7 @@ def train_indices(
 
 @functools.lru_cache(maxsize=4)
 def _permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
-    # NumPy promises that Philox's raw stream stays; Generator.permutation may change by version.
+    # NumPy guarantees Philox's raw stream; Generator.permutation may change between versions.
     keys = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(examples)
     return np.argsort(keys, kind="stable")
 
@@ -52,10 +52,10 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Returns this process's part of the global batches of steps start..stop-1, read ahead.
+    """Returns this process's part of the global batches of steps start..stop-1, prefetched.
 
-    Each is `image` uint8 [b, h, w, c] and int32 [b] `label`, `index` (which example) and `epoch`,
-    where b = batch_size / process_count. Raises UserError where that is no whole number.
+    Each has `image` uint8 [b, h, w, c] and int32 [b] `label`, `index` (of the example) and `epoch`,
+    with b = batch_size / process_count. Raises UserError if that is not an integer.
     """
     rows = _process_rows(batch_size, process_index, process_count, "batch_size")
 
@@ -71,11 +71,11 @@ def train_batches(
 def eval_batches(
     split: Split, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Returns this process's part of batches that hold every example of `split` exactly once.
+    """Returns this process's part of batches that contain every example of `split` exactly once.
 
-    Each is `image` uint8 [b, h, w, c], `label` int32 [b] and `mask` bool [b], False where the last
-    global batch is padded (with zeros); b = batch_size / process_count, and all processes get the
-    same number of batches. Raises UserError where b is no whole number.
+    Each has `image` uint8 [b, h, w, c], `label` int32 [b] and `mask` bool [b], False where the last
+    global batch is zero-padded; b = batch_size / process_count, and all processes get the same
+    number of batches. Raises UserError if b is not an integer.
     """
     rows = _process_rows(batch_size, process_index, process_count, "eval.batch_size")
 
@@ -109,7 +109,7 @@ def _read_ahead(load_step: Callable[[int], dict], start: int, stop: int) -> Iter
 def preprocess(
     images: jax.Array, *, mean: Sequence[float], std: Sequence[float], dtype: Any = jnp.float32
 ) -> jax.Array:
-    """Returns (x / 255 - mean) / std of uint8 images [b, h, w, c]; mean, std: per channel or one.
+    """Returns (x / 255 - mean) / std for uint8 images [b, h, w, c]; mean, std: per channel or one.
 
     Computed in float32, then cast to `dtype`.
     """
@@ -121,22 +121,22 @@ def preprocess(
 def augment(
     images: jax.Array, index: jax.Array, epoch: jax.Array, *, seed: int, kind: str
 ) -> jax.Array:
-    """Returns uint8 images [b, h, w, c] cropped and mirrored at random; see config.data.augment.
+    """Returns uint8 images [b, h, w, c], randomly cropped and flipped; see config.data.augment.
 
-    What happens to an image depends on seed, its `index` and its `epoch` (int32 [b]) alone, not on
-    its place in the batch nor on the device. Padding is 1/8 of the size per side (CIFAR's 4 of 32),
-    of pixels with value 0 before normalisation, the usual recipe.
+    The randomness depends only on the seed and on each image's `index` and `epoch` (int32 [b]), not
+    on its position in the batch or the device. Crops are taken from the image zero-padded (before
+    normalisation) by 1/8 of its size per side, e.g. CIFAR's 4 of 32.
     """
     if kind in ("none", DECODING_AUGMENT):
         return images
     if kind not in ("crop", "crop_flip"):
         raise ValueError(
-            f"augment {kind!r}: expected none, crop or crop_flip, or {DECODING_AUGMENT}, "
-            "which was done when the image was decoded"
+            f"augment {kind!r}: expected none, crop, crop_flip, or {DECODING_AUGMENT}, "
+            "which is applied while decoding"
         )
     _, height, width, channels = images.shape
     top, left = height // 8, width // 8
-    # By name: under the "rbg" generator results inside vmap depend on the place in the batch.
+    # Explicit, because with "rbg" results inside vmap depend on the position in the batch.
     seed_key = jax.random.key(seed, impl="threefry2x32")
 
     def augment_one(image: jax.Array, index: jax.Array, epoch: jax.Array) -> jax.Array:

@@ -1,10 +1,10 @@
-"""Rewrites a TFDS data set from tfrecord to array_record files, once and for all.
+"""Converts a TFDS data set from tfrecord to array_record files.
 
     python -m metamix_jax.data.convert_tfrecord SOURCE TARGET
 
-SOURCE and TARGET are version folders, such as OLD/imagenet2012/5.1.0 and NEW/imagenet2012/5.1.0;
-afterwards config.data.data_dir=NEW. Records are copied as they are, their checksums verified, and
-TensorFlow is not needed. TARGET appears under its name when it is complete.
+SOURCE and TARGET are version directories, e.g. OLD/imagenet2012/5.1.0 and NEW/imagenet2012/5.1.0;
+then train with config.data.data_dir=NEW. Checksums are verified and records copied unchanged;
+TensorFlow is not needed. TARGET appears only once it is complete.
 """
 
 import argparse
@@ -22,17 +22,17 @@ import numpy as np
 from metamix_jax.data.splits import first_line
 from metamix_jax.errors import UserError
 
-_LANE_WORDS = 32  # of four bytes
-_TO_ALL_ONES = bytes.fromhex("54641f64")  # takes a CRC from 0 to its official start
+_LANE_WORDS = 32  # words of four bytes
+_TO_ALL_ONES = bytes.fromhex("54641f64")  # moves the CRC state from 0 to its initial all-ones value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status."""
+    """Runs the command line and returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m metamix_jax.data.convert_tfrecord", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("source", type=Path, help="such as OLD/imagenet2012/5.1.0")
-    parser.add_argument("target", type=Path, help="such as NEW/imagenet2012/5.1.0, not there yet")
+    parser.add_argument("source", type=Path, help="e.g. OLD/imagenet2012/5.1.0")
+    parser.add_argument("target", type=Path, help="e.g. NEW/imagenet2012/5.1.0; must not exist")
     options = parser.parse_args(arguments)
     try:
         examples = convert(options.source.expanduser(), options.target.expanduser())
@@ -44,24 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def convert(source: Path, target: Path) -> int:
-    """Writes `source` anew in array_record form at `target`; returns the number of examples.
+    """Writes `source` as array_record files to `target`; returns the number of examples.
 
     Raises:
-      UserError: not a whole tfrecord data set, an existing target, or too little room.
+      UserError: `source` is not a complete tfrecord data set, `target` exists, or the disk has too
+        little free space.
     """
     from tqdm import tqdm
 
     if target.exists():
-        raise UserError(f"{target}: exists; expected a new folder")
+        raise UserError(f"{target}: already exists; expected a new directory")
     shards = _shards(source)
     size = sum(path.stat().st_size for path, _ in shards)
     unfinished = target.with_name(f"{target.name}.incomplete")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed conversion
     try:
         unfinished.mkdir(parents=True)
         if (free := shutil.disk_usage(unfinished).free) < size:
             raise UserError(
-                f"{target}: {free / 2**30:.1f} GiB free; expected {size / 2**30:.1f} for the copy"
+                f"{target}: {free / 2**30:.1f} GiB free; expected {size / 2**30:.1f} GiB for the "
+                "copy"
             )
         for path in source.iterdir():
             if path.is_file() and ".tfrecord" not in path.name:  # features, label names
@@ -81,12 +83,12 @@ def convert(source: Path, target: Path) -> int:
 
 
 def _shards(source: Path) -> list[tuple[Path, int]]:
-    """Returns the files of all splits and how many examples each holds."""
+    """Returns the files of all splits, each with its number of examples."""
     import tensorflow_datasets as tfds
 
     if not (source / "dataset_info.json").is_file():
         raise UserError(
-            f"{source}: no dataset_info.json; expected a TFDS version folder, such as "
+            f"{source}: no dataset_info.json; expected a TFDS version directory, e.g. "
             "DATA_DIR/imagenet2012/5.1.0"
         )
     try:
@@ -96,15 +98,15 @@ def _shards(source: Path) -> list[tuple[Path, int]]:
             for split in info.splits.values()
             for path, examples in zip(split.filepaths, split.shard_lengths, strict=True)
         ]
-    except Exception as error:  # TFDS raises many kinds for files that it cannot make sense of
+    except Exception as error:  # TFDS raises many types for invalid files
         raise UserError(f"{source}: not a TFDS data set ({first_line(error)})") from error
     if info.file_format.value != "tfrecord":
-        raise UserError(f"{source}: is {info.file_format.value}; expected tfrecord")
+        raise UserError(f"{source}: format {info.file_format.value}; expected tfrecord")
     missing = [path for path, _ in shards if not path.is_file()]
     if missing or not shards:
         raise UserError(
             f"{source}: {len(missing)} of {len(shards)} tfrecord files are missing"
-            + "".join(f", such as {path.name}" for path in missing[:1])
+            + "".join(f", e.g. {path.name}; copy the data set again" for path in missing[:1])
         )
     return shards
 
@@ -112,7 +114,7 @@ def _shards(source: Path) -> list[tuple[Path, int]]:
 def _convert_shard(path: Path, folder: Path, examples: int) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    # One record a group, as TFDS writes them, for reading in any order.
+    # One record per group, like TFDS, for random access.
     name = path.name.replace(".tfrecord", ".array_record")
     writer = ArrayRecordWriter(str(folder / name), "group_size:1")
     found = 0
@@ -123,7 +125,8 @@ def _convert_shard(path: Path, folder: Path, examples: int) -> None:
                 found += 1
         if found != examples:
             raise UserError(
-                f"{path}: holds {found} examples; expected {examples} as in dataset_info.json"
+                f"{path}: contains {found} examples; expected {examples}, as in dataset_info.json; "
+                "copy the file again"
             )
     finally:
         writer.close()
@@ -132,7 +135,7 @@ def _convert_shard(path: Path, folder: Path, examples: int) -> None:
 def _write_info(path: Path) -> None:
     info = json.loads(path.read_text())
     info["fileFormat"] = "array_record"
-    info.pop("alternativeFileFormats", None)  # files in these formats were not copied
+    info.pop("alternativeFileFormats", None)  # files in those formats were not copied
     for split in info["splits"]:
         if "filepathTemplate" in split:
             template = split["filepathTemplate"]
@@ -141,10 +144,10 @@ def _write_info(path: Path) -> None:
 
 
 def read_tfrecord(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Yields the records of a tfrecord file, their checksums verified.
+    """Yields the records of a tfrecord file after verifying their checksums.
 
-    A record is its length (uint64), a checksum of that (uint32), the data, a checksum of the data.
-    Raises UserError where that is not so.
+    A record is its length (uint64), the length's checksum (uint32), the data and the data's
+    checksum. Raises UserError for damaged or truncated files.
     """
     while header := file.read(12):
         start = file.tell() - len(header)
@@ -153,14 +156,14 @@ def read_tfrecord(file: BinaryIO, path: Path) -> Iterator[bytes]:
         (length,) = struct.unpack("<Q", header[:8])
         record, checksum = file.read(length), file.read(4)
         if len(checksum) < 4:
-            raise UserError(f"{path}: cut short at byte {file.tell()}; copy the file again")
+            raise UserError(f"{path}: truncated at byte {file.tell()}; copy the file again")
         if struct.unpack("<I", checksum)[0] != masked_crc32c(record):
             raise UserError(f"{path}: damaged record at byte {start}; copy the file again")
         yield record
 
 
 def masked_crc32c(data: bytes) -> int:
-    """Returns the checksum that tfrecord files hold: CRC-32C, rotated and shifted."""
+    """Returns tfrecord's masked checksum: the CRC-32C, rotated, plus a constant."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -168,20 +171,21 @@ def masked_crc32c(data: bytes) -> int:
 def crc32c(data: bytes) -> int:
     """Returns the CRC-32C (Castagnoli) of `data`, fast enough for hundreds of gigabytes.
 
-    A CRC is linear: data is cut into lanes of 32 words, all lanes go through the table at once,
-    and neighbours are then joined in pairs, the left one moved on by the length of the right.
+    A CRC is linear, so the data is split into lanes of 32 words that go through the table in
+    parallel; neighbouring lanes are then combined pairwise, the left state advanced by the length
+    of the right.
     """
     data = np.frombuffer(_TO_ALL_ONES + data, np.uint8)
     lanes = 1 << (-(-len(data) // (4 * _LANE_WORDS)) - 1).bit_length()
     padded = np.zeros(4 * lanes * _LANE_WORDS, np.uint8)
-    padded[len(padded) - len(data) :] = data  # zeros in front leave a state of zero as it is
+    padded[len(padded) - len(data) :] = data  # leading zeros leave a zero state unchanged
     columns = np.ascontiguousarray(padded.view("<u4").reshape(lanes, _LANE_WORDS).T)
     state = np.zeros(lanes, np.uint32)
     for column in columns:
-        state = _apply(_move_on(0), state ^ column)
+        state = _apply(_advance(0), state ^ column)
     power = _LANE_WORDS.bit_length() - 1
     while len(state) > 1:
-        state = _apply(_move_on(power), state[0::2]) ^ state[1::2]
+        state = _apply(_advance(power), state[0::2]) ^ state[1::2]
         power += 1
     return int(state[0]) ^ 0xFFFFFFFF
 
@@ -191,13 +195,13 @@ def _apply(tables: np.ndarray, state: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _move_on(power: int) -> np.ndarray:
-    """Returns the tables [2, 65536] that move a state on by 2**power words of zeros.
+def _advance(power: int) -> np.ndarray:
+    """Returns the tables [2, 65536] that advance a state by 2**power zero words.
 
-    For the low and the high half of the state; the two results are to be joined by exclusive or.
+    They are indexed by the low and the high half of the state; XOR the two results.
     """
     if power:
-        half = _move_on(power - 1)
+        half = _advance(power - 1)
         return np.stack([_apply(half, half[0]), _apply(half, half[1])])
     low = np.arange(2**16, dtype=np.uint32)
     state = np.stack([low, low << 16])

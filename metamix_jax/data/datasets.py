@@ -1,4 +1,4 @@
-"""Data sets by name: scikit-learn's digits, and any image classification data set of TFDS."""
+"""Data sets by name: scikit-learn's digits and any TFDS image classification data set."""
 
 import dataclasses
 import functools
@@ -16,40 +16,40 @@ from metamix_jax.errors import UserError, suggestion
 
 DIGITS_HELD_OUT = 360  # of scikit-learn's 1797 digits
 _SAMPLED_LABELS = 64
-DECODING_AUGMENT = "random_resized_crop_flip"  # the config.data.augment that is done here
+DECODING_AUGMENT = "random_resized_crop_flip"  # the config.data.augment applied while decoding
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The two splits that a run reads."""
+    """The training and evaluation splits of a run."""
 
     train: Split
     evaluation: Split
 
 
 def load(config_data: ConfigDict) -> Dataset:
-    """Returns the data set that `config.data` names, small splits decoded in memory.
+    """Returns the data set named by `config.data`; small splits are decoded into memory.
 
-    "digits" is scikit-learn's, split once and for all: 1437 "train", 360 "test", stratified. Any
-    other name is a prepared TFDS data set with features `image` and `label`. Raises UserError.
+    "digits" is scikit-learn's, with a fixed stratified split: 1437 "train", 360 "test". Any other
+    name is a prepared TFDS data set with features `image` and `label`. Raises UserError.
     """
     open_split = (_open_digits if config_data.name == "digits" else _open_tfds)(config_data)
-    # Both are opened before either is read: a mistake in the second shows at once.
+    # Open both before reading either, so that a mistake in the second shows immediately.
     splits = {key: open_split(key) for key in ("train_split", "eval_split")}
     limit = config_data.in_memory_gib * 2**30
     for key, split in splits.items():
-        # Random crops are not made once and for all.
-        once = isinstance(split, StreamedSplit) and isinstance(split.transform, Resize)
-        if once and len(split) * math.prod(split.transform.shape) <= limit:
+        # Random crops differ in every epoch and cannot be cached.
+        fixed = isinstance(split, StreamedSplit) and isinstance(split.transform, Resize)
+        if fixed and len(split) * math.prod(split.transform.shape) <= limit:
             splits[key] = read_into_memory(split)
     return Dataset(splits["train_split"], splits["eval_split"])
 
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """Returns what tells one data set from another: sizes and a digest of some examples' labels.
+    """Returns what identifies a data set: split sizes and a digest of sampled labels.
 
-    The labels are those of up to 64 examples, evenly spread over the split, because a set of the
-    same size may hold others, or the same in another order.
+    The labels of up to 64 examples, evenly spaced over each split, detect a data set of the same
+    size with other examples or another order.
     """
     return {
         name: {"examples": len(split), "labels": _labels_digest(split)}
@@ -73,7 +73,7 @@ def _open_digits(config_data: ConfigDict) -> Callable[[str], Split]:
     if config_data.augment == DECODING_AUGMENT:
         raise UserError(
             f"config.data.augment={config_data.augment!r}: expected none, crop or crop_flip for "
-            "digits, which are not photographs"
+            "digits"
         )
     digits = sklearn.datasets.load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # were 0..16
@@ -115,8 +115,8 @@ def _open_tfds(config_data: ConfigDict) -> Callable[[str], Split]:
             f"config.data.num_classes={config_data.num_classes}: {name!r} has {classes} classes; "
             f"set config.data.num_classes={classes}"
         )
-    # Only what is needed is parsed. Decoding images here rather than in TFDS gives the same pixels
-    # whether or not OpenCV is installed.
+    # Parse only the needed features. TFDS would decode images with OpenCV where that is installed;
+    # decoding them here gives the same pixels everywhere.
     needed = tfds.features.FeaturesDict({key: features[key] for key in ("image", "label")})
     skip_image = {"image": tfds.decode.SkipDecoding()}
     parse = functools.partial(needed.deserialize_example_np, decoders=skip_image)
@@ -141,47 +141,47 @@ def _tfds_records(builder: Any, split: str, what: str) -> Sequence[bytes]:
 
     known = builder.info.splits
     try:
-        # TFDS raises ValueError, KeyError or AssertionError for a split that cannot be had.
+        # TFDS raises ValueError, KeyError or AssertionError for unknown splits.
         examples = known[split].num_examples
     except Exception as error:
         raise UserError(
-            f"{what}: no such split ({first_line(error)}); {suggestion(split, known)}, or a slice "
-            "such as train[:90%]"
+            f"{what}: no such split ({first_line(error)}); {suggestion(split, known)}, or a slice, "
+            "e.g. train[:90%]"
         ) from error
     if not examples:
-        raise UserError(f"{what}: has no examples; expected at least 1")
+        raise UserError(f"{what}: empty split; expected at least 1 example")
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
         return builder.as_data_source(split, deserialize_method=raw)
     except NotImplementedError as error:
         raise UserError(
-            f"{what}: {builder.data_path} is in a format without random access (tfrecord); expected"
-            " an array_record copy: python -m metamix_jax.data.convert_tfrecord "
+            f"{what}: {builder.data_path} has no random access (tfrecord); expected array_record, "
+            "convert it with python -m metamix_jax.data.convert_tfrecord "
             f"{builder.data_path} NEW_DATA_DIR/{builder.info.full_name}"
         ) from error
-    except Exception as error:  # array_record and the file systems raise many kinds
+    except Exception as error:  # array_record and the file systems raise many types
         raise UserError(
-            f"{what}: cannot be read in {builder.data_path} ({first_line(error)}); prepare or copy"
-            " the data set again"
+            f"{what}: cannot be read from {builder.data_path} ({first_line(error)}); prepare or "
+            "copy the data set again"
         ) from error
 
 
 def _tfds_builder(name: str, data_dir: str) -> Any:
-    """Returns the TFDS builder of a data set that lies ready in `data_dir`."""
+    """Returns the TFDS builder of a data set already prepared in `data_dir`."""
     import tensorflow_datasets as tfds
-    from etils import epath  # also knows gs://
+    from etils import epath  # supports gs:// paths
 
     folder = epath.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
     if data_dir and not folder.is_dir():
         raise UserError(
-            f"config.data.data_dir={data_dir!r}: no such folder; expected the one TFDS data sets "
-            "lie in (it holds <name>/<version>/dataset_info.json)"
+            f"config.data.data_dir={data_dir!r}: no such directory; expected the root of the TFDS "
+            "data sets (it contains <name>/<version>/dataset_info.json)"
         )
     found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     hint = suggestion(name, {"digits", *found})
     try:
         builder = tfds.builder(name, data_dir=folder)
-    except Exception as error:  # ValueError, AssertionError, ImportError, ... by what is wrong
+    except Exception as error:  # ValueError, AssertionError, ImportError, ...
         raise UserError(
             f"config.data.name={name!r}: not a data set in {folder} ({first_line(error)}); {hint}"
         ) from error

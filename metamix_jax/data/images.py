@@ -1,7 +1,7 @@
-"""From an encoded image to the pixels of one example: decoding, cropping and resizing.
+"""Decoding, cropping and resizing of encoded images.
 
-Pillow, and OpenCV for the JPEGs of training, which takes half of Pillow's time. Both decode and
-resize without holding the interpreter's lock, so threads use all cores.
+Uses Pillow, and OpenCV for training JPEGs, where it takes half the time. Both release the GIL while
+decoding and resizing, so threads use all cores.
 """
 
 import dataclasses
@@ -18,32 +18,32 @@ from PIL import Image
 Shape = tuple[int, int, int]  # height, width, channels: 1 (grey) or 3 (RGB)
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
-AREA_RANGE = (0.08, 1.0)  # of the image
+AREA_RANGE = (0.08, 1.0)  # fraction of the image
 RATIO_RANGE = (3 / 4, 4 / 3)  # width / height
 CROP_TRIES = 10
 
-REDUCED = {  # OpenCV's flags by the divisor of the sides
+REDUCED = {  # downscaling factor of the sides -> OpenCV flag
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-# In a JPEG's pixels: a marker that is no restart.
+# The next JPEG marker in the scan data other than a restart marker.
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 SCAN, END = b"\xff\xda", b"\xff\xd9"
 
 
 class DamagedImageError(Exception):
-    """Bytes that are no image, or not a whole one."""
+    """Bytes that are not an image, or not a complete one."""
 
 
 class Transform(Protocol):
-    """Makes an example's pixels from its encoded image."""
+    """Turns an encoded image into an example's pixels."""
 
     shape: Shape
 
     def __call__(self, encoded: bytes, *, seed: int, epoch: int, index: int) -> np.ndarray:
-        """Returns uint8 pixels of `shape`; chance depends on seed, epoch and index alone.
+        """Returns uint8 pixels of `shape`; randomness depends only on seed, epoch and index.
 
         Raises DamagedImageError.
         """
@@ -51,10 +51,10 @@ class Transform(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-    """Resizes to `shape`, with nothing left to chance.
+    """Deterministic resize to `shape`.
 
-    shorter_side = 0: straight to it. Otherwise the shorter side to that length, the aspect ratio
-    kept, then the centre crop: the usual evaluation on ImageNet.
+    shorter_side = 0: directly, ignoring the aspect ratio. Otherwise resizes the shorter side to
+    that length, keeping the aspect ratio, and takes the centre crop: ImageNet's evaluation.
     """
 
     shape: Shape
@@ -70,10 +70,10 @@ class Resize:
         if not self.shorter_side:
             image = _resize(image, (width, height))
         else:
-            # Rounded down, and the crop's corner to the nearest pixel, as torchvision does.
+            # As torchvision: sizes are rounded down, the crop's corner to the nearest pixel.
             size = tuple(self.shorter_side * side // min(image.size) for side in image.size)
             if math.prod(size) > Image.MAX_IMAGE_PIXELS:
-                raise DamagedImageError(f"{image.size} pixels, too narrow to be resized")
+                raise DamagedImageError(f"{image.size} pixels: too narrow to resize")
             image = _resize(image, size)
             left, top = round((image.width - width) / 2), round((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))
@@ -82,9 +82,7 @@ class Resize:
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCropFlip:
-    """The usual training transform on ImageNet: a crop of random place, area and aspect ratio,
-    resized to `shape` and mirrored half of the time.
-    """
+    """ImageNet's training transform: a random resized crop, flipped with probability 1/2."""
 
     shape: Shape
 
@@ -95,22 +93,22 @@ class RandomResizedCropFlip:
         with _open(encoded) as image:
             box = random_crop(image.size, iter(numbers))
             pixels = None
-            # Grey and CMYK JPEGs are few, and the two libraries convert their colours differently.
+            # Grey and CMYK JPEGs are rare, and the libraries convert their colours differently.
             if image.format == "JPEG" and image.mode == "RGB" and channels == 3:
                 pixels = _crop_jpeg(encoded, box, (width, height))
             if pixels is None:
                 image = _load(image, channels)
                 pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))
-        if mirror < 0.5:  # not [:, ::-1], because copying a reversed view is far slower
+        if mirror < 0.5:  # not [:, ::-1]: copying a reversed view is far slower
             pixels = cv2.flip(pixels, 1)
         return pixels.reshape(self.shape)
 
 
 def random_crop(size: tuple[int, int], numbers: Iterator[float]) -> Box:
-    """Returns a crop of AREA_RANGE and RATIO_RANGE in an image of `size` (width, height).
+    """Returns a random crop within AREA_RANGE and RATIO_RANGE of an image (width, height).
 
-    Where CROP_TRIES draws, of four `numbers` from [0, 1) each, do not fit, it is the largest
-    centre crop of an allowed aspect ratio.
+    Each of up to CROP_TRIES draws takes four `numbers` from [0, 1). If none fits, returns the
+    largest centre crop of an allowed aspect ratio.
     """
     width, height = size
     for _ in range(CROP_TRIES):
@@ -130,26 +128,26 @@ def random_crop(size: tuple[int, int], numbers: Iterator[float]) -> Box:
 
 
 def _crop_jpeg(encoded: bytes, box: Box, size: tuple[int, int]) -> np.ndarray | None:
-    """Returns the part `box` of a colour JPEG resized to `size` (width, height), RGB.
+    """Returns the crop `box` of a colour JPEG resized to `size` (width, height), RGB.
 
-    None where OpenCV cannot decode it; Pillow can, or knows what is wrong.
+    None if OpenCV cannot decode it; Pillow can, or reports what is wrong.
     """
-    # Where garbage breaks off the pixels, OpenCV would return grey without a word.
+    # OpenCV silently returns grey pixels where garbage interrupts the scan data.
     marker = MARKER.search(encoded, encoded.rfind(SCAN) + len(SCAN))
     if marker is None or marker[0] != END:
         return None
-    # JPEGs can be decoded at 1/2, 1/4 or 1/8 of their size in a fraction of the time: as far down
-    # as leaves the crop no smaller than what is to be made of it. What shrinking is left, mostly by
-    # less than two, does without antialiasing.
+    # JPEGs decode at 1/2, 1/4 or 1/8 scale in a fraction of the time: use the smallest scale at
+    # which the crop is no smaller than the output. The remaining downscaling, mostly by less than
+    # two, is not antialiased.
     fits = min((box[2] - box[0]) // size[0], (box[3] - box[1]) // size[1])
     step = max(step for step in REDUCED if step <= max(fits, 1))
-    # The box counts pixels as they are stored, before any rotation that the file asks for.
+    # The box is in stored pixels, before any EXIF rotation.
     flags = REDUCED[step] | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error:
         return None
-    # A damaged header can hold another size than the one that Pillow goes by.
+    # With a damaged header, OpenCV and Pillow may disagree about the size.
     if pixels is None or pixels.shape[0] * step < box[3] or pixels.shape[1] * step < box[2]:
         return None
     left, top, right, bottom = ((side + step // 2) // step for side in box)  # to the nearest pixel
@@ -158,9 +156,9 @@ def _crop_jpeg(encoded: bytes, box: Box, size: tuple[int, int]) -> np.ndarray | 
 
 
 def _uniform(count: int, seed: int, epoch: int, index: int) -> list[float]:
-    """Returns `count` numbers in [0, 1) that belong to an example's turn in an epoch."""
-    # NumPy promises that Philox's raw stream stays. The order of the epoch comes from the same key
-    # with the counter at 0 (batching.py), so the upper words keep the two apart.
+    """Returns `count` numbers in [0, 1) determined by seed, epoch and example index."""
+    # NumPy guarantees Philox's raw stream. The epoch's permutation uses the same key with the
+    # counter at 0 (batching.py), so the upper counter words separate the two streams.
     key = np.array([seed % 2**64, epoch], np.uint64)
     counter = np.array([0, 0, index, 1], np.uint64)
     raw = np.random.Philox(key=key, counter=counter).random_raw(count)
@@ -168,10 +166,10 @@ def _uniform(count: int, seed: int, epoch: int, index: int) -> list[float]:
 
 
 def _open(encoded: bytes) -> Image.Image:
-    """Reads the header alone."""
+    """Opens an image, reading only its header."""
     try:
         return Image.open(io.BytesIO(encoded))
-    except Exception as error:  # Pillow raises many kinds for damaged files
+    except Exception as error:  # Pillow raises many types for damaged files
         raise DamagedImageError from error
 
 
@@ -185,5 +183,5 @@ def _load(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    # Antialiased: where it shrinks, Pillow's bilinear filter widens with the step.
+    # Antialiased: when downscaling, Pillow widens its bilinear filter by the scale.
     return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)

@@ -1,4 +1,4 @@
-"""Labelled images that can be read by index, in memory or streamed."""
+"""Splits: labelled images read by index, in memory or streamed."""
 
 import concurrent.futures
 import dataclasses
@@ -16,7 +16,7 @@ from metamix_jax.errors import UserError
 
 
 class Split(Protocol):
-    """Labelled images that can be read by index."""
+    """Labelled images read by index."""
 
     def __len__(self) -> int:
         """Returns the number of examples."""
@@ -26,16 +26,16 @@ class Split(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns images uint8 [n, h, w, c] and labels int32 [n] of the examples `indices` [n].
 
-        Where they are augmented while being decoded, that depends on `seed` and their `epochs` [n].
+        Augmentation while decoding, if any, depends on `seed` and their `epochs` [n].
         """
 
     def labels_at(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the labels int32 [n] of the examples `indices` [n], decoding no image."""
+        """Returns the labels int32 [n] of the examples `indices` [n] without decoding images."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemorySplit:
-    """A split held decoded in memory: `images` uint8 [n, h, w, c], `labels` int32 [n]."""
+    """A split decoded in memory: `images` uint8 [n, h, w, c], `labels` int32 [n]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -56,13 +56,13 @@ class MemorySplit:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit:
-    """A split read, decoded and transformed anew at each `gather`."""
+    """A split that is read, decoded and transformed at each `gather`."""
 
     records: Sequence[bytes]
     parse: Callable[[bytes], dict[str, Any]]  # record -> `image` as encoded bytes, `label` as int
     transform: Transform
     name: str  # for error messages
-    # So many examples with damaged images are replaced; None: never, as in evaluation.
+    # How many examples with damaged images to replace; None: none, as in evaluation.
     max_bad_examples: int | None = None
     pool: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: concurrent.futures.ThreadPoolExecutor(os.cpu_count())
@@ -82,7 +82,7 @@ class StreamedSplit:
         epochs = np.broadcast_to(epochs, len(indices))
 
         def fill(rows: np.ndarray) -> None:
-            # One read for all rows: record by record costs more than decoding small images does.
+            # One read for all rows: reading record by record costs more than decoding small images.
             examples = self._examples(indices[rows].tolist())
             for row, example in zip(rows, examples, strict=True):
                 turn = {"index": int(indices[row]), "epoch": int(epochs[row]), "seed": seed}
@@ -99,9 +99,9 @@ class StreamedSplit:
     def _examples(self, indices: list[int]) -> Iterator[dict[str, Any]]:
         try:
             records = self.records.__getitems__(indices)
-            if not all(records):  # what array_record makes of some files that were cut short
+            if not all(records):  # array_record returns these for some truncated files
                 raise RuntimeError("empty records")
-        except RuntimeError as error:  # array_record's word for missing and damaged files
+        except RuntimeError as error:  # array_record's error for missing and damaged files
             raise UserError(
                 f"{self.name}: cannot be read ({first_line(error)}); copy the files again"
             ) from error
@@ -110,30 +110,30 @@ class StreamedSplit:
     def _decode(
         self, example: dict[str, Any], *, index: int, epoch: int, seed: int
     ) -> tuple[np.ndarray, int]:
-        """Returns image and label of an example, or of the next one whose image is not damaged."""
+        """Returns image and label of an example, or of the next one with an intact image."""
         try:
             image = self.transform(example["image"], seed=seed, epoch=epoch, index=index)
         except DamagedImageError as error:
             self._count_bad(index, len(example["image"]), error)
-            # Always the same one, or a batch would be no function of (seed, step).
+            # A fixed replacement keeps batches a function of (seed, step).
             index = (index + 1) % len(self)
             (example,) = self._examples([index])
             return self._decode(example, index=index, epoch=epoch, seed=seed)
         if example["label"] < 0:
-            raise UserError(f"{self.name}, example {index}: has no label; choose a labelled split")
+            raise UserError(f"{self.name}, example {index}: no label; use a labelled split")
         return image, example["label"]
 
     def _count_bad(self, index: int, size: int, error: DamagedImageError) -> None:
-        """Logs an example with a damaged image, or raises UserError if it is one too many."""
+        """Logs an example with a damaged image, or raises UserError if there are too many."""
         allowed, hint = 0, ""
         if self.max_bad_examples is not None:
-            allowed = min(self.max_bad_examples, len(self) - 1)  # one must be left to take instead
-            hint = f", or allow some: config.data.max_bad_examples is {self.max_bad_examples}"
+            allowed = min(self.max_bad_examples, len(self) - 1)  # one must remain as replacement
+            hint = f", or raise config.data.max_bad_examples (currently {self.max_bad_examples})"
         with self._lock:
             known = index in self.bad_examples
             self.bad_examples.add(index)
             count = len(self.bad_examples)
-        what = f"{self.name}, example {index}: its {size} bytes are no image that Pillow can decode"
+        what = f"{self.name}, example {index}: not a decodable image ({size} bytes)"
         if count > allowed:
             raise UserError(f"{what}; prepare or copy the data set again{hint}") from error
         if not known:
@@ -141,7 +141,7 @@ class StreamedSplit:
 
 
 def read_into_memory(split: StreamedSplit, chunk: int = 1024) -> MemorySplit:
-    """Reads all of `split` into memory, with a progress bar where someone watches."""
+    """Decodes all of `split` into memory, with a progress bar on a terminal."""
     from tqdm import tqdm
 
     images = np.empty((len(split), *split.transform.shape), np.uint8)
@@ -157,5 +157,5 @@ def read_into_memory(split: StreamedSplit, chunk: int = 1024) -> MemorySplit:
 
 
 def first_line(error: Exception) -> str:
-    """Returns what a library's error says, as one line."""
+    """Returns the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

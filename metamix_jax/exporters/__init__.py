@@ -1,1 +1,1 @@
-"""Trained networks as files that other tools run: integers, ONNX, StableHLO."""
+"""Export of trained networks: integer bundle, ONNX and StableHLO."""

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from metamix_jax.exporters.graph import IMAGE, Graph, Kernel, Node, Quantizer, result_shape
-from metamix_jax.exporters.wiring import draw
+from metamix_jax.errors import UserError
+from metamix_jax.exporters.graph import Graph, Kernel, Node, Quantizer, result_shape
+from metamix_jax.networks import registry
+from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.layers import QuantConv, QuantDense, side_padding
 from metamix_jax.networks.precision import FULL_BITS, Bits
 from metamix_jax.networks.quantizers import POSITIVE_STEPS, fake_quant
-from metamix_jax.selection import policy as policy_lib
+from metamix_jax.selection.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Recorded:
 def build_graph(
     model: nn.Module,
     variables: Mapping[str, Any],
-    policy: Mapping[str, Any],
+    policy: Policy,
     *,
     image_shape: tuple[int, int, int],
     mean: Sequence[float],
@@ -44,25 +46,34 @@ def build_graph(
     Args:
       model: a network of `metamix_jax.networks.registry`.
       variables: params, batch_stats and quant.
-      policy: the content of policy.json.
+      policy: the bits of all layers.
       image_shape: (height, width, channels).
       mean: of pixels in [0, 1], per channel or one for all.
       std: the same.
+
+    Raises:
+      UserError: nothing says how the network is drawn.
     """
+    architecture = registry.architecture_of(model)
+    if architecture.draw is None:
+        raise UserError(
+            f"config.model.name={architecture.name!r}: cannot be exported, as its file in "
+            "networks/zoo/ does not say how it is drawn"
+        )
     drawing = _Drawing(
         record_modules(model, variables, image_shape),
         jax.tree.map(np.asarray, variables),
-        policy_lib.layer_bits(policy),
+        policy.bits,
         image_shape,
     )
-    draw(model, drawing)
+    architecture.draw(model, drawing)
     return Graph(
-        model=policy["model"],
+        model=policy.model,
         image_shape=tuple(image_shape),
         num_classes=model.num_classes,
         mean=tuple(mean),
         std=tuple(std),
-        policy=policy,
+        policy=policy.to_json(),
         nodes=tuple(drawing.nodes),
     )
 
@@ -90,7 +101,7 @@ def record_modules(
 
 
 class _Drawing:
-    """The nodes so far; see `wiring.Drawing`."""
+    """The nodes so far; see `networks.drawing.Drawing`."""
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""The integer bundle, three files that nothing of which is executed or unpickled:
+"""The integer bundle. Three files; nothing in them is executed or unpickled:
 
-    graph.json    the nodes, the policy, activation step sizes, digests of all three files
-    weights.bin   MAGIC, then the levels of every layer at its true bit-width (packing.py), layers
-                  in the graph's order, each from a whole byte on, kernels as in graph.Kernel
-    scales.bin    little-endian float32: weight step sizes, biases, scales and offsets of batch norm
+    graph.json    nodes, policy, activation step sizes, digests of all three files
+    weights.bin   MAGIC, then the levels of every layer at its true bit-width (packing.py), in graph
+                  order, each layer starting at a byte boundary, laid out as in graph.Kernel
+    scales.bin    little-endian float32: weight step sizes, biases, batch norm scales and offsets
 
-Reading takes NumPy alone, and believes nothing that it has not checked.
+Reading needs only NumPy and validates everything it reads.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters.graph import IMAGE, OPS, Graph, Kernel, Node, Quantizer, result_shape
+from metamix_jax.exporters.graph import OPS, Graph, Kernel, Node, Quantizer, result_shape
 from metamix_jax.exporters.packing import pack, packed_size, unpack
+from metamix_jax.networks.drawing import IMAGE
 
 FORMAT = "metamix_jax integer bundle"
 VERSION = 1
@@ -28,7 +29,7 @@ GRAPH, WEIGHTS, SCALES = FILES = ("graph.json", "weights.bin", "scales.bin")
 
 
 def encode(graph: Graph) -> dict[str, bytes]:
-    """Returns the content of the bundle's files by name."""
+    """Returns file name -> content of the bundle."""
     weights, scales = bytearray(MAGIC), _Floats()
     nodes = []
     for node in graph.nodes:
@@ -44,7 +45,7 @@ def encode(graph: Graph) -> dict[str, bytes]:
             row["kernel"] = {
                 "bits": kernel.bits,
                 "shape": kernel.levels.shape,
-                "offset": len(weights),  # in bytes, of weights.bin
+                "offset": len(weights),  # in bytes, into weights.bin
                 "step": scales.add(kernel.step),
             }
             weights += pack(kernel.levels, kernel.bits)
@@ -66,7 +67,7 @@ def encode(graph: Graph) -> dict[str, bytes]:
 
 
 def weights_size(graph: Graph) -> int:
-    """Returns the bytes of weights.bin: the header, and every layer's bits rounded up to bytes."""
+    """Returns the size of weights.bin in bytes: header plus every layer's bits, in whole bytes."""
     return len(MAGIC) + sum(
         packed_size(node.kernel.levels.size, node.kernel.bits) for node in graph.layers
     )
@@ -76,7 +77,7 @@ def read_bundle(directory: Path) -> Graph:
     """Reads a bundle.
 
     Raises:
-      UserError: a file is missing, damaged or of another kind.
+      UserError: a file is missing, damaged or not part of a bundle.
     """
     directory = Path(directory)
     contents = {}
@@ -85,8 +86,8 @@ def read_bundle(directory: Path) -> Graph:
             contents[name] = (directory / name).read_bytes()
         except OSError as error:
             raise UserError(
-                f"{directory / name}: cannot be read ({error.strerror}); expected a bundle that "
-                f"--mode=export wrote, with {', '.join(FILES)}"
+                f"{directory / name}: cannot be read ({error.strerror}); expected a bundle written "
+                f"by --mode=export, with {', '.join(FILES)}"
             ) from error
     return decode(contents, str(directory))
 
@@ -98,25 +99,25 @@ def decode(contents: dict[str, bytes], source: str) -> Graph:
     except (ValueError, RecursionError) as error:
         raise _damaged(source, GRAPH, f"not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise _damaged(source, GRAPH, f"expected one whose format is {FORMAT!r}")
+        raise _damaged(source, GRAPH, f"expected format {FORMAT!r}")
     if content.get("version") != VERSION:
         found = content.get("version")
-        raise UserError(f"{source}/{GRAPH}: version {found!r}, but this program reads {VERSION}")
+        raise UserError(f"{source}/{GRAPH}: version {found!r}; expected {VERSION}; export it again")
     if content.pop("sha256", None) != _digest(content):
-        raise _damaged(source, GRAPH, "its sha256 does not agree with its content")
+        raise _damaged(source, GRAPH, "its sha256 does not match its content")
     try:
         for name in (WEIGHTS, SCALES):
             facts, data = content["files"][name], contents[name]
             if len(data) != facts["bytes"]:
                 raise _damaged(source, name, f"{len(data)} bytes, expected {facts['bytes']}")
             if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-                raise _damaged(source, name, f"its sha256 is not the one in {GRAPH}")
+                raise _damaged(source, name, f"its sha256 does not match {GRAPH}")
         if not contents[WEIGHTS].startswith(MAGIC):
-            raise _damaged(source, WEIGHTS, f"does not begin with {MAGIC.decode()}")
+            raise _damaged(source, WEIGHTS, f"does not start with {MAGIC.decode()}")
         return _graph(content, contents)
     except UserError:
         raise
-    # What a file of the right digest can still get wrong, written by other hands.
+    # Digests can match and the content still be invalid, if another program wrote the file.
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _damaged(source, GRAPH, f"{type(error).__name__}: {error}") from error
 
@@ -126,17 +127,19 @@ def _graph(content: dict[str, Any], contents: dict[str, bytes]) -> Graph:
     for row in content["nodes"]:
         node = _node(row, contents)
         if len(node.inputs) != OPS[node.op] or node.name in shapes:
-            raise ValueError(f"node {node.name!r} of {len(node.inputs)} inputs")
+            raise ValueError(
+                f"node {node.name!r}: duplicate name or wrong number of inputs ({len(node.inputs)})"
+            )
         shapes[node.name] = result_shape(node, [shapes[name] for name in node.inputs])
         if node.shape != shapes[node.name]:
-            raise ValueError(f"node {node.name!r} makes {shapes[node.name]}, not {node.shape}")
+            raise ValueError(f"node {node.name!r} has shape {shapes[node.name]}, not {node.shape}")
         nodes.append(node)
     if nodes[-1].shape != (content["num_classes"],):
-        raise ValueError(f"the last node, {nodes[-1].name!r}, does not make class scores")
+        raise ValueError(f"the last node, {nodes[-1].name!r}, does not output class scores")
     for name in ("mean", "std"):
         values = np.float32(content[name])
         if values.shape not in ((1,), shapes[IMAGE][-1:]) or not np.isfinite(values).all():
-            raise ValueError(f"{name} of {values.shape[0]} channels")
+            raise ValueError(f"{name}: expected one finite number, or one per channel")
     facts = {
         field.name: _tuples(content[field.name])
         for field in dataclasses.fields(Graph)
@@ -151,17 +154,17 @@ def _node(row: dict[str, Any], contents: dict[str, bytes]) -> Node:
         quantizer = Quantizer(**row["quantizer"])
         numbers = quantizer.bits in range(2, 9) and quantizer.signed in (False, True)
         if not (numbers and 0 < quantizer.step < np.inf and abs(quantizer.shift) < np.inf):
-            raise ValueError(f"{row['name']}: no such quantizer: {quantizer}")
+            raise ValueError(f"{row['name']}: invalid quantizer {quantizer}")
     if "kernel" in row:
         facts = row["kernel"]
         bits, shape, start = facts["bits"], _tuples(facts["shape"]), facts["offset"]
         if bits not in range(2, 9) or min(shape) < 1:
-            raise ValueError(f"{row['name']}: no such kernel: {shape} at {bits} bits")
+            raise ValueError(f"{row['name']}: invalid kernel, shape {shape} at {bits} bits")
         stop = start + packed_size(math.prod(shape), bits)
         levels = unpack(contents[WEIGHTS][start:stop], bits, shape)
         kernel = Kernel(bits, levels, _floats(facts["step"], contents))
     if (kernel is not None) != (row["op"] in ("conv", "dense")):
-        raise ValueError(f"{row['name']}: a kernel belongs to conv and dense")
+        raise ValueError(f"{row['name']}: conv and dense need a kernel, other ops have none")
     arrays = {name: _floats(place, contents) for name, place in row.get("arrays", {}).items()}
     return Node(
         op=row["op"],
@@ -182,7 +185,7 @@ class _Floats:
         self.content = bytearray()
 
     def add(self, array: np.ndarray) -> dict[str, int]:
-        """Returns where in the file the array now lies: first byte, number of float32."""
+        """Appends an array; returns its offset in bytes and its number of float32."""
         place = {"offset": len(self.content), "count": array.size}
         self.content += array.astype("<f4").tobytes()
         return place
@@ -192,12 +195,14 @@ def _floats(place: dict[str, int], contents: dict[str, bytes]) -> np.ndarray:
     stop = place["offset"] + 4 * place["count"]
     found = np.frombuffer(contents[SCALES][place["offset"] : stop], "<f4")
     if found.size != place["count"] or not np.isfinite(found).all():
-        raise ValueError(f"no {place['count']} finite numbers at {place['offset']} of {SCALES}")
+        raise ValueError(
+            f"{SCALES}: expected {place['count']} finite numbers at byte {place['offset']}"
+        )
     return found.astype(np.float32)
 
 
 def _digest(content: dict[str, Any]) -> str:
-    # Of a form that does not depend on indentation.
+    # Of a canonical form, independent of indentation.
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -206,4 +211,4 @@ def _tuples(value: Any) -> Any:
 
 
 def _damaged(source: str, name: str, what: str) -> UserError:
-    return UserError(f"{source}/{name}: damaged or no part of a bundle ({what}); export it again")
+    return UserError(f"{source}/{name}: damaged or not part of a bundle ({what}); export it again")

@@ -13,8 +13,8 @@ _DESCRIPTIONS = {
     "scales.bin": "integer bundle: weight step sizes, biases, folded batch norm (float32)",
     QCDQ: "ONNX for onnxruntime and others: 8-bit containers, clipped to each layer's bits",
     QONNX: "QONNX for qonnx, FINN, hls4ml: `Quant` nodes at each layer's bits, batch 1",
-    STABLEHLO: "StableHLO for jax.export.deserialize (cpu, cuda, tpu); readable by the JAX that "
-    "wrote it, later ones for 6 months, earlier ones for 3 weeks",
+    STABLEHLO: "StableHLO for jax.export.deserialize (cpu, cuda, tpu); readable by the JAX version "
+    "that wrote it, later ones for 6 months and earlier ones for 3 weeks",
 }
 
 
@@ -31,12 +31,12 @@ def card(
     """Returns the model card in Markdown.
 
     Args:
-      graph: what was exported.
+      graph: the exported network.
       sizes: file -> bytes.
-      counts: what `judge` says of the bundle as read back, with JAX as the reference.
-      data: what the counts were taken on.
-      pretrained: the weights that training started from; "" = random ones.
-      licence: of the weights; "" = not known.
+      counts: result of `evaluate_graph` on the bundle read back, with JAX as the reference.
+      data: name of the evaluation data.
+      pretrained: the weights that training started from; "" = random.
+      licence: of the weights; "" = unknown.
       versions: package -> version.
     """
     height, width, channels = graph.image_shape
@@ -49,7 +49,7 @@ def card(
         f"| `{path}` | {row['act_bits']} | {row['weight_bits']} | {row['macs'] / 1e6:.3f} |"
         for path, row in layers.items()
     )
-    start = f"`{pretrained}`, whose licence goes on to hold" if pretrained else "random"
+    start = f"`{pretrained}`, whose licence still applies" if pretrained else "random"
     return f"""# {graph.model}, bits chosen by {graph.policy["searcher"]}
 
 Written by metamix_jax ({", ".join(f"{name} {version}" for name, version in versions.items())}).
@@ -59,16 +59,16 @@ Written by metamix_jax ({", ".join(f"{name} {version}" for name, version in vers
   The ONNX files take float32 `image` [n, {channels}, {height}, {width}], the bundle and StableHLO
   [n, {height}, {width}, {channels}].
 - **Output**: scores of {graph.num_classes} classes, in the order of the labels of {data}.
-- **Accuracy**, measured from the integer bundle in this folder on {counts["examples"]:,} images of
-  {data}: top-1 {counts["top1"]:.2f} % ({counts["correct"]} right),
-  top-5 {counts["top5"]:.2f} %. The checkpoint in JAX: {counts["reference_correct"]} right;
-  predictions that differ: {counts["differing"]}.
-- **Cost**: {graph.policy["gbops"]:.6g} GBOPs an image (MACs x activation bits x weight bits of
+- **Accuracy** of the integer bundle in this directory on {counts["examples"]:,} images of
+  {data}: top-1 {counts["top1"]:.2f} % ({counts["correct"]} correct),
+  top-5 {counts["top5"]:.2f} %. The checkpoint in JAX: {counts["reference_correct"]} correct;
+  differing predictions: {counts["differing"]}.
+- **Cost**: {graph.policy["gbops"]:.6g} GBOPs per image (MACs x activation bits x weight bits of
   convolutions and dense layers).
-- **Weights**: {weights:,} in {sizes[WEIGHTS]:,} bytes, {len(MAGIC)} of them the header, against
-  {4 * weights:,} in float32 and {weights:,} in int8; {sizes[SCALES]:,} bytes more of step sizes
+- **Weights**: {weights:,} in {sizes[WEIGHTS]:,} bytes, including a header of {len(MAGIC)}, compared
+  to {4 * weights:,} in float32 and {weights:,} in int8; {sizes[SCALES]:,} more bytes for step sizes
   and batch norm.
-- **Licence of the weights**: {licence or "not known"}. Start weights: {start}.
+- **Licence of the weights**: {licence or "unknown"}. Initial weights: {start}.
 
 | file | bytes | |
 |---|---|---|

@@ -1,16 +1,17 @@
-"""The reference executor: an exported network in plain NumPy, layer by layer.
+"""The reference executor: runs an exported network layer by layer in plain NumPy.
 
-Every convolution and dense layer multiplies integers by integers. NumPy's own integer matmul is
-slow, so the integers pass through BLAS as floats, which is exact: a layer's accumulator is bounded
-by its kernel (`_accumulator_bound`), float32 is taken below 2^24 only and float64 otherwise, and no
-accumulator may need more than the 32 bits that it then has. Between layers, values are float32.
+Every convolution and dense layer multiplies integers by integers. NumPy's integer matmul is slow,
+so the integers go through BLAS as floats, which is exact: the kernel bounds a layer's accumulators
+(`_accumulator_bound`), float32 is used only below 2^24, float64 otherwise, and accumulators must
+fit int32. Values between layers are float32.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from metamix_jax.exporters.graph import IMAGE, Graph, Node, Padding, Quantizer
+from metamix_jax.exporters.graph import Graph, Node, Padding, Quantizer
+from metamix_jax.networks.drawing import IMAGE
 
 LevelsHook = Callable[[Node, np.ndarray], np.ndarray]
 
@@ -18,7 +19,7 @@ LevelsHook = Callable[[Node, np.ndarray], np.ndarray]
 def run(graph: Graph, images: np.ndarray, on_levels: LevelsHook | None = None) -> np.ndarray:
     """Returns class scores [n, num_classes] of normalised float32 images [n, h, w, c].
 
-    on_levels: sees each layer and its input's levels [n, ...], returns those to go on with.
+    on_levels: called with each layer and its input's levels [n, ...]; returns the levels to use.
     """
     tensors = {IMAGE: images}
     last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
@@ -35,7 +36,7 @@ def run(graph: Graph, images: np.ndarray, on_levels: LevelsHook | None = None) -
 
 
 def quantize(x: np.ndarray, quantizer: Quantizer) -> np.ndarray:
-    """Returns the levels of real values, int32 of the same shape."""
+    """Returns the levels of real values, int32 of the same shape; see `Quantizer`."""
     low, high = (np.float32(bound) for bound in quantizer.bounds)
     levels = np.clip((x + np.float32(quantizer.shift)) / np.float32(quantizer.step), low, high)
     return np.rint(levels).astype(np.int32)
@@ -43,22 +44,22 @@ def quantize(x: np.ndarray, quantizer: Quantizer) -> np.ndarray:
 
 def _layer(node: Node, x: np.ndarray, on_levels: LevelsHook | None) -> np.ndarray:
     quantizer, kernel = node.quantizer, node.kernel
-    if quantizer is None:  # an image that is not quantized: the one float in a product
+    if quantizer is None:  # an unquantized image, the only float operand of a product
         y = _product(node, x, np.float64).astype(np.float32)
     else:
         levels = quantize(x, quantizer)
         levels = on_levels(node, levels) if on_levels else levels
         y = integer_product(node, levels) * np.float32(quantizer.step)
         if quantizer.shift:
-            # Level q stands for q * step - shift, but zero padding for 0: the shift weighs with
-            # the part of the kernel that lies on the image.
+            # Level q represents q * step - shift, but zero padding represents 0: subtract the shift
+            # times the sum of the kernel inside the image.
             y = y - np.float32(quantizer.shift) * ones_product(node, x.shape[1:])
     y = y.astype(np.float32) * kernel.step
     return y + node.arrays["bias"] if "bias" in node.arrays else y
 
 
 def integer_product(node: Node, levels: np.ndarray) -> np.ndarray:
-    """Returns the layer's accumulators, int32, of its input's levels (int32)."""
+    """Returns the layer's int32 accumulators for its input's levels (int32)."""
     bound = _accumulator_bound(node)
     assert bound < 2**31, f"{node.name}: accumulators up to {bound} do not fit 32 bits"
     exact = np.float32 if bound < 2**24 else np.float64
@@ -66,12 +67,12 @@ def integer_product(node: Node, levels: np.ndarray) -> np.ndarray:
 
 
 def ones_product(node: Node, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the layer's product with a 1 at each place of its input, int32 [1, ...]."""
+    """Returns the layer's product with an input of ones, int32 [1, ...]."""
     return _product(node, np.ones((1, *shape)), np.float64).astype(np.int32)
 
 
 def _accumulator_bound(node: Node) -> int:
-    """Returns what no partial sum of the layer's products exceeds."""
+    """Returns an upper bound on the magnitude of every partial sum of the layer's products."""
     kernel = np.abs(node.kernel.levels.astype(np.int64))
     return int(kernel.reshape(-1, kernel.shape[-1]).sum(axis=0).max()) * node.quantizer.bounds[1]
 
@@ -88,7 +89,7 @@ def _product(node: Node, x: np.ndarray, dtype: type) -> np.ndarray:
 def _convolve(
     x: np.ndarray, kernel: np.ndarray, stride: int, groups: int, padding: Padding
 ) -> np.ndarray:
-    """Sums over the kernel's places: [n, h, w, c], [k, k, c / groups, f] -> [n, h', w', f]."""
+    """Sums over kernel positions: [n, h, w, c], [k, k, c / groups, f] -> [n, h', w', f]."""
     size, features = kernel.shape[0], kernel.shape[-1]
     x = np.pad(x, ((0, 0), *padding, (0, 0)))
     height, width = ((side - size) // stride + 1 for side in x.shape[1:3])
@@ -100,7 +101,7 @@ def _convolve(
 
 
 def _multiply(x: np.ndarray, kernel: np.ndarray, groups: int) -> np.ndarray:
-    """[n, h, w, c] times [c / groups, f], group by group -> [n, h, w, f]."""
+    """Multiplies [n, h, w, c] by [c / groups, f] group by group -> [n, h, w, f]."""
     if kernel.shape == (1, groups):  # depthwise
         return x * kernel[0]
     inputs, kernels = np.split(x, groups, axis=-1), np.split(kernel, groups, axis=-1)

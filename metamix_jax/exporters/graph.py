@@ -1,9 +1,9 @@
-"""An exported network: a list of nodes over named tensors; NumPy alone.
+"""An exported network: a list of nodes over named tensors; needs only NumPy.
 
-Tensors are float32 [n, height, width, channels], after `flatten` [n, channels]; every node makes
-one, of its own name, from tensors made before it. A layer (`conv`, `dense`) quantizes its input to
-levels, integers q that stand for q * step - shift, multiplies them with the levels of its kernel
-and returns real values.
+Tensors are float32 [n, height, width, channels], after `flatten` [n, channels]; every node outputs
+one tensor, of the node's name, from earlier ones. A layer (`conv`, `dense`) quantizes its input to
+levels, integers q that represent q * step - shift, multiplies them by its kernel's levels and
+returns real values.
 """
 
 import dataclasses
@@ -13,23 +13,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-IMAGE = "image"  # the tensor that comes in, normalised
+from metamix_jax.networks.drawing import IMAGE
 
 # op -> number of inputs
 OPS = {
     "conv": 1,
     "dense": 1,
-    "affine": 1,  # x * scale + offset per channel: batch norm with its running statistics
+    "affine": 1,  # x * scale + offset per channel: batch norm with running statistics
     "relu": 1,
     "relu6": 1,
     "hswish": 1,  # x * relu6(x + 3) / 6
     "hsigmoid": 1,  # relu6(x + 3) / 6
     "add": 2,
-    "multiply": 2,  # the second, [n, 1, 1, channels], goes over all positions
-    "mean": 1,  # over positions, [n, 1, 1, channels]
+    "multiply": 2,  # the second, [n, 1, 1, channels], is broadcast over positions
+    "mean": 1,  # over positions, -> [n, 1, 1, channels]
     "flatten": 1,
     "max_pool": 1,
-    "subsample": 1,  # every stride-th position, and zeros for the channels that are missing
+    "subsample": 1,  # every stride-th position; missing channels are zero-padded
 }
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (before, after) of height and width
 
@@ -47,17 +47,17 @@ class Quantizer(NamedTuple):
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """The least and the greatest level."""
+        """The lowest and the highest level."""
         high = (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
         return (-high if self.signed else 0), high
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Levels of a layer's kernel; levels * step is the kernel in real units.
+    """A layer's quantized kernel; levels * step is the kernel in real units.
 
-    levels: int8 [k, k, channels / groups, features], of a dense layer [channels, features].
-    step: float32 [features].
+    levels: int8 [k, k, channels / groups, features]; dense: [channels, features].
+    step: float32 [features], real units per level.
     """
 
     bits: int
@@ -69,11 +69,11 @@ class Kernel:
 class Node:
     """One operation.
 
-    options: of a conv `stride`, `groups`, `padding`; of a max_pool `size`, `stride`, `padding`; of
-      a subsample `stride`, `channels` (zeros before, after).
-    arrays: float32 [channels]; of a layer `bias` if it has one, of an affine `scale`, `offset`.
-    quantizer: of a layer's input; None where the image is not quantized (image_bits=32).
-    shape: of its result without the batch, [height, width, channels] or [channels].
+    options: conv: `stride`, `groups`, `padding`; max_pool: `size`, `stride`, `padding`; subsample:
+      `stride`, `channels` (zeros before, after).
+    arrays: float32 [channels]; layers: optional `bias`; affine: `scale`, `offset`.
+    quantizer: of a layer's input; None if the image is not quantized (image_bits=32).
+    shape: of the output without the batch, [height, width, channels] or [channels].
     """
 
     op: str
@@ -88,9 +88,9 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """A network and what its images look like; the last node makes the class scores.
+    """A network and its input format; the last node outputs the class scores.
 
-    mean, std: per channel or one for all, of pixels in [0, 1].
+    mean, std: of pixels in [0, 1], per channel or one for all.
     policy: the content of policy.json.
     """
 
@@ -104,7 +104,7 @@ class Graph:
 
     @property
     def layers(self) -> tuple[Node, ...]:
-        """The nodes that multiply."""
+        """The nodes with a kernel."""
         return tuple(node for node in self.nodes if node.kernel is not None)
 
     def shape_of(self, tensor: str) -> tuple[int, ...]:
@@ -115,16 +115,16 @@ class Graph:
 
 
 def normalise(pixels: np.ndarray, graph: Graph) -> np.ndarray:
-    """Returns uint8 pixels [n, h, w, c] as the network takes them, float32."""
+    """Returns the network's float32 input for uint8 pixels [n, h, w, c]."""
     mean, std = np.float32(graph.mean), np.float32(graph.std)
     return (pixels.astype(np.float32) / np.float32(255) - mean) / std
 
 
 def result_shape(node: Node, inputs: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Returns the shape of a node's result, without the batch, from those of its inputs.
+    """Returns the shape of a node's output from those of its inputs, all without the batch.
 
     Raises:
-      ValueError, LookupError or TypeError: inputs, options, kernel and arrays do not fit together.
+      ValueError, LookupError or TypeError: inputs, options, kernel and arrays are inconsistent.
     """
     first, options = inputs[0], node.options
     if node.op == "conv":
@@ -158,7 +158,7 @@ def result_shape(node: Node, inputs: Sequence[tuple[int, ...]]) -> tuple[int, ..
 
 
 def _windows(shape: tuple[int, ...], size: int, options: Mapping[str, Any]) -> tuple[int, int]:
-    """Returns how many windows of `size` there are along height and width."""
+    """Returns the number of windows of `size` along height and width."""
     stride, padding = options["stride"], options["padding"]
     _require(stride >= 1 and all(0 <= margin < size for pair in padding for margin in pair))
     sides = [side + sum(pair) - size for side, pair in zip(shape[:2], padding, strict=True)]
@@ -168,4 +168,4 @@ def _windows(shape: tuple[int, ...], size: int, options: Mapping[str, Any]) -> t
 
 def _require(condition: bool) -> None:
     if not condition:
-        raise ValueError("shapes or options that do not fit together")
+        raise ValueError("inconsistent shapes or options")

@@ -1,15 +1,15 @@
-"""The network as ONNX, in two forms with the same skeleton.
+"""The network as ONNX, in two formats with the same skeleton.
 
-QCDQ, for onnxruntime and what else runs ONNX: QuantizeLinear, Clip to the level's bits, then
-DequantizeLinear, in 8-bit containers; kernels are int8 behind a DequantizeLinear. onnxruntime 1.31
-refuses chains of 4- and 2-bit types at its default optimisation level, so these are not used.
+QCDQ, for onnxruntime and other ONNX runtimes: QuantizeLinear, Clip to the layer's bits, then
+DequantizeLinear, in 8-bit containers; kernels are int8 with a DequantizeLinear. onnxruntime 1.31
+rejects chains of 4- and 2-bit types at its default optimisation level, so these are not used.
 
-QONNX, for qonnx, FINN, hls4ml: a `Quant` node (domain qonnx.custom_op.general) with the true bits
-at each layer's input and kernel. Its batch is 1, as qonnx's cost analysis wants static shapes.
+QONNX, for qonnx, FINN and hls4ml: `Quant` nodes (domain qonnx.custom_op.general) with the true bits
+at each layer's input and kernel. The batch is 1, as qonnx's cost analysis needs static shapes.
 
-Where an input is shifted, level q stands for q * step - shift. Both forms multiply q * step, which
-is what keeps a layer's input recognizable as integers, and take the shift's share, a constant map
-(zero padding stands for 0, not for level 0), from the product.
+With a shifted input, level q represents q * step - shift. Both formats multiply q * step, so that a
+layer's input stays recognizable as integers, and subtract the shift's contribution, a constant map
+(zero padding represents 0, not level 0), from the product.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from metamix_jax.exporters.executor import ones_product
-from metamix_jax.exporters.graph import IMAGE, Graph, Node
+from metamix_jax.exporters.graph import Graph, Node
 from metamix_jax.exporters.onnx_writers import (
     QONNX_DOMAIN,
     QcdqWriter,
@@ -26,24 +26,25 @@ from metamix_jax.exporters.onnx_writers import (
     kernel_levels,
     require_onnx,
 )
+from metamix_jax.networks.drawing import IMAGE
 
 OPSET = 17
-IR_VERSION = 8  # onnx writes newer ones by default than onnxruntime and qonnx take
+IR_VERSION = 8  # onnx's default is newer than onnxruntime and qonnx accept
 SCORES = "scores"
 
 
 def qcdq_model(graph: Graph) -> bytes:
-    """Returns the QCDQ form: float32 `image` [batch, c, h, w] -> `scores` [batch, num_classes]."""
+    """Returns the QCDQ model: float32 `image` [batch, c, h, w] -> `scores` [batch, num_classes]."""
     return encode(graph, QcdqWriter(), batch="batch")
 
 
 def qonnx_model(graph: Graph) -> bytes:
-    """Returns the QONNX form: float32 `image` [1, c, h, w] -> `scores` [1, num_classes]."""
+    """Returns the QONNX model: float32 `image` [1, c, h, w] -> `scores` [1, num_classes]."""
     return encode(graph, QonnxWriter(), batch=1)
 
 
 def encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
-    """Returns an ONNX model of the nodes that `writer` makes; batch: a size or a symbol."""
+    """Returns the serialized ONNX model of `writer`'s nodes; batch: a size or a symbol."""
     onnx = require_onnx()
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     for node in graph.nodes:
@@ -51,7 +52,7 @@ def encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
     last = graph.nodes[-1].name
     writer.add("Identity", last, SCORES)
     shapes = {node.name: _channels_first(batch, node.shape) for node in graph.nodes}
-    for node in graph.layers:  # onnx infers no shapes beyond Quant
+    for node in graph.layers:  # onnx cannot infer shapes through Quant nodes
         shapes[f"{node.name}/kernel"] = kernel_levels(node).shape
         if node.quantizer is not None:
             shapes[f"{node.name}/input"] = _channels_first(batch, graph.shape_of(node.inputs[0]))
@@ -104,7 +105,7 @@ def _dense(writer: Writer, node: Node, graph: Graph) -> None:
 
 
 def _add_constant(writer: Writer, node: Node, graph: Graph, product: str) -> None:
-    """Adds a layer's bias, less the share of its input's shift."""
+    """Adds a layer's bias minus the contribution of its input's shift."""
     constant = np.zeros((1,) * (1 + len(node.shape)), np.float32)
     if "bias" in node.arrays:
         constant = constant + node.arrays["bias"]
@@ -133,7 +134,7 @@ def _clip_to_6(writer: Writer, x: str, output: str) -> str:
 
 
 def _hard_sigmoid(writer: Writer, node: Node, output: str) -> str:
-    # Not ONNX's HardSigmoid, which multiplies by 1/6 and rounds differently.
+    # Not ONNX's HardSigmoid, which multiplies by 1/6 and so rounds differently.
     moved = writer.add("Add", [node.inputs[0], writer.constant("3", 3)], f"{node.name}/plus_3")
     clipped = _clip_to_6(writer, moved, f"{node.name}/clipped")
     return writer.add("Div", [clipped, writer.constant("6", 6)], output)
@@ -185,7 +186,7 @@ LOWERINGS = {
     "add": _plain("Add"),
     "multiply": _plain("Mul"),
     "mean": _plain("GlobalAveragePool"),
-    "flatten": _plain("Flatten"),  # only after `mean`, so that the order of axes does not matter
+    "flatten": _plain("Flatten"),  # only after `mean`, so the axis order does not matter
     "max_pool": _max_pool,
     "subsample": _subsample,
 }

@@ -1,4 +1,4 @@
-"""The two ways in which exported layers say what is quantized: QCDQ and QONNX (onnx_files.py)."""
+"""Writers for the two ONNX quantization formats, QCDQ and QONNX (onnx_files.py)."""
 
 import abc
 from collections.abc import Sequence
@@ -13,25 +13,25 @@ QONNX_DOMAIN = "qonnx.custom_op.general"
 
 
 def require_onnx() -> Any:
-    """Returns the module `onnx`; raises UserError where it is not installed."""
+    """Returns the module `onnx`; raises UserError if it is not installed."""
     try:
         import onnx
     except ImportError as error:
         raise UserError(
-            "ONNX files need the package onnx, which is not installed: pip install 'onnx>=1.18,<2',"
-            " or leave them out with --config.export.onnx=False"
+            "ONNX export needs the package onnx: pip install 'onnx>=1.18,<2', or skip the ONNX "
+            "files with --config.export.onnx=False"
         ) from error
     return onnx
 
 
 def kernel_levels(node: Node) -> np.ndarray:
-    """Returns a kernel in ONNX's layout, [features, channels / groups, k, k] of a convolution."""
+    """Returns a kernel's levels in ONNX layout; conv: [features, channels / groups, k, k]."""
     levels = node.kernel.levels
     return levels.transpose(3, 2, 0, 1) if node.op == "conv" else levels
 
 
 class Writer(abc.ABC):
-    """The nodes and constants so far."""
+    """Collects ONNX nodes and constants."""
 
     domain = ""
 
@@ -41,7 +41,7 @@ class Writer(abc.ABC):
         self._onnx = require_onnx()
 
     def add(self, op: str, inputs: str | Sequence[str], output: str, **attributes: Any) -> str:
-        """Adds an ONNX node with one output, whose name it returns."""
+        """Adds an ONNX node with one output and returns the output's name."""
         inputs = [inputs] if isinstance(inputs, str) else list(inputs)
         name = f"{output}/{op}"
         node = self._onnx.helper.make_node(op, inputs, [output], name=name, **attributes)
@@ -49,7 +49,7 @@ class Writer(abc.ABC):
         return output
 
     def constant(self, name: str, value: Any, dtype: type = np.float32) -> str:
-        """Adds a constant, whose name it returns."""
+        """Adds a constant, unless already present, and returns its name."""
         if name not in self._known:
             self._known.add(name)
             self.constants.append(
@@ -69,15 +69,15 @@ class Writer(abc.ABC):
 
     @abc.abstractmethod
     def quantized(self, node: Node, x: str) -> str:
-        """Returns level * step of the layer's input, already shifted."""
+        """Returns level * step of a layer's input `x`, which is already shifted."""
 
     @abc.abstractmethod
     def kernel(self, node: Node, axis: int) -> str:
-        """Returns level * step of a layer's kernel, its features along `axis`."""
+        """Returns level * step of a layer's kernel, with features along `axis`."""
 
 
 class QcdqWriter(Writer):
-    """QuantizeLinear, Clip, DequantizeLinear."""
+    """Writes QuantizeLinear, Clip and DequantizeLinear nodes."""
 
     def quantized(self, node: Node, x: str) -> str:
         """See `Writer`."""
@@ -89,7 +89,7 @@ class QcdqWriter(Writer):
         ]
         levels = self.add("QuantizeLinear", [x, *scale], f"{name}/levels")
         low, high = quantizer.bounds
-        if (low, high) != (0, 255):  # what the container holds by itself
+        if (low, high) != (0, 255):  # the container's own range
             bounds = [
                 self.constant(f"{name}/low", low, container),
                 self.constant(f"{name}/high", high, container),
@@ -109,7 +109,7 @@ class QcdqWriter(Writer):
 
 
 class QonnxWriter(Writer):
-    """A Quant node."""
+    """Writes QONNX `Quant` nodes."""
 
     domain = QONNX_DOMAIN
 

@@ -24,12 +24,13 @@ from metamix_jax.data import batching
 from metamix_jax.errors import UserError
 from metamix_jax.exporters import bundle, card, onnx_files
 from metamix_jax.exporters.build import build_graph
+from metamix_jax.exporters.evaluation import evaluate_graph
 from metamix_jax.exporters.graph import Graph
-from metamix_jax.exporters.judge import judge
 from metamix_jax.exporters.stablehlo import stablehlo
 from metamix_jax.networks.precision import Precision
 from metamix_jax.runtime import sharding
 from metamix_jax.selection import policy as policy_lib
+from metamix_jax.selection.policy import Policy
 from metamix_jax.training import setup
 from metamix_jax.training.evaluator import Evaluator
 from metamix_jax.training.start_weights import load_calibrated, load_checkpoint
@@ -49,13 +50,12 @@ class QuantizedNetwork:
     config: ConfigDict
     network: setup.Network
     variables: Mapping[str, Any]
-    policy: Mapping[str, Any]
+    policy: Policy
 
     @property
     def precision(self) -> Precision:
         """How its layers run."""
-        bits = policy_lib.layer_bits(self.policy)
-        return Precision("chosen", "quantized", policy_lib.branches(bits, self.network.costs))
+        return Precision("chosen", "quantized", self.policy.branches(self.network.costs))
 
     def graph(self) -> Graph:
         """Returns what is exported."""
@@ -73,7 +73,7 @@ class QuantizedNetwork:
 Source = QuantizedNetwork | str | Path  # a path is a workdir, which holds its config.json
 
 
-def load_policy(path: str | Path) -> dict[str, Any]:
+def load_policy(path: str | Path) -> Policy:
     """Reads policy.json, or that of a workdir; raises UserError.
 
     Whether it fits a network is checked where it meets one.
@@ -82,14 +82,14 @@ def load_policy(path: str | Path) -> dict[str, Any]:
     return policy_lib.load_policy(path / "policy.json" if path.is_dir() else path)
 
 
-def quantize(config: ConfigDict, policy: Mapping[str, Any]) -> QuantizedNetwork:
+def quantize(config: ConfigDict, policy: Policy) -> QuantizedNetwork:
     """Returns the network of config.pretrained at a policy's bits, calibrated but not trained.
 
     Step sizes come from the first training batch (config.batch_size images); batch norm's
     statistics are re-estimated if config.eval.bn_reestimate_batches says so. Raises UserError.
     """
     network = setup.make_network(config)
-    policy_lib.check_policy(policy, network.costs, "policy")
+    policy.check(network.costs, "policy")
     mesh = sharding.make_mesh()
     dataset = setup.load_dataset(config, mesh)
     state = load_calibrated(config, network, dataset, mesh)
@@ -180,7 +180,9 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
     sizes = {name: len(content) for name, content in contents.items()}
     split = setup.load_dataset(config, sharding.make_mesh()).evaluation
-    counts = judge(bundle.read_bundle(directory), split, config.export.examples, _prediction(found))
+    counts = evaluate_graph(
+        bundle.read_bundle(directory), split, config.export.examples, _prediction(found)
+    )
     text = card.card(
         graph,
         sizes,
@@ -210,7 +212,7 @@ def judge_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:
             f"not config.data's {wanted[0]} for {wanted[1]}"
         )
     split = setup.load_dataset(config, sharding.make_mesh()).evaluation
-    return judge(graph, split, config.export.examples)
+    return evaluate_graph(graph, split, config.export.examples)
 
 
 def _prediction(found: QuantizedNetwork) -> Callable[[jax.Array], jax.Array]:

@@ -1,8 +1,8 @@
 """The network as serialized StableHLO, through jax.export.
 
-What it computes is the fake-quantized float network, with its weights inside; any batch size. A
-file can be read with `jax.export.deserialize` by the JAX that wrote it, by later ones for six
-months, and by earlier ones for three weeks: the window that jax.export promises.
+It contains the fake-quantized float network with its weights, for any batch size. Read it with
+`jax.export.deserialize` in the JAX version that wrote it, later ones for six months and earlier
+ones for three weeks: jax.export's compatibility window.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ def stablehlo(
     precision: Precision,
     image_shape: tuple[int, int, int],
 ) -> bytes:
-    """Returns the function from normalised float32 images [n, h, w, c] to scores, serialized."""
+    """Returns the serialized function from normalised float32 images [n, h, w, c] to scores."""
     from jax import export
 
-    # The file is for any device: the way it was trained is not asked of it.
+    # The file is for any device, whatever compute_dtype it was trained with.
     settings = dataclasses.replace(model.settings, compute_dtype="float32")
     model = model.clone(settings=settings)
-    variables = jax.device_get(dict(variables))  # constants, on no device in particular
+    variables = jax.device_get(dict(variables))  # constants, not placed on any device
 
     def scores(images: jax.Array) -> jax.Array:
         return model.apply(variables, images, train=False, precision=precision)

@@ -1,7 +1,7 @@
 """QuantConv and QuantDense: layers that quantize their input and their kernel.
 
-One kernel serves every candidate bit-width. How a layer runs is an argument of the forward pass
-(`Precision`); nothing in a layer or a model knows that training phases exist.
+All candidate bit-widths share one kernel. How a layer runs is an argument of the forward pass
+(`Precision`); layers and models know nothing of training phases.
 """
 
 import functools
@@ -36,8 +36,8 @@ class _QuantLayer(nn.Module):
 
     features: int
     settings: QuantSettings
-    signed: bool = False  # the input takes both signs
-    shift: float = 0.0  # HSWISH_SHIFT for a hswish output
+    signed: bool = False  # whether the input can be negative
+    shift: float = 0.0  # HSWISH_SHIFT if the input is a hswish output
     use_bias: bool = False
 
     def _product(
@@ -47,10 +47,10 @@ class _QuantLayer(nn.Module):
         precision: Precision,
         multiply: Callable[..., jax.Array],
     ) -> jax.Array:
-        """Returns multiply(input, kernel), both as `precision` has them.
+        """Returns multiply(input, kernel), both quantized as `precision` says.
 
-        A mixture over pairs costs one product per weight width, not one per pair, as `multiply` is
-        linear: sum_aw p_aw Q_a(x) * Q_w(kernel) = sum_w (sum_a p_aw Q_a(x)) * Q_w(kernel).
+        As `multiply` is linear, a mixture over pairs costs one product per weight width, not one
+        per pair: sum_aw p_aw Q_a(x) * Q_w(kernel) = sum_w (sum_a p_aw Q_a(x)) * Q_w(kernel).
         """
 
         def product(x: Operand, kernel: Operand) -> jax.Array:
@@ -84,9 +84,9 @@ class _QuantLayer(nn.Module):
     def _input_quantizer(
         self, x: jax.Array, precision: Precision
     ) -> Callable[[jax.Array | int], Operand]:
-        """Returns the function from the index of an activation width to the input at it."""
+        """Returns a function from the index of an activation width to the quantized input."""
         bits, mode = self.settings.act_bits, precision.activations
-        # Kept only where a caller makes "intermediates" mutable, which `init` does not.
+        # Recorded only if a caller makes "intermediates" mutable; `init` does not.
         self.sow("intermediates", "quantizer_input", x)
         if bits == (FULL_BITS,):
             return lambda index: Operand(x)
@@ -94,14 +94,14 @@ class _QuantLayer(nn.Module):
         first_step = functools.partial(init_step, rule=self.settings.init_rule, **kind)
         x = self._probe("act", x, bits, first_step, kind)
         if mode == "full" and not self.is_initializing():
-            # Needs no quantization state: a teacher has none, for example.
+            # Uses no quantization state, which e.g. a teacher does not have.
             return lambda index: Operand(x)
         positive = POSITIVE_STEPS[self.settings.positive_step]
         stored = self.variable("quant", "act_step", lambda: positive.raw(jnp.ones(len(bits))))
 
         def quantized(index: jax.Array | int) -> Operand:
             step, width = _pick(positive.step(stored.value), bits, index)
-            # Otherwise its gradient keeps as much as the rest of the layer's.
+            # Otherwise its gradient would save as much as the rest of the layer's.
             fake = keeping_arguments(functools.partial(fake_quant, **kind))
             return self._operand(fake(x, step, jnp.asarray(width)), x, step, width, kind=kind)
 
@@ -114,9 +114,9 @@ class _QuantLayer(nn.Module):
     def _kernel_quantizer(
         self, kernel: jax.Array, precision: Precision
     ) -> Callable[[jax.Array | int], Operand]:
-        """Returns the function from the index of a weight width to the kernel at it."""
+        """Returns a function from the index of a weight width to the quantized kernel."""
         bits, mode = self.settings.weight_bits, precision.weights
-        # The unshifted rule is about activations.
+        # The "unshifted" rule applies to activations only.
         rule = "mse" if self.settings.init_rule == "mse" else "shifted"
         first_step = functools.partial(init_step, signed=True, rule=rule, per_channel=True)
         kernel = self._probe("weight", kernel, bits, first_step, {"signed": True})
@@ -136,19 +136,19 @@ class _QuantLayer(nn.Module):
         return quantized if mode == "quantized" else lambda index: Operand(kernel)
 
     def _operand(self, real: jax.Array, *quantized: jax.Array | int, kind: dict) -> Operand:
-        """Returns real = fake_quant(*quantized, **kind) as the products need it."""
+        """Returns real = fake_quant(*quantized, **kind) as an operand of the product."""
         in_levels = self.settings.compute_dtype == "bfloat16"
         return bfloat16.take_apart(real, *quantized, **kind) if in_levels else Operand(real)
 
     def _probe(
         self, name: str, x: jax.Array, bits: tuple[int, ...], first_step: Callable, kind: dict
     ) -> jax.Array:
-        """Returns what is about to be quantized, as searchers/hessian.py looks at it.
+        """Returns the tensor to quantize, instrumented for searchers/hessian.py.
 
-        Where collection `perturbations` is passed in, that is added; where `errors` is mutable, the
-        mean squared errors [widths] at fresh step sizes are put there. Otherwise it is `x`.
+        Adds collection `perturbations` if it is passed in; stores the mean squared errors [widths]
+        at newly initialised step sizes in `errors` if that is mutable. Otherwise returns `x`.
         """
-        if len(bits) == 1 or self.is_initializing():  # which makes every collection mutable
+        if len(bits) == 1 or self.is_initializing():  # `init` makes every collection mutable
             return x
         if self.is_mutable_collection("errors"):
             levels = [fake_quant(x, first_step(x, b), b, **kind) for b in bits]
@@ -180,7 +180,7 @@ class _QuantLayer(nn.Module):
 def _pick(
     steps: jax.Array, bits: tuple[int, ...], index: jax.Array | int
 ) -> tuple[jax.Array, jax.Array | int]:
-    """Returns the step size and the width at `index`; Python numbers where it is one."""
+    """Returns the step size and the width at `index`; the width is an int if `index` is."""
     if len(bits) == 1:
         index = 0
     width = bits[index] if isinstance(index, int) else jnp.asarray(bits, jnp.int32)[index]
@@ -211,7 +211,7 @@ class QuantConv(_QuantLayer):
         def multiply(
             inputs: jax.Array, kernel: jax.Array, preferred_element_type: DTypeLike | None = None
         ) -> jax.Array:
-            if inputs.dtype == jnp.bfloat16:  # chosen for an accelerator
+            if inputs.dtype == jnp.bfloat16:  # meant for accelerators
                 options = self.stride, padding, self.groups, preferred_element_type
                 return plain_convolve(inputs, kernel, *options)
             if self.groups == channels == self.features:
@@ -224,7 +224,7 @@ class QuantConv(_QuantLayer):
 
 
 def side_padding(size: int, kernel_size: int, stride: int, kind: str) -> tuple[int, int]:
-    """Returns the zeros before and after a side of `size` places; see QuantConv's `padding`."""
+    """Returns the zero padding before and after an axis of length `size`; kinds as in QuantConv."""
     if kind == "torch":
         return (kernel_size - 1) // 2, (kernel_size - 1) // 2
     total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)

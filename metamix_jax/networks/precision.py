@@ -1,4 +1,4 @@
-"""Bit-widths: what a layer may run at, what it runs at in a forward pass, what that costs."""
+"""Bit-widths: a layer's candidates, its precision in a forward pass and its static cost."""
 
 import dataclasses
 import itertools
@@ -8,18 +8,18 @@ from typing import NamedTuple
 import jax
 from flax import struct
 
-FULL_BITS = 32  # a width that means "not quantized"
+FULL_BITS = 32  # means "not quantized"
 
 
 class Bits(NamedTuple):
-    """The bit-widths a layer runs at; a branch stands for one."""
+    """A layer's activation and weight bit-widths; each branch has one such pair."""
 
     act: int
     weight: int
 
 
 def bit_candidates(act_bits: Sequence[int], weight_bits: Sequence[int]) -> tuple[Bits, ...]:
-    """Returns all pairs in branch order: of one activation width first, each weight width."""
+    """Returns all pairs in branch order: activation widths outermost, weight widths innermost."""
     return tuple(Bits(*pair) for pair in itertools.product(act_bits, weight_bits))
 
 
@@ -29,10 +29,10 @@ class Precision:
 
     activations: "full" (not quantized); an int k (branch k everywhere); "mixture" (softmax over the
       branches, Eq. 2); "chosen" (branch `branches[layer path]`, other branches cost nothing);
-      "calibrate" (not quantized, step sizes initialised from what passes); "calibrate_lowest"
-      (the same, but the lowest width's output is passed on).
-    weights: "full", "quantized" (where several widths are candidates: at the branch of the
-      activations) or "calibrate" (not quantized, step sizes initialised).
+      "calibrate" (not quantized, step sizes initialised from each layer's input);
+      "calibrate_lowest" (the same, but each layer's input is quantized at the lowest width).
+    weights: "full", "quantized" (with several candidate widths: at that of the branch) or
+      "calibrate" (not quantized, step sizes initialised).
     branches: layer path -> index of the chosen branch, int32 scalars; may be traced.
     """
 
@@ -46,28 +46,28 @@ FULL = Precision()
 
 @struct.dataclass
 class LayerCost:
-    """Static facts of one quantized layer, per image; a pytree without leaves."""
+    """Static properties of one quantized layer, per image; a pytree without leaves."""
 
     macs: int = struct.field(pytree_node=False)  # multiply-accumulates
     act_elements: int = struct.field(pytree_node=False)  # input activations
     weight_elements: int = struct.field(pytree_node=False)  # of the kernel
     act_bits: tuple[int, ...] = struct.field(pytree_node=False)  # candidates; one entry = fixed
-    weight_bits: tuple[int, ...] = struct.field(pytree_node=False)  # the same
+    weight_bits: tuple[int, ...] = struct.field(pytree_node=False)  # likewise
 
     @property
     def candidates(self) -> tuple[Bits, ...]:
-        """What each branch stands for."""
+        """The bit-widths of each branch."""
         return bit_candidates(self.act_bits, self.weight_bits)
 
     @property
     def searched(self) -> bool:
-        """Whether bit-widths are to be chosen for this layer."""
+        """Whether the layer has more than one candidate."""
         return len(self.candidates) > 1
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantSettings:
-    """What a network's layers have in common; fields as in config.quant."""
+    """Settings shared by all layers of a network; fields as in config.quant."""
 
     act_bits: tuple[int, ...] = (8, 4, 3)
     weight_bits: tuple[int, ...] = (4,)
@@ -78,10 +78,10 @@ class QuantSettings:
     compute_dtype: str = "float32"  # config.compute_dtype
 
     def ends(self) -> "QuantSettings":
-        """Returns the settings of the last layer: fixed, not searched."""
+        """Returns the settings of the last layer, whose bit-widths are fixed."""
         bits = self.first_last_bits
         return dataclasses.replace(self, act_bits=(bits,), weight_bits=(bits,))
 
     def stem(self) -> "QuantSettings":
-        """Returns the settings of the first layer, whose activations are the image."""
+        """Returns the settings of the first layer, whose input is the image."""
         return dataclasses.replace(self.ends(), act_bits=(self.image_bits,))

@@ -18,48 +18,8 @@ import safetensors.numpy
 from flax import traverse_util
 
 from metamix_jax.errors import UserError
+from metamix_jax.networks.architecture import Rules, TorchNames
 
-_WITH_SE = "4|5|6|11|12|13|14|15"  # blocks of MobileNet-v3-large with squeeze-and-excite
-# Flax module path, joined by dots -> torch module path; applied in this order.
-MODULE_RULES = (
-    (r"\blayer(\d+)_(\d+)\b", r"layer\1.\2"),
-    (r"\bdownsample_conv\b", "downsample.0"),
-    (r"\bdownsample_bn\b", "downsample.1"),
-    # MobileNet-v2: the first block has no expansion, so its layers move up.
-    (r"^block1\.depthwise$", "features.1.conv.0.0"),
-    (r"^block1\.depthwise_bn$", "features.1.conv.0.1"),
-    (r"^block1\.project$", "features.1.conv.1"),
-    (r"^block1\.project_bn$", "features.1.conv.2"),
-    (r"^block(\d+)\.expand$", r"features.\1.conv.0.0"),
-    (r"^block(\d+)\.expand_bn$", r"features.\1.conv.0.1"),
-    (r"^block(\d+)\.depthwise$", r"features.\1.conv.1.0"),
-    (r"^block(\d+)\.depthwise_bn$", r"features.\1.conv.1.1"),
-    (r"^block(\d+)\.project$", r"features.\1.conv.2"),
-    (r"^block(\d+)\.project_bn$", r"features.\1.conv.3"),
-    (r"^classifier$", "classifier.1"),
-    # MobileNet-v3-large: the same, and the projection follows squeeze-and-excite where there is.
-    (r"^bneck1\.depthwise$", "features.1.block.0.0"),
-    (r"^bneck1\.depthwise_bn$", "features.1.block.0.1"),
-    (r"^bneck1\.project$", "features.1.block.1.0"),
-    (r"^bneck1\.project_bn$", "features.1.block.1.1"),
-    (r"^bneck(\d+)\.expand$", r"features.\1.block.0.0"),
-    (r"^bneck(\d+)\.expand_bn$", r"features.\1.block.0.1"),
-    (r"^bneck(\d+)\.depthwise$", r"features.\1.block.1.0"),
-    (r"^bneck(\d+)\.depthwise_bn$", r"features.\1.block.1.1"),
-    (r"^bneck(\d+)\.se_(fc\d)$", r"features.\1.block.2.\2"),
-    (rf"^bneck({_WITH_SE})\.project$", r"features.\1.block.3.0"),
-    (rf"^bneck({_WITH_SE})\.project_bn$", r"features.\1.block.3.1"),
-    (r"^bneck(\d+)\.project$", r"features.\1.block.2.0"),
-    (r"^bneck(\d+)\.project_bn$", r"features.\1.block.2.1"),
-    (r"^classifier1$", "classifier.0"),
-    (r"^classifier2$", "classifier.3"),
-    (r"^last_conv$", "features.18.0"),  # of MobileNet-v2
-    (r"^last_bn$", "features.18.1"),
-    (r"^head_conv$", "features.16.0"),  # of MobileNet-v3-large
-    (r"^head_bn$", "features.16.1"),
-    (r"^stem$", "features.0.0"),
-    (r"^stem_bn$", "features.0.1"),
-)
 LEAF_NAMES = {
     ("params", "kernel"): "weight",
     ("params", "scale"): "weight",
@@ -67,8 +27,7 @@ LEAF_NAMES = {
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
-# Name in the file -> torchvision's name: DataParallel's prefix, the CIFAR networks' classifier.
-SOURCE_RULES = ((r"^(module\.)+", ""), (r"^linear\.", "fc."))
+PREFIX = r"^(module\.)+"  # DataParallel's, of every name in a file
 BATCH_COUNTER = "num_batches_tracked"  # BatchNorm's step counter; Flax has none
 WRAPPERS = ("state_dict", "model", "net")  # keys under which training scripts keep the weights
 MOST_BYTES = 2**30  # far more than any network here has; small files can unfold to anything
@@ -110,18 +69,18 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     }
 
 
-def torch_name(path: tuple[str, ...]) -> str:
+def torch_name(path: tuple[str, ...], names: TorchNames) -> str:
     """Returns the torch name of a Flax leaf: ('params', 'conv1', 'kernel') -> 'conv1.weight'."""
     collection, *modules, leaf = path
     if (collection, leaf) not in LEAF_NAMES:
         known = ", ".join("/".join(pair) for pair in LEAF_NAMES)
         raise ValueError(f"{'/'.join(path)} has no torch name; known leaves: {known}")
-    module = _rename(".".join(modules), MODULE_RULES)
+    module = _rename(".".join(modules), names.modules)
     return f"{module}.{LEAF_NAMES[collection, leaf]}"
 
 
 def load_pretrained(
-    path: str | Path, variables: Mapping[str, Any]
+    path: str | Path, variables: Mapping[str, Any], names: TorchNames
 ) -> tuple[dict[str, Any], list[MappedEntry]]:
     """Returns `variables` with params and batch_stats from a weight file, and what went where.
 
@@ -131,11 +90,11 @@ def load_pretrained(
     """
     collections = [name for name in ("params", "batch_stats") if name in variables]
     targets = traverse_util.flatten_dict({name: variables[name] for name in collections})
-    sources, extra = _normalise(read_weights(path))
+    sources, extra = _normalise(read_weights(path), names)
     missing, misshapen, non_finite = [], [], []
     loaded, report = {}, []
     for target, leaf in targets.items():
-        name, where = torch_name(target), "/".join(target)
+        name, where = torch_name(target, names), "/".join(target)
         if name not in sources:
             missing.append(f"{name} (our {where} {tuple(leaf.shape)})")
             continue
@@ -259,12 +218,12 @@ def _as_float32(path: Path, name: str, value: Any) -> np.ndarray:
 
 
 def _normalise(
-    weights: dict[str, np.ndarray],
+    weights: dict[str, np.ndarray], names: TorchNames
 ) -> tuple[dict[str, tuple[str, np.ndarray]], list[str]]:
     """Returns torch name -> (name in the file, value), and the entries that claim a taken name."""
     sources, repeated = {}, []
     for source, value in weights.items():
-        name = _rename(source, SOURCE_RULES)
+        name = _rename(source, ((PREFIX, ""), *names.aliases))
         if name in sources:
             repeated.append(f"{source!r} (the same as {sources[name][0]!r})")
         else:
@@ -280,7 +239,7 @@ def _to_flax_layout(target: tuple[str, ...], value: np.ndarray) -> np.ndarray:
     return value.T
 
 
-def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+def _rename(name: str, rules: Rules) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name

@@ -1,1 +1,1 @@
-"""What people look at: terminal tables and charts of policies, costs and accuracies."""
+"""Tables, charts and HTML reports of policies, costs and accuracies."""

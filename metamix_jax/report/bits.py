@@ -1,4 +1,4 @@
-"""The chart of the chosen bits: a table with a bar in every cell, which fits any width."""
+"""The chart of the chosen bits: a table with a bar in every cell, which fits any page width."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ from metamix_jax.report.markup import (
 )
 from metamix_jax.report.tables import GIGA, MEGA, budget_line, layer_rows
 
-_WIDEST = 8  # bits that fill a bar
+_WIDEST = 8  # bits of a full bar
 
 
 def bits_section(run: Finished) -> Section | None:
-    """Returns bits and share of the bit operations by layer, and the policy as a table, folded."""
+    """Returns each layer's bits and share of the bit operations, and the policy table, folded."""
     if run.policy is None:
         return None
     rows = layer_rows(run.policy)
@@ -28,7 +28,7 @@ def bits_section(run: Finished) -> Section | None:
     chart = element(
         "table",
         element(
-            "caption", "Bits of each layer in network order, a block a bit; its share of the BOPs"
+            "caption", "Bits per layer in network order, one block per bit, and share of the BOPs"
         ),
         element("thead", element("tr", *(element("th", name, scope="col") for name in columns))),
         element("tbody", *(_line(row, i, len(rows), greatest) for i, row in enumerate(rows))),
@@ -58,19 +58,19 @@ def _line(row: dict[str, Any], i: int, count: int, greatest: float) -> Markup:
 
 
 def _used(rows: list[dict[str, Any]]) -> Markup:
-    """Returns how many searched layers run at which bits, most bits first."""
+    """Returns the number of searched layers at each pair of bits, most bits first."""
     searched = [row for row in rows if not row["fixed"]]
     pairs = [(row["act_bits"], row["weight_bits"]) for row in searched]
     parts = [
         f"{pairs.count(pair)} at {pair[0]}/{pair[1]}" for pair in sorted(set(pairs), reverse=True)
     ]
     return element(
-        "p", f"Of {len(searched)} searched layers, as activation/weight bits: {', '.join(parts)}."
+        "p", f"{len(searched)} searched layers, activation/weight bits: {', '.join(parts)}."
     )
 
 
 def _bar(number: object, *shapes: Markup) -> Markup:
-    # The number says it all to those who do not see the bar.
+    # Screen readers get the number only.
     picture = element("svg", *shapes, class_="bar", aria_hidden="true")
     return element("div", element("span", number), picture, class_="cell")
 

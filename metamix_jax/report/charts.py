@@ -1,4 +1,4 @@
-"""Charts as PNG files and SVG, on matplotlib figures of their own (no pyplot, no global state)."""
+"""Charts as PNG and SVG, on standalone matplotlib figures (no pyplot, no global state)."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from metamix_jax.report.tables import budget_line, layer_rows
 from metamix_jax.workdir.files import write_bytes_atomic
 
 DPI = 120
-# Light, so that black hatches show on all of them; the hatch alone tells the bit-widths apart.
+# Light, so that black hatches are visible; the hatch alone distinguishes the bit-widths.
 _COLOURS = {
     2: "#fff3c4", 3: "#fdcc8a", 4: "#fc9f67", 5: "#f28e9b", 6: "#cf9bd0", 7: "#a9c4ea",
     8: "#7fabd8", 32: "#ffffff",
 }  # fmt: skip
-# 32: an image that is not quantized; its bar leaves the chart.
+# 32: an unquantized image; its bar extends beyond the chart.
 _HATCHES = {2: "", 3: "..", 4: "//", 5: "xx", 6: "\\\\", 7: "oo", 8: "++", 32: "**"}
 MARKERS = "osD^vP*X"
 
@@ -30,12 +30,12 @@ MARKERS = "osD^vP*X"
 def bit_chart(
     policy: Mapping[str, Any], path: Path, *, average_act_bits: float | None = None
 ) -> None:
-    """Draws the bits of every layer in network order above its share of the bit operations.
+    """Draws each layer's bits in network order, above its share of the bit operations.
 
     Args:
-      policy: the object of policy.json.
+      policy: the content of policy.json.
       path: the PNG file.
-      average_act_bits: of the searched layers, weighted by input activations; not in a policy file.
+      average_act_bits: over the searched layers, weighted by input activations; not in policy.json.
     """
     rows = layer_rows(policy)
     labels = [row["layer"] + (" (fixed)" if row["fixed"] else "") for row in rows]
@@ -56,7 +56,7 @@ def bit_chart(
     top.set_yticks(range(0, 9, 2))
     bottom.bar(positions, [row["share"] for row in rows], color="0.45")
     bottom.set_ylabel("share of\nBOPs, %")
-    # Names may hold dollar signs; they are no formulas.
+    # Names may contain dollar signs, which are not math.
     bottom.set_xticks(positions, labels, rotation=90, fontsize=8, parse_math=False)
     bottom.set_xlim(-0.7, len(rows) - 0.3)
     for axes in (top, bottom):
@@ -74,23 +74,23 @@ def bit_chart(
 
 
 def learning_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws the training loss and the top-1 accuracy of every precision against the step.
+    """Draws training loss and top-1 accuracy at every precision against the step.
 
     Args:
-      rows: of metrics.jsonl; `top1` in percent.
+      rows: rows of metrics.jsonl; `top1` in percent.
       path: the PNG file.
     """
     save_png(_curves(rows, 10, 7), path)
 
 
 def learning_curves_svg(rows: Sequence[Mapping[str, Any]], *, narrow: bool) -> bytes:
-    """Returns the picture of `learning_curves` as SVG; `narrow` is for a telephone's width."""
+    """Returns the chart of `learning_curves` as SVG; `narrow` is for phone screens."""
     evaluations = [row for row in rows if row["kind"] == "eval"]
     series = len({(row["precision"], row["statistics"]) for row in evaluations})
     columns, width = (1, 4.2) if narrow else (3, 10)
     figure = _curves(rows, width, 5.2 + 0.22 * -(-series // columns), columns)
     content = io.BytesIO()
-    # Without them the file would differ from one writing to the next.
+    # Fixed salt and no metadata, so that the output is reproducible.
     with matplotlib.rc_context({"svg.hashsalt": "metamix_jax"}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(content, metadata=nothing)
@@ -128,10 +128,10 @@ def _curves(
 
 
 def accuracy_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws every method's top-1 against GBOPs, with the standard deviation over seeds.
+    """Draws each method's top-1 against GBOPs, with the standard deviation over seeds.
 
     Args:
-      rows: as `tables.comparison_table` takes them.
+      rows: as for `tables.comparison_table`.
       path: the PNG file.
     """
     figure = Figure(figsize=(8, 5.5), dpi=DPI, layout="constrained")
@@ -154,7 +154,7 @@ def accuracy_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None
 
 
 def _draw_accuracies(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> None:
-    """Draws one line per precision; hollow and dashed where BN statistics were re-estimated."""
+    """Draws one line per precision, dashed with hollow markers for re-estimated BN statistics."""
     series: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in evaluations:
         point = (row["step"], _number(row["top1"]))
@@ -171,7 +171,7 @@ def _draw_accuracies(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> No
 
 
 def bar_style(bits: int) -> dict[str, Any]:
-    """Returns the look of a bar of a bit-width; the hatch alone tells the widths apart."""
+    """Returns the style of a bit-width's bar; the hatch alone distinguishes the widths."""
     return {
         "facecolor": _COLOURS[bits], "hatch": _HATCHES[bits], "edgecolor": "black",
         "linewidth": 0.5,
@@ -190,7 +190,7 @@ def _title(policy: Mapping[str, Any], average_act_bits: float | None) -> str:
 
 
 def _phase_spans(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]]:
-    """Returns (phase, first step, last step) of runs of rows of one phase; the spans touch."""
+    """Returns contiguous spans (phase, first step, last step) of consecutive rows of a phase."""
     spans: list[tuple[str, int, int]] = []
     for row in rows:
         end = spans[-1][2] if spans else 0
@@ -202,7 +202,7 @@ def _phase_spans(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]
 
 
 def _label_phases(axes: Axes, spans: Sequence[tuple[str, int, int]], gap: float) -> None:
-    """Writes the phases' names above `axes`, slanted and pushed apart where phases are short."""
+    """Writes phase names above `axes`, slanted, and spread apart where phases are short."""
     place = 0.0
     for phase, first, last in spans:
         place = max((first + last) / 2, place)
@@ -212,7 +212,7 @@ def _label_phases(axes: Axes, spans: Sequence[tuple[str, int, int]], gap: float)
 
 
 def _number(value: float | None) -> float:
-    return float("nan") if value is None else value  # null in metrics.jsonl; leaves a gap
+    return float("nan") if value is None else value  # null in metrics.jsonl; drawn as a gap
 
 
 def save_png(figure: Figure, path: Path) -> None:

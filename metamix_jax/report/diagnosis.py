@@ -1,4 +1,4 @@
-"""What --mode=diagnose found in a workdir, as a part of its report."""
+"""The report's section on the results of --mode=diagnose."""
 
 import base64
 
@@ -6,10 +6,10 @@ from metamix_jax.report import diagnostic_tables
 from metamix_jax.report.finished import Finished
 from metamix_jax.report.markup import Section, element, folded, join, scrolling, section
 
-# Chart -> what it shows; those that were drawn are taken.
+# Chart file -> caption; missing files are skipped.
 _CHARTS = {
     "diagnose_distances.png": "Distance between the activations at different widths, per layer: "
-    "hollow before bit-meta, full after",
+    "hollow before bit-meta, filled after",
     "diagnose_activations.png": "Density of one layer's input at each activation width",
     "diagnose_variance.png": "Variance after one layer while its width is redrawn at every step",
     "diagnose_gaussian.png": "Variance of a quantized Gaussian by clip rule",
@@ -18,7 +18,7 @@ _CHARTS = {
 
 
 def diagnosis(run: Finished) -> Section | None:
-    """Returns tables and charts of diagnostics.json; None where there is none."""
+    """Returns tables and charts of diagnostics.json; None without a diagnosis."""
     if run.diagnostics is None:
         return None
     figures = [
@@ -35,7 +35,7 @@ def diagnosis(run: Finished) -> Section | None:
         "diagnosis",
         "Activation statistics before and after bit-meta",
         join(*figures),
-        folded("All numbers", scrolling("Numbers of the diagnosis", tables)),
+        folded("All numbers", scrolling("Tables of the diagnosis", tables)),
     )
 
 

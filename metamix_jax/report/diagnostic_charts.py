@@ -1,4 +1,4 @@
-"""Charts of a diagnosis (diagnostics.json); markers and line styles tell its lines apart."""
+"""Charts of a diagnosis (diagnostics.json); lines differ in marker and line style."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _NAMES = {"macs": "MACs", "trace": "Hessian trace", "trace_per_mac": "trace / MA
 
 
 def draw_all(found: Mapping[str, Any], workdir: Path) -> None:
-    """Draws every chart that the object of diagnostics.json has numbers for into `workdir`."""
+    """Draws all charts of a diagnosis, the content of diagnostics.json, into `workdir`."""
     activation_chart(found["histograms"], found["layer"], workdir / "diagnose_activations.png")
     distance_chart(found["distances"], workdir / "diagnose_distances.png")
     trace_chart(found["variance_traces"], found["layer"], workdir / "diagnose_variance.png")
@@ -38,7 +38,7 @@ def activation_chart(histograms: Mapping[str, Any], layer: str, path: Path) -> N
         rows = histograms["density"][state][weights]
         for i, name in enumerate(sorted(rows, key=_widest_first)):
             label = "not quantized" if name == "full" else f"{name} bits"
-            # An empty bin would be an infinite drop on a logarithmic axis.
+            # An empty bin is minus infinity on a logarithmic axis.
             centres = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
             points = [(x, y) for x, y in zip(centres, rows[name], strict=True) if y > 0]
             axes.plot(
@@ -53,7 +53,7 @@ def activation_chart(histograms: Mapping[str, Any], layer: str, path: Path) -> N
 
 
 def distance_chart(distances: Mapping[str, Any], path: Path) -> None:
-    """Draws each layer's mean distance between widths, hollow before and full after bit-meta.
+    """Draws each layer's mean distance between widths, hollow before and filled after bit-meta.
 
     Args:
       distances: {statistics: {state: {weights: {layer: {"mean": ...}}}}}.
@@ -88,7 +88,7 @@ def trace_chart(traces: Mapping[str, Any], layer: str, path: Path) -> None:
     """Draws batch and running variance at every step, by the bits drawn (Fig. 2).
 
     Args:
-      traces: {state: {weights: statistics of diagnose.statistics.trace_summary}}.
+      traces: {state: {weights: result of diagnose.statistics.trace_summary}}.
       layer: its path.
       path: the PNG file.
     """
@@ -122,7 +122,7 @@ def trace_chart(traces: Mapping[str, Any], layer: str, path: Path) -> None:
 
 
 def gaussian_chart(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws variance after quantization over that before, by bits and clip rule (Fig. 8).
+    """Draws the ratio of variance after to before quantization, by bits and clip rule (Fig. 8).
 
     Args:
       rows: {rule, reference, variance: {bits: ...}} each.
@@ -146,10 +146,10 @@ def gaussian_chart(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def sensitivity_chart(sensitivity: Mapping[str, Any], path: Path) -> None:
-    """Draws the bits of each searched layer above what may explain them (Fig. 7 and 9).
+    """Draws the bits of each searched layer above possible explanations (Fig. 7 and 9).
 
     Args:
-      sensitivity: as diagnose.statistics.sensitivity returns it.
+      sensitivity: result of diagnose.statistics.sensitivity.
       path: the PNG file.
     """
     layers, rho = sensitivity["layers"], sensitivity["spearman"]
@@ -168,7 +168,7 @@ def sensitivity_chart(sensitivity: Mapping[str, Any], path: Path) -> None:
     for axes, name in zip(others, known, strict=True):
         axes.bar(places, [row[name] for row in layers.values()], color="0.45")
         axes.set_ylabel(_NAMES[name])
-        value = "none: one of the two is constant" if rho[name] is None else f"{rho[name]:.2f}"
+        value = "undefined, a constant input" if rho[name] is None else f"{rho[name]:.2f}"
         axes.set_title(f"Spearman's rho with the bits: {value}", fontsize=10)
     for axes in (top, *others):
         axes.grid(axis="y", color="0.85")
@@ -180,7 +180,7 @@ def sensitivity_chart(sensitivity: Mapping[str, Any], path: Path) -> None:
 def _grid(
     states: Mapping[str, Any], height: float, *, sharey: bool = False
 ) -> tuple[Figure, dict[tuple[str, str], Any]]:
-    """Returns a figure and its panels by (state, weights): a column a state, a row weights."""
+    """Returns a figure and its panels by (state, weights): columns are states, rows weights."""
     rows = list(next(iter(states.values())))
     size = (1.0 + 5.0 * len(states), 1.0 + height * len(rows))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")

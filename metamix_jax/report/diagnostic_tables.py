@@ -6,17 +6,17 @@ from typing import Any
 from metamix_jax.report.tables import make_table, table_text
 
 TITLES = {
-    "distances": "distance between the inputs of a layer at different activation widths (mean over "
+    "distances": "distance between a layer's inputs at different activation widths (mean over "
     "pairs of widths,\nin standard deviations at full precision), batch norm's running statistics",
-    "summary": "the same, mean over the searched layers; closer: layers in which it fell",
+    "summary": "the same, mean over the searched layers; closer: layers where it decreased",
     "traces": "variance after {layer} while its activation bits are redrawn at every step",
     "gaussian": "variance of N(0, 1) (ReLU: of its positive part) after quantization, by clip rule",
-    "sensitivity": "Spearman's rho of the chosen activation bits against",
+    "sensitivity": "Spearman's rho with the chosen activation bits",
 }
 
 
 def all_tables(found: Mapping[str, Any]) -> str:
-    """Returns all tables of the object of diagnostics.json."""
+    """Returns all tables of a diagnosis, the content of diagnostics.json."""
     parts = [
         ("distances", distance_table(found["distances"]["running"])),
         ("summary", summary_table(found["summary"])),
@@ -30,7 +30,7 @@ def all_tables(found: Mapping[str, Any]) -> str:
 
 
 def distance_table(distances: Mapping[str, Any]) -> str:
-    """Returns a line a layer and a column per state and weights."""
+    """Returns a table with one line per layer and one column per state and weights."""
     columns = [(state, weights) for state, rows in distances.items() for weights in rows]
     table = make_table(
         None, layer=None, **{f"{state}, {weights} weights": None for state, weights in columns}
@@ -41,7 +41,7 @@ def distance_table(distances: Mapping[str, Any]) -> str:
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a line per statistics and weights."""
+    """Returns a table with one line per statistics and weights."""
     columns = ("statistics", "weights", "before", "after", "change %", "closer")
     table = make_table(None, left=2, **dict.fromkeys(columns))
     for row in rows:
@@ -56,7 +56,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def trace_table(traces: Mapping[str, Any]) -> str:
-    """Returns a line per state and weights."""
+    """Returns a table with one line per state and weights."""
     widths = list(next(iter(next(iter(traces.values())).values()))["ratio"])
     widest = max(map(int, widths))
     table = make_table(
@@ -80,7 +80,7 @@ def trace_table(traces: Mapping[str, Any]) -> str:
 
 
 def gaussian_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a line per clip rule."""
+    """Returns a table with one line per clip rule."""
     widths = list(rows[0]["variance"])
     columns = ("clip rule", "unquantized", *(f"{bits} bits" for bits in widths))
     table = make_table(None, **dict.fromkeys(columns))
@@ -91,10 +91,10 @@ def gaussian_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def rho_table(rho: Mapping[str, float | None]) -> str:
-    """Returns a line per explanation."""
+    """Returns a table with one line per possible explanation."""
     names = {"macs": "operations (MACs)", "trace": "Hessian trace",
              "trace_per_mac": "Hessian trace / operations"}  # fmt: skip
-    table = make_table(None, **{"against": None, "rho": None})
+    table = make_table(None, **{"quantity": None, "rho": None})
     for name, value in rho.items():
         table.add_row(names[name], _number(value, 3))
     return table_text(table)

@@ -1,4 +1,4 @@
-"""The files of a finished run, as its report needs them; nothing but the workdir is read."""
+"""Reads the files of a finished run for its report; only the workdir is read."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from metamix_jax.errors import UserError
 from metamix_jax.workdir.files import read_json
 from metamix_jax.workdir.metrics import read_rows
 
-# What each file must hold to be reported on.
+# Required keys of each file.
 _RESULTS = (
     "mode", "model", "searcher", "top1", "top5", "correct", "examples", "gbops", "budget_gbops",
     "average_act_bits", "seconds", "statistics", "phases", "search_cost", "evaluations", "device",
@@ -26,12 +26,12 @@ _DIAGNOSTICS = (
 class Finished:
     """A finished run.
 
-    workdir: where it lies.
-    results: of results.json.
-    policy: of policy.json; None for a full-precision run.
-    config: of config.json, flat: "budget.value" -> 0.9.
-    rows: of metrics.jsonl.
-    diagnostics: of diagnostics.json; None where nothing was diagnosed.
+    workdir: its workdir.
+    results: content of results.json.
+    policy: content of policy.json; None for a full-precision run.
+    config: content of config.json, flattened: "budget.value" -> 0.9.
+    rows: rows of metrics.jsonl.
+    diagnostics: content of diagnostics.json; None without a diagnosis.
     """
 
     workdir: Path
@@ -46,13 +46,15 @@ def read_finished(workdir: Path) -> Finished:
     """Reads a workdir.
 
     Raises:
-      UserError: a file is missing, or is not what a run writes.
+      UserError: a file is missing or invalid.
     """
     if not (workdir / "results.json").exists():
-        raise UserError(f"{workdir}: no results.json; a run writes it when it ends (--mode=train)")
+        raise UserError(
+            f"{workdir}: no results.json; expected the workdir of a finished run (--mode=train)"
+        )
     results = _read(workdir / "results.json", _RESULTS)
     policy = None
-    if results["searcher"] != "none":
+    if results["budget_gbops"] is not None:
         policy = _read(workdir / "policy.json", _POLICY)
     config = _flat(_read(workdir / "config.json", ()))
     try:
@@ -72,7 +74,9 @@ def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: not readable ({error})") from error
     missing = [name for name in fields if name not in content] if type(content) is dict else fields
     if missing or type(content) is not dict:
-        raise UserError(f"{path}: lacks {', '.join(missing) or 'everything'}; not of this version?")
+        raise UserError(
+            f"{path}: lacks {', '.join(missing) or 'everything'}; expected a file of this version"
+        )
     return content
 
 

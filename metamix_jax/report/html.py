@@ -1,4 +1,4 @@
-"""report.html: one file that tells what a run was asked and what came out, without a network."""
+"""report.html: a self-contained page on a run's request and outcome, viewable offline."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from metamix_jax.report.style import STYLE
 from metamix_jax.workdir.files import write_bytes_atomic
 
 NAME = "report.html"
-# Holds the page to what it carries, whatever a name inside it may say.
+# Blocks all external content, whatever markup a name on the page may contain.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SECTIONS = (
     sections.summary, bits_section, logits_section, sections.accuracy, sections.curves,
@@ -21,13 +21,13 @@ _SECTIONS = (
 
 
 def write_report(workdir: Path) -> Path:
-    """Writes report.html from the files of a finished run's workdir and returns its path.
+    """Writes report.html from the files in a finished run's workdir and returns its path.
 
     Raises:
-      UserError: a file is missing, or is not what a run writes.
+      UserError: a file is missing or invalid.
     """
     path = workdir / NAME
-    # A path that is no UTF-8 comes with surrogates, which are written as question marks.
+    # A path that is not UTF-8 contains surrogates, which are written as question marks.
     write_bytes_atomic(path, page(read_finished(workdir)).encode(errors="replace"))
     return path
 

@@ -1,7 +1,7 @@
-"""How the search went: per layer, the softmax shares of its candidates against the step.
+"""The course of the search: each layer's candidate probabilities against the step.
 
-Read from rows {"kind": "logits", "step": 120, "logits": {layer path: [one number a candidate]}} of
-metrics.jsonl; a run without such rows has no such section.
+Reads rows {"kind": "logits", "step": 120, "logits": {layer path: [one per candidate]}} of
+metrics.jsonl; the section is omitted for runs without such rows.
 """
 
 import itertools
@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from metamix_jax.report.finished import Finished
 from metamix_jax.report.markup import Markup, Section, breakable, element, folded, join, section
 
-_POINTS = 60  # of a line, at most; a long search would fill the page
+_POINTS = 60  # maximum per line, which bounds the page size of long searches
 _WIDTH, _HEIGHT = 160, 70
-_MANY = 24  # charts; more are folded
+_MANY = 24  # more charts than this are folded
 _STYLES = 9  # dash patterns and colours in style.py
 
 
 def logits_section(run: Finished) -> Section | None:
-    """Returns one small chart per searched layer, or None where no logits were written down."""
+    """Returns one small chart per searched layer; None if no logits were recorded."""
     rows = [row for row in run.rows if row["kind"] == "logits" and _whole(row["logits"])]
     if not rows or run.policy is None:
         return None
@@ -27,7 +27,7 @@ def logits_section(run: Finished) -> Section | None:
     layers = {
         layer: [softmax(row["logits"][layer]) for row in rows] for layer in rows[-1]["logits"]
     }
-    # One scale for all layers, or those that were decided would look like those that were not.
+    # One scale for all layers, so that decided and undecided layers look different.
     every = [share for shares in layers.values() for row in shares for share in row]
     low, high = min(every), max(every)
     figures, used = [], 0
@@ -39,19 +39,19 @@ def logits_section(run: Finished) -> Section | None:
     charts = _legend(_names(run, used)), element("div", *figures, class_="multiples")
     return section(
         "logits",
-        "How the search went",
+        "Course of the search",
         element(
             "p",
-            f"Softmax share of each candidate, {100 * low:.0f} to {100 * high:.0f} % in every "
-            f"chart, from step {steps[0]} to {steps[-1]}; the thick line is the candidate that "
-            "ends highest. A policy that departs from it was moved to meet the budget.",
+            f"Softmax probability of each candidate, {100 * low:.0f} to {100 * high:.0f} % in "
+            f"every chart, from step {steps[0]} to {steps[-1]}; the thick line is the candidate "
+            "that ends highest. Where the policy differs, it was adjusted to meet the budget.",
         ),
         folded(f"All {len(figures)} layers", *charts) if len(figures) > _MANY else join(*charts),
     )
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
-    """Returns the shares of the candidates."""
+    """Returns the candidates' probabilities."""
     greatest = max(logits)
     powers = [math.exp(logit - greatest) for logit in logits]
     return [power / sum(powers) for power in powers]
@@ -108,8 +108,8 @@ def _legend(names: list[str]) -> Markup:
 
 
 def _names(run: Finished, count: int) -> list[str]:
-    """Returns what the candidates are called, in the order of the branches."""
-    # As precision.bit_candidates, which needs JAX: of one activation width, each weight width.
+    """Returns the candidates' display names, in branch order."""
+    # The order of precision.bit_candidates, which cannot be imported here because it needs JAX.
     widths = run.config.get("quant.act_bits"), run.config.get("quant.weight_bits")
     known = all(isinstance(each, list) for each in widths)
     pairs = list(itertools.product(*widths)) if known else []
@@ -125,7 +125,7 @@ def _spellings(bits: tuple[int, int]) -> tuple[str, str]:
 
 
 def _whole(logits: Mapping[str, Sequence[float | None]]) -> bool:
-    # What was not finite is null in the file.
+    # Non-finite values are null in the file.
     return bool(logits) and all(None not in row for row in logits.values())
 
 
@@ -135,7 +135,7 @@ def _chosen(run: Finished, layer: str) -> tuple[int, int] | None:
 
 
 def _spread(count: int) -> list[int]:
-    """Returns up to _POINTS indices below `count`, the first and the last among them."""
+    """Returns up to _POINTS evenly spaced indices below `count`, including first and last."""
     if count <= _POINTS:
         return list(range(count))
     return [round(i * (count - 1) / (_POINTS - 1)) for i in range(_POINTS)]

@@ -1,4 +1,4 @@
-"""HTML from nested calls: text is escaped where it enters an element, so it cannot be forgotten."""
+"""HTML from nested calls; text is escaped as it enters an element, so escaping is automatic."""
 
 import html
 import re
@@ -9,17 +9,17 @@ _VOID = ("img", "meta", "source", "wbr")
 
 
 class Markup(str):
-    """Text that is HTML already; any other text is escaped when it becomes part of an element."""
+    """Text that already is HTML; all other text is escaped on entering an element."""
 
 
 def element(name: str, /, *children: object, **attributes: object) -> Markup:
     """Returns `<name attributes>children</name>`.
 
     Args:
-      name: of the element.
-      *children: Markup, anything with a text, or None for nothing.
-      **attributes: by name, `class_` for a word that Python keeps and `aria_hidden` for a hyphen;
-        None leaves one out.
+      name: tag name.
+      *children: Markup, anything convertible to str, or None to omit.
+      **attributes: a trailing underscore (`class_`) is stripped, others (`aria_hidden`) become
+        hyphens; None omits the attribute.
     """
     texts = [
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
@@ -31,7 +31,7 @@ def element(name: str, /, *children: object, **attributes: object) -> Markup:
 
 
 def join(*children: object) -> Markup:
-    """Returns the children of an element, one after the other."""
+    """Returns the concatenated children of an element."""
     return Markup(
         "".join(
             child if isinstance(child, Markup) else html.escape(str(child))
@@ -42,12 +42,12 @@ def join(*children: object) -> Markup:
 
 
 def breakable(path: str) -> Markup:
-    """Returns a layer's path that may wrap after its slashes and underscores."""
+    """Returns a layer path that may wrap after slashes and underscores."""
     return Markup(re.sub("([/_])", r"\1<wbr>", html.escape(path)))
 
 
 class Section(NamedTuple):
-    """A part of the page; `#name` leads to it."""
+    """A section of the page, linked as `#name`."""
 
     name: str
     title: str
@@ -68,13 +68,13 @@ def table(
     texts: Container[int] = (0,),
     last: bool = False,
 ) -> Markup:
-    """Returns a table in a box that scrolls by itself where the page is narrow.
+    """Returns a table in a box that scrolls horizontally on narrow pages.
 
     Args:
-      caption: what the table shows.
+      caption: the table's caption.
       columns: headings.
-      rows: cells, as many as there are columns; the first one heads its row.
-      texts: the columns that hold text, not numbers.
+      rows: cells, one per column; the first is the row's heading.
+      texts: indices of the columns with text rather than numbers.
       last: whether the last row is a total.
     """
     kinds = ["text" if i in texts else "number" for i in range(len(columns))]
@@ -94,12 +94,12 @@ def table(
 
 
 def scrolling(label: str, content: Markup) -> Markup:
-    """Returns `content` in a box that scrolls sideways, by keyboard too."""
+    """Returns `content` in a box that scrolls horizontally, also by keyboard."""
     return element("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 
 def facts(pairs: dict[str, object]) -> Markup:
-    """Returns a list of names and values; those without a value are left out."""
+    """Returns a list of names and values; empty values are omitted."""
     shown = {name: value for name, value in pairs.items() if value not in (None, "")}
     entries = (
         element("div", element("dt", name), element("dd", value)) for name, value in shown.items()
@@ -108,7 +108,7 @@ def facts(pairs: dict[str, object]) -> Markup:
 
 
 def folded(title: str, *children: object) -> Markup:
-    """Returns what shows when its title is opened."""
+    """Returns a collapsed block that opens when its title is clicked."""
     return element("details", element("summary", title), *children)
 
 

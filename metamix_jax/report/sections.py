@@ -1,4 +1,4 @@
-"""The parts of report.html that are words and tables; None where a run has nothing for one."""
+"""The text and table sections of report.html; None if a section does not apply to a run."""
 
 import base64
 import json
@@ -17,24 +17,18 @@ from metamix_jax.report.markup import (
 )
 from metamix_jax.workdir import bucket
 
-_UNITS = {
-    "fraction": "of the BOPs of the uniform 4/4 network",
-    "gbops": "GBOPs",
-    "average_act_bits": "activation bits on average",
-    "mebibytes": "MiB of weights",
-}
 _STATISTICS = ("running", "re-estimated")
 _BOTH_STATISTICS = (
-    "Running statistics of batch normalization are those that training left, shared by all "
-    "bit-widths; re-estimated ones are taken anew at the bits that are judged."
+    "Running batch normalization statistics come from training and are shared by all bit-widths; "
+    "re-estimated ones are recomputed at the bits being evaluated."
 )
 
 
 def lead(run: Finished) -> Markup:
-    """Returns the outcome in a sentence."""
+    """Returns the outcome in one sentence."""
     results = run.results
     first = f"{tables.percent(results['top1'])}\u00a0% top-1"
-    stopped = " The run stopped after the search: nothing is fine-tuned."
+    stopped = " The run stopped after the search: the network is not fine-tuned."
     return element(
         "p",
         element("strong", first),
@@ -45,7 +39,7 @@ def lead(run: Finished) -> Markup:
 
 
 def summary(run: Finished) -> Section:
-    """Returns what was asked and what came out."""
+    """Returns the summary of request and outcome."""
     results, config, policy = run.results, run.config, run.policy
     final = results["evaluations"][-1]
     ends, image = config.get("quant.first_last_bits"), config.get("quant.image_bits")
@@ -53,15 +47,15 @@ def summary(run: Finished) -> Section:
         "Network": results["model"],
         "Image size": f"{policy['image_size'] if policy else config.get('data.image_size')} pixels",
         "Data": f"{config.get('data.name')}, trained on {config.get('data.train_split')}, "
-        f"judged on {config.get('data.eval_split')}",
-        "Starts from": config.get("pretrained") or "weights trained here",
+        f"evaluated on {config.get('data.eval_split')}",
+        "Initial weights": config.get("pretrained") or "trained in this run",
         "Searcher": f"{results['searcher']} (seed {config.get('seed')})",
     }
     came_out = {
         "Top-1": f"{tables.percent(results['top1'])} %, {results['correct']} of "
-        f"{results['examples']} right",
+        f"{results['examples']} correct",
         "Top-5": f"{tables.percent(results['top5'])} %",
-        "Judged with": f"activations {final['precision']}, weights {final['weights']}, "
+        "Evaluated with": f"activations {final['precision']}, weights {final['weights']}, "
         f"BN statistics {results['statistics']}",
         "Bit operations": _spent(run),
     }
@@ -70,8 +64,10 @@ def summary(run: Finished) -> Section:
             "Candidate bits": f"activations {_listed(config.get('quant.act_bits'))}; "
             f"weights {_listed(config.get('quant.weight_bits'))}",
             "First and last layer": f"{ends} bits, the image {image}; not searched",
-            "Budget": f"{config.get('budget.value')} {_UNITS.get(config.get('budget.unit'), '')}",
+            "Budget": _asked_budget(run),
         }
+        if budget := results.get("budget"):
+            came_out["Spent"] = f"{budget['cost']:.6g} of {budget['limit']:.6g} {budget['unit']}"
         came_out |= {
             "Average bits": f"activations {results['average_act_bits']:.2f}, "
             f"weights {tables.percent(results.get('average_weight_bits'))}",
@@ -87,11 +83,11 @@ def summary(run: Finished) -> Section:
     }
     return section(
         "summary",
-        "What was asked and what came out",
+        "Summary",
         element(
             "div",
-            element("div", element("h3", "Asked"), facts(asked)),
-            element("div", element("h3", "Came out"), facts(came_out)),
+            element("div", element("h3", "Request"), facts(asked)),
+            element("div", element("h3", "Outcome"), facts(came_out)),
             class_="halves",
         ),
         element("p", note, class_="note"),
@@ -99,7 +95,7 @@ def summary(run: Finished) -> Section:
 
 
 def accuracy(run: Finished) -> Section:
-    """Returns the accuracy after each phase, running and re-estimated statistics side by side."""
+    """Returns the accuracy after each phase, with running and re-estimated statistics."""
     evaluations = run.results["evaluations"]
     present = [kind for kind in _STATISTICS if any(e["statistics"] == kind for e in evaluations)]
     rows: list[list[object]] = []
@@ -112,7 +108,7 @@ def accuracy(run: Finished) -> Section:
             + [tables.percent(e["top5"]) if e else "" for e in found]
             + [f"{e['correct']}/{e['examples']}" if e else "" for e in found]
         )
-    # What matters most stands where a narrow screen shows it.
+    # The most important columns first, where narrow screens show them.
     top1, top5, correct = (
         [join(what, " ", element("span", kind)) for kind in present]
         for what in ("top-1 %", "top-5 %", "correct")
@@ -128,7 +124,7 @@ def accuracy(run: Finished) -> Section:
 
 
 def curves(run: Finished) -> Section:
-    """Returns the learning curves, drawn twice: for wide and for narrow screens."""
+    """Returns the learning curves, drawn for wide and for narrow screens."""
     wide, narrow = (
         "data:image/svg+xml;base64,"
         + base64.b64encode(charts.learning_curves_svg(run.rows, narrow=narrow)).decode()
@@ -136,8 +132,8 @@ def curves(run: Finished) -> Section:
     )
     phases = ", ".join(dict.fromkeys(row["phase"] for row in run.rows if row["kind"] == "train"))
     text = (
-        f"Training loss and top-1 accuracy against the step, through the phases {phases}. "
-        "The accuracies are those of the table above."
+        f"Training loss and top-1 accuracy against the step, over the phases {phases}. "
+        "The table above lists the accuracies."
     )
     picture = element(
         "picture",
@@ -155,7 +151,7 @@ def curves(run: Finished) -> Section:
 
 
 def time(run: Finished) -> Section:
-    """Returns steps and seconds by phase, and what the search cost."""
+    """Returns steps and seconds by phase, and the cost of the search."""
     results, cost = run.results, run.results["search_cost"]
     phases = results["phases"]
     rows: list[list[object]] = [
@@ -165,7 +161,7 @@ def time(run: Finished) -> Section:
     steps = sum(entry["steps"] for entry in phases.values())
     seconds = sum(entry["seconds"] for entry in phases.values())
     rows.append(["total", steps, *_seconds(seconds, steps)])
-    columns: list[object] = ["phase", "steps", "seconds", "seconds a step"]
+    columns: list[object] = ["phase", "steps", "seconds", "seconds per step"]
     spent = {
         "Steps": cost["steps"],
         "Time": _duration(cost["seconds"]),
@@ -174,31 +170,38 @@ def time(run: Finished) -> Section:
     return section(
         "time",
         "Search cost and training time",
-        element("p", "The search took:" if cost["steps"] else "No step was spent on a search."),
+        element("p", "The search took:" if cost["steps"] else "The search took no training steps."),
         facts(spent) if cost["steps"] else None,
-        element("p", "Compilation and evaluation are not counted."),
+        element("p", "Compilation and evaluation are excluded."),
         table("Training by phase", columns, rows, last=True),
     )
 
 
 def environment(run: Finished) -> Section:
-    """Returns the device and the versions."""
+    """Returns the device and the library versions."""
     pairs = {"Device": run.results["device"], **run.results["versions"]}
     return section("environment", "Environment", facts(pairs))
 
 
 def configuration(run: Finished) -> Section:
     """Returns every field of the configuration, folded."""
-    # Written as JSON, so that a text and a number differ.
+    # As JSON, to distinguish strings from numbers.
     rows: list[list[object]] = [
         [key, json.dumps(value, ensure_ascii=False)] for key, value in run.config.items()
     ]
-    listing = table("Configuration as it was resolved", ["field", "value"], rows, texts=(0, 1))
+    listing = table("Resolved configuration", ["field", "value"], rows, texts=(0, 1))
     return section(
         "configuration",
         "Configuration",
         folded(f"All {len(rows)} fields", listing),
     )
+
+
+def _asked_budget(run: Finished) -> str:
+    if budget := run.results.get("budget"):
+        return budget["asked"]
+    # Runs of earlier versions do not describe it in words.
+    return f"{run.config.get('budget.value')} ({run.config.get('budget.unit')})"
 
 
 def _spent(run: Finished) -> str:
@@ -212,7 +215,7 @@ def _listed(values: object) -> object:
 
 
 def _seconds(seconds: float, steps: int) -> tuple[str, str]:
-    # A phase that the run did not come to has taken no time.
+    # A phase that the run did not reach has no time.
     return (f"{seconds:,.1f}", f"{seconds / steps:.3f}") if seconds and steps else ("-", "-")
 
 

@@ -1,8 +1,8 @@
-"""The style sheet of report.html: light, fluid, printable, and told apart without colour."""
+"""The style sheet of report.html: light, fluid, printable and readable without colour."""
 
 from metamix_jax.report.markup import Markup
 
-# Candidates of the search: colours that differ in lightness too, and dashes.
+# Lines of the search's candidates: dash patterns, and colours that also differ in lightness.
 _LINES = (
     ("#1b4f8f", "none"), ("#c2570c", "6 3"), ("#0f766e", "2 2"), ("#7e22ce", "8 2 2 2"),
     ("#a16207", "4 4"), ("#be123c", "1 3"), ("#334155", "10 3"), ("#15803d", "6 2 1 2"),

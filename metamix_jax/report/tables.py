@@ -1,4 +1,4 @@
-"""Terminal tables as plain text: ASCII, as wide as their content, nothing cut off."""
+"""Terminal tables as plain ASCII text, as wide as their content, without truncation."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ GIGA = 1e9
 
 
 def policy_table(policy: Mapping[str, Any]) -> str:
-    """Returns the chosen bits and their cost per layer, and the distance to the budget.
+    """Returns the chosen bits and their cost per layer, and the margin to the budget.
 
     Args:
-      policy: the object of policy.json.
+      policy: the content of policy.json.
     """
     layers = policy["layers"]
     total = bops(policy)
@@ -40,11 +40,11 @@ def policy_table(policy: Mapping[str, Any]) -> str:
 
 
 def cost_table(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> str:
-    """Returns what each layer costs, and what the network costs at most and at least.
+    """Returns the cost of each layer, and the maximum and minimum cost of the network.
 
     Args:
-      rows: {layer, macs, act_bits, weight_bits, candidates, mbops} per layer; `mbops` are those at
-        `act_bits`, and a fixed layer has one candidate.
+      rows: {layer, macs, act_bits, weight_bits, candidates, mbops} per layer; `mbops` is at
+        `act_bits` and `weight_bits`; a fixed layer has one candidate.
       totals: {macs, gbops_uniform: {"8": ..., ...}, gbops_min, gbops_max}.
     """
     table = make_table(
@@ -93,7 +93,7 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def layer_rows(policy: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns {layer, macs, act_bits, weight_bits, bops, share, fixed} per layer, in order.
 
-    `share` is in percent; `fixed` are the first and the last layer, which are never searched.
+    `share` is in percent; `fixed` marks the first and the last layer, which are never searched.
     """
     layers = policy["layers"]
     total = bops(policy)
@@ -115,8 +115,8 @@ def by_statistics(evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     """Returns one row per step, phase, precision and weights, with a dict `by_statistics`.
 
     Args:
-      evaluations: as for `accuracy_table`; `by_statistics` maps "running" and "re-estimated", where
-        there are such, to theirs.
+      evaluations: as for `accuracy_table`; `by_statistics` maps "running" and "re-estimated", as
+        far as present, to the evaluation.
     """
     rows: dict[tuple, dict[str, Any]] = {}
     for evaluation in evaluations:
@@ -164,7 +164,7 @@ def budget_line(policy: Mapping[str, Any]) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Returns two decimals without a sign; a dash for what is not finite."""
+    """Returns a percentage with two decimals, without the sign; "-" for None (non-finite)."""
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -186,7 +186,7 @@ def make_table(title: str | None, left: int = 1, **columns: str | None) -> Table
 
 def table_text(table: Table) -> str:
     """Returns the table as text that ends with a newline."""
-    # Wider than any table, and no markup: a layer path may hold brackets.
+    # Wider than any table; no markup, because layer paths may contain brackets.
     stream = io.StringIO()
     console = Console(
         file=stream, width=1000, color_system=None, force_terminal=False, markup=False,

@@ -1,1 +1,1 @@
-"""Processes, devices, signals, memory and progress: what a program runs on."""
+"""The runtime environment: processes, devices, memory, signals and progress output."""

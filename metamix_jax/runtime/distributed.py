@@ -1,8 +1,8 @@
-"""Several processes of one run: how they find each other, and what only the first of them does.
+"""Multi-process runs: connecting the processes, and what only process 0 does.
 
-All of them run the same program on their part of every batch. Only process 0 writes the workdir's
-files; the others write theirs into a folder that is thrown away. Checkpoints are written by all of
-them together, which is Orbax's business.
+All processes run the same program on their shard of every batch. Only process 0 writes the
+workdir's files; the others write to a temporary directory. All of them write checkpoints, which
+Orbax coordinates.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from ml_collections import ConfigDict
 from metamix_jax.errors import UserError
 
 _MESSAGE_BYTES = 2000
-# In what JAX raises where another process has gone: names of what processes talk by.
+# Substrings of the errors that JAX raises once another process has died.
 _LOST = ("Gloo ", "NCCL", "coordination service", "heartbeat", "Connection reset by peer")
 
 
 def initialize(config: ConfigDict | None) -> None:
-    """Connects the processes as config.distributed says; before anything else is asked of JAX.
+    """Connects the processes as config.distributed says; call before any other use of JAX.
 
-    None (modes that need no configuration) is a single process.
+    None (modes without a configuration) means a single process.
 
     Raises:
-      UserError: they cannot be found, or the fields do not fit together.
+      UserError: the processes cannot be connected, or the fields are inconsistent.
     """
     if config is None:
         return
@@ -41,7 +41,7 @@ def initialize(config: ConfigDict | None) -> None:
             f"config.distributed.process={options.process}: expected 0 to processes - 1, with "
             f"config.distributed.processes={options.processes}"
         )
-    # What CPUs talk to each other with; accelerators have their own.
+    # For CPU devices; accelerators bring their own collectives.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     explicit = (options.coordinator, options.processes, options.process)
     try:
@@ -55,18 +55,18 @@ def initialize(config: ConfigDict | None) -> None:
 
 
 def shows_lost_process(error: BaseException) -> bool:
-    """Returns whether an error is what the end of another process of the run looks like here."""
+    """Returns whether an error was caused by the death of another process of the run."""
     return jax.process_count() > 1 and any(part in str(error) for part in _LOST)
 
 
 def is_first() -> bool:
-    """Returns whether this process writes the files that all of them share."""
+    """Returns whether this is process 0, which writes the shared files."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def files_of(workdir: Path) -> Iterator[Path]:
-    """The folder that this process writes its files to: the workdir, or one that goes."""
+    """Yields the directory to write files to: the workdir on process 0, else a temporary one."""
     if is_first():
         yield workdir
         return
@@ -75,7 +75,7 @@ def files_of(workdir: Path) -> Iterator[Path]:
 
 
 def agree(error: UserError | None) -> None:
-    """Waits for all processes and raises in each the error that the first has met, if any."""
+    """Waits for all processes and raises process 0's error, if any, in each of them."""
     if jax.process_count() == 1:
         if error is not None:
             raise error
@@ -90,25 +90,25 @@ def agree(error: UserError | None) -> None:
 
 @contextlib.contextmanager
 def others_wait() -> Iterator[Callable[[], None]]:
-    """What the first process does in the block, the others wait for at its end.
+    """Makes the other processes wait at the end of the block until process 0 gets there.
 
-    They cannot wait for longer than half a minute at a time, so the first one is to call what it
-    gets every few seconds.
+    A collective times out after about half a minute, so process 0 must call the yielded function
+    every few seconds to keep the others waiting.
     """
     try:
-        yield functools.partial(_told, True)
+        yield functools.partial(_broadcast, True)
     finally:
-        while _told(False):
-            pass  # the first one says no, the others hear it
+        while _broadcast(False):
+            pass  # process 0 sends False; the others loop until they receive it
 
 
-def _told(value: bool) -> bool:
-    """Returns in each process the value of the first."""
+def _broadcast(value: bool) -> bool:
+    """Returns process 0's value in every process."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until all processes have come to `what`."""
+    """Waits until all processes have reached the barrier named `what`."""
     multihost_utils.sync_global_devices(what)

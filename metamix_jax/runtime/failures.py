@@ -1,4 +1,4 @@
-"""What went wrong when a disk or memory is full or a process gone, in words that help."""
+"""Actionable errors for a full disk, exhausted memory or a lost process."""
 
 import contextlib
 import errno
@@ -19,8 +19,9 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 @contextlib.contextmanager
 def explained(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Turns what a full disk or memory, or the end of another process, raises inside into a
-    RunError; other errors pass.
+    """Converts errors from a full disk, out of memory or a lost process into RunError.
+
+    Other errors propagate unchanged.
     """
     try:
         yield
@@ -30,8 +31,8 @@ def explained(workdir: Path, config: ConfigDict) -> Iterator[None]:
         if distributed.shows_lost_process(error):
             cause = " ".join(str(error).split())[:200]
             raise LostProcessError(
-                f"another process of this run is gone ({cause}); start all of them again, they go "
-                f"on from the newest checkpoint in {workdir}"
+                f"lost another process of this run ({cause}); restart all processes to resume from "
+                f"the newest checkpoint in {workdir}"
             ) from error
         message = _explanation(error, workdir, config)
         if message is None:
@@ -40,17 +41,17 @@ def explained(workdir: Path, config: ConfigDict) -> Iterator[None]:
 
 
 def require_room(workdir: Path, state: Any, saves: int) -> None:
-    """Looks ahead, before hours of training: is there room for so many checkpoints of `state`?
+    """Checks before training that the disk has room for `saves` checkpoints of `state`.
 
     Raises:
-      RunError: less is free; says how much, and how much is needed.
+      RunError: there is too little free space; states free and required MiB.
     """
     needed = saves * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(workdir).free
     if free < needed:
         raise RunError(
             f"{workdir}: {free / 2**20:.1f} MiB free, but {saves} more checkpoints need "
-            f"{needed / 2**20:.1f} MiB; make room or take another --workdir"
+            f"{needed / 2**20:.1f} MiB; free some space or use another --workdir"
         )
 
 
@@ -59,17 +60,17 @@ def _explanation(error: Exception, workdir: Path, config: ConfigDict) -> str | N
     if getattr(error, "errno", None) in _DISK_ERRORS or any(part in text for part in _DISK_FULL):
         free = shutil.disk_usage(workdir).free
         return (
-            f"{workdir}: the disk is full ({free / 2**20:.1f} MiB free), something could not be "
-            "written; complete checkpoints are kept: make room, and the same command goes on from "
-            f"the newest ({text[:200]})"
+            f"{workdir}: disk full ({free / 2**20:.1f} MiB free); complete checkpoints are kept: "
+            "free some space and run the same command to resume from the newest "
+            f"({text[:200]})"
         )
     out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text
     if out_of_memory:
         return (
             f"out of memory with config.batch_size={config.batch_size} and "
             f"config.eval.batch_size={config.eval.batch_size} over {jax.device_count()} devices "
-            f"({text[:200] or 'on the host'}); lower the one that was at work (or raise "
-            "config.accumulation_steps), or config.data.in_memory_gib if it was the host's, or use "
-            "more devices"
+            f"({text[:200] or 'on the host'}); lower the batch size in use (or raise "
+            "config.accumulation_steps), use more devices, or, if host memory ran out, lower "
+            "config.data.in_memory_gib"
         )
     return None

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the first asks a run to save and stop, the second ends it at once."""
+"""SIGTERM and SIGINT: the first makes a run save and stop, the second kills it immediately."""
 
 import os
 import signal
@@ -16,13 +16,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
-    """Notices the signals; a context manager, which only the main thread can enter.
+    """Context manager that catches the signals; only the main thread can enter it.
 
-    A thread of its own reads them from a pipe that they are written to as they arrive: Python's
-    handlers would have to wait for the compilation or the step that the main thread is in.
+    A dedicated thread reads them from the wakeup pipe as they arrive: Python's own handlers would
+    have to wait until the main thread returns from compilation or a step.
 
-    Of several processes JAX notices the SIGTERM that one of them gets, and has all of them agree
-    on a step; SIGINT and a second SIGTERM are then not handled here.
+    With several processes, JAX detects a SIGTERM sent to any of them and makes all agree on a step;
+    SIGINT and a second SIGTERM are then not handled here.
     """
 
     def __init__(self) -> None:
@@ -30,18 +30,18 @@ class Interruption:
         self._alone = jax.process_count() == 1
 
     def requested_at(self, step: int) -> bool:
-        """Returns whether to save and stop at `step`; processes ask at each step and agree."""
+        """Returns whether to save and stop at `step`; every process must call it at every step."""
         if not self._alone and multihost_utils.reached_preemption_sync_point(step):
             self._signals.append(signal.SIGTERM)
         return bool(self._signals)
 
     def stop_if_requested(self, step: int) -> None:
-        """Raises InterruptedRunError if a signal has come; `step` is what has been saved."""
+        """Raises InterruptedRunError if a signal has arrived; `step` is the step saved."""
         if self._signals:
             name = signal.Signals(self._signals[0]).name
             raise InterruptedRunError(
-                f"stopped by {name} at step {step}, which is saved; the same command goes on from "
-                "there"
+                f"stopped by {name} at step {step}, checkpoint saved; run the same command to "
+                "resume"
             )
 
     def __enter__(self) -> Self:
@@ -71,17 +71,17 @@ class Interruption:
             if number not in _SIGNALS:
                 continue
             if self._signals:
-                _print(f"{signal.Signals(number).name} again: stopping at once, nothing is saved")
+                _print(f"second {signal.Signals(number).name}: stopping immediately, nothing saved")
                 os._exit(128 + number)
             self._signals.append(number)
             _print(
-                f"{signal.Signals(number).name}: saving after this step and stopping; once more "
-                "stops at once"
+                f"{signal.Signals(number).name}: saving and stopping after this step; a second "
+                "signal stops immediately"
             )
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """What is to be done is done by the thread, when the signal's number comes through the pipe."""
+    """Does nothing: the thread acts once the signal's number arrives through the pipe."""
 
 
 def _print(text: str) -> None:

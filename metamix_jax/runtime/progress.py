@@ -1,4 +1,4 @@
-"""Signs of life on stderr: a bar or lines for loops, a heartbeat for anything else slow."""
+"""Progress on stderr: a bar or plain lines for loops, a heartbeat for other slow operations."""
 
 import collections
 import contextlib
@@ -11,15 +11,15 @@ from typing import Any, Self, TextIO
 
 from tqdm import tqdm
 
-_WINDOW_SECONDS = 30.0  # of work over which the rate is taken
-_BAR_REFRESH_SECONDS = 0.5  # reading a loss waits for the device, so not at every step
+_WINDOW_SECONDS = 30.0  # of active time over which the rate is measured
+_BAR_REFRESH_SECONDS = 0.5  # reading a loss blocks on the device, so not at every step
 
 
 class Progress:
-    """Progress of a loop: a bar on a terminal, elsewhere a plain line every few seconds.
+    """Progress of a loop: a bar on a terminal, otherwise a plain line every few seconds.
 
-    A context manager. `description` (the phase) may be set between updates; the rate then starts
-    anew, because phases differ in speed.
+    A context manager. `description` (the phase) may be set between updates, which resets the rate,
+    because phases differ in speed.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Progress:
         self._heartbeat = _Heartbeat(interval, self._show_slow_step)
 
     def update(self, step: int, **numbers: Any) -> None:
-        """Tells that `step` steps are done; shows `numbers` when it is time.
+        """Records that `step` steps are done and shows `numbers` if a refresh is due.
 
-        Numbers may be JAX scalars: they are read, and so waited for, only when they are shown.
+        Numbers may be JAX scalars: they are read, which blocks on the device, only when shown.
         """
         self._step, self._numbers, self._updated_at = step, numbers, self._clock()
         if self.description != self._rate_description:
@@ -72,7 +72,7 @@ class Progress:
 
     @property
     def images_per_second(self) -> float:
-        """Images per second of the last half minute outside of pauses; 0 while not known."""
+        """Images per second over the last 30 s outside of pauses; 0 while unknown."""
         (first_step, first), (last_step, last) = self._points[0], self._points[-1]
         if last <= first:
             return 0.0
@@ -80,7 +80,7 @@ class Progress:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Takes what runs inside (evaluation, compilation) out of the rate; hides the bar."""
+        """Excludes the block (evaluation, compilation) from the rate and hides the bar."""
         started = self._clock()
         self._pauses += 1
         if self._bar is not None:
@@ -108,7 +108,7 @@ class Progress:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._heartbeat.stop()
-        # After a failure the numbers may belong to a computation that failed: do not read them.
+        # After a failure the numbers may come from the failed computation: do not read them.
         if kind is None and self._shown_step != self._step:
             self._show()
         if self._bar is not None:
@@ -131,7 +131,7 @@ class Progress:
         self._print_line(line)
 
     def _show_slow_step(self, _: float) -> None:
-        # Called by the heartbeat: must not read the numbers, the device may still be at work.
+        # Called by the heartbeat: must not read the numbers, the device may still be computing.
         waited = self._clock() - self._updated_at
         if self._pauses or waited < self._interval:
             return
@@ -149,9 +149,9 @@ class Progress:
 
 @contextlib.contextmanager
 def waiting(what: str, *, interval: float = 5.0, stream: TextIO | None = None) -> Iterator[None]:
-    """Prints `what ...` at once and the elapsed time every `interval` seconds until the block ends.
+    """Prints `what ...` immediately, then the elapsed time every `interval` seconds.
 
-    What took longer than `interval` is summed up in a last line.
+    A block that took longer than `interval` gets a final line with its total time.
     """
     stream = stream or sys.stderr
     _print(f"{what} ...", stream)
@@ -202,7 +202,7 @@ def _can_show_bar(stream: TextIO) -> bool:
     if not stream.isatty():
         return False
     try:
-        # Terminals inside containers may claim to have no columns; a bar would be empty there.
+        # Terminals in containers may report zero columns, which would make the bar empty.
         return os.get_terminal_size(stream.fileno()).columns > 0
     except OSError:
         return True
@@ -217,5 +217,5 @@ def _format(value: Any) -> str:
 
 
 def _print(text: str, stream: TextIO) -> None:
-    stream.write(text + "\n")  # one write, so that threads do not mix their lines
+    stream.write(text + "\n")  # a single write, so that threads' lines do not interleave
     stream.flush()

@@ -1,4 +1,4 @@
-"""Devices: one `data` axis over all of them; batches are split along it, everything else copied."""
+"""The device mesh: one `data` axis; batches are sharded along it, everything else is replicated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def make_mesh() -> Mesh:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
-    """Raises UserError unless each of `parts` micro-batches splits evenly over the devices."""
+    """Raises UserError unless each of `parts` micro-batches shards evenly over the devices."""
     if batch_size % (mesh.size * parts):
         times = f" times config.accumulation_steps={parts}" if parts > 1 else ""
         raise UserError(
@@ -27,7 +27,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns the global batch on the devices, from this process's part of it."""
+    """Returns the global batch sharded over the devices, given this process's part of it."""
     rows = NamedSharding(mesh, P("data"))
     return {
         name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()
@@ -35,14 +35,14 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns `tree` with every leaf, the same in all processes, copied to every device."""
+    """Returns `tree` replicated on every device; leaves must be equal in all processes."""
     everywhere = NamedSharding(mesh, P())
     if jax.process_count() == 1:
         return jax.device_put(tree, everywhere)
 
     def copy(leaf: jax.Array) -> jax.Array:
         if not leaf.is_fully_addressable:
-            return leaf  # there already
+            return leaf  # already replicated
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = copy(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -52,7 +52,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def replicated_target(tree: Any, mesh: Mesh) -> Any:
-    """Returns `tree` as shapes to restore onto every device."""
+    """Returns `tree` as abstract arrays, to be restored replicated on every device."""
     everywhere = NamedSharding(mesh, P())
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from metamix_jax.networks.precision import FULL_BITS, Bits, LayerCost, Precision
 
 LayerCosts = Mapping[str, LayerCost]  # layer path -> facts, in network order
-Policy = Mapping[str, Bits]  # layer path -> the widths it runs at, all layers
+LayerBits = Mapping[str, Bits]  # layer path -> the widths it runs at, all layers
 GIGA = 1e9
 
 
@@ -42,12 +42,12 @@ def layer_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str
     return {path.removesuffix("/cost"): cost for path, cost in _flat(recorded[0]).items()}
 
 
-def bops(costs: LayerCosts, bits: Policy) -> int:
+def bops(costs: LayerCosts, bits: LayerBits) -> int:
     """Returns the bit operations of one image, Eq. 6."""
     return sum(cost.macs * math.prod(bits[path]) for path, cost in costs.items())
 
 
-def gbops_at(costs: LayerCosts, bits: Policy, precision: Precision) -> float:
+def gbops_at(costs: LayerCosts, bits: LayerBits, precision: Precision) -> float:
     """Returns the GBOPs of a forward pass; what it does not quantize counts as 32 bits."""
     acts_full, weights_full = precision.activations == "full", precision.weights == "full"
     return (
@@ -86,6 +86,11 @@ def narrowest_bits(costs: LayerCosts) -> dict[str, Bits]:
     return {path: min(cost.candidates, key=math.prod) for path, cost in costs.items()}
 
 
+def bits_at(costs: LayerCosts, choice: Mapping[str, int]) -> dict[str, Bits]:
+    """Returns the widths of all layers at a branch of every searched one."""
+    return {path: cost.candidates[choice.get(path, 0)] for path, cost in costs.items()}
+
+
 def uniform_4_4(costs: LayerCosts) -> int:
     """Returns the BOPs with 4-bit activations and weights in all searched layers."""
     return sum(
@@ -94,13 +99,13 @@ def uniform_4_4(costs: LayerCosts) -> int:
     )
 
 
-def average_act_bits(costs: LayerCosts, bits: Policy) -> float:
+def average_act_bits(costs: LayerCosts, bits: LayerBits) -> float:
     """Returns the mean bits of the searched layers, weighted by their input activations."""
     sizes = {path: cost.act_elements for path, cost in costs.items() if cost.searched}
     return sum(bits[path].act * sizes[path] for path in sizes) / sum(sizes.values())
 
 
-def average_weight_bits(costs: LayerCosts, bits: Policy) -> float:
+def average_weight_bits(costs: LayerCosts, bits: LayerBits) -> float:
     """Returns the mean weight bits of the searched layers, weighted by their kernels' sizes."""
     sizes = {path: cost.weight_elements for path, cost in costs.items() if cost.searched}
     return sum(bits[path].weight * sizes[path] for path in sizes) / sum(sizes.values())
@@ -116,11 +121,6 @@ def totals(costs: LayerCosts) -> dict[str, Any]:
         "gbops_min": bops(costs, narrowest_bits(costs)) / GIGA,
         "gbops_max": bops(costs, widest_bits(costs)) / GIGA,
     }
-
-
-def branch_gbops(cost: LayerCost) -> tuple[float, ...]:
-    """Returns the GBOPs of a layer at each of its candidates."""
-    return tuple(cost.macs * math.prod(bits) / GIGA for bits in cost.candidates)
 
 
 def rows(costs: LayerCosts, reference_bits: int = 4) -> list[dict[str, Any]]:

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from metamix_jax.networks.precision import Bits
-from metamix_jax.selection.budget import Budget
+from metamix_jax.selection import cost as cost_lib
+from metamix_jax.selection.budget import TOLERANCE, Budget, within
 from metamix_jax.selection.cost import LayerCosts
+from metamix_jax.selection.cost_models import BOPS, bops_model
 
-TOLERANCE = 1e-9  # of the limit, for sums that are equal but for rounding
 GRID = 100_000  # parts of the limit that costs are rounded to where they have to be spent
 RESOLUTION = 1e-4  # of the greatest spread of a layer's values: less may be lost on the solver
 
@@ -23,16 +24,22 @@ def best_policy(
       costs: the network's layers.
       budget: the limit.
     """
-    choice = maximise(values, budget.branch_costs, budget.limit - budget.fixed_cost)
-    fixed = {path: cost.candidates[0] for path, cost in costs.items()}
-    return fixed | {path: costs[path].candidates[index] for path, index in choice.items()}
+    choice = maximise(values, budget.cost_model.branch_costs, budget.room)
+    return cost_lib.bits_at(costs, choice)
 
 
 def dearest(budget: Budget) -> float:
-    """Returns the greatest cost, in the budget's unit, of a policy inside it; see `spend`."""
-    table = budget.branch_costs
-    choice = spend(table, table, budget.limit - budget.fixed_cost)
-    return budget.fixed_cost + sum(table[path][index] for path, index in choice.items())
+    """Returns the greatest cost of a policy inside the budget; see `spend`."""
+    table = budget.cost_model.branch_costs
+    return budget.cost_model.cost_of(spend(table, table, budget.room))
+
+
+def most_gbops(costs: LayerCosts, budget: Budget) -> float:
+    """Returns a budget in GBOPs; for one on another cost, the most GBOPs it admits."""
+    if budget.cost_model.name == BOPS:
+        return budget.limit
+    bits = best_policy(bops_model(costs).branch_costs, costs, budget)
+    return cost_lib.bops(costs, bits) / cost_lib.GIGA
 
 
 def spend(
@@ -69,7 +76,7 @@ def spend(
             choice[path] = int(pick[cell])
             cell -= round(row[choice[path]] / limit * GRID)
         total = sum(costs[path][k] for path, k in choice.items())
-        if least - TOLERANCE * limit <= total <= limit * (1 + TOLERANCE):
+        if least - TOLERANCE * limit <= total and within(total, limit):
             return {path: choice[path] for path in costs}
     raise ValueError(f"no choice found that costs {least} to {limit}")
 
@@ -133,7 +140,7 @@ def _solve(
         if result.x is None:
             raise ValueError(f"no choice costs {limit} or less: {result.message}")
         picked = np.round(result.x)
-        if cost @ picked <= limit * (1 + TOLERANCE):
+        if within(cost @ picked, limit):
             break
         # The solver's own tolerance let this choice through: forbid it and solve again.
         constraints.append(LinearConstraint(picked[None], -np.inf, len(paths) - 1))

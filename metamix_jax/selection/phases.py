@@ -1,22 +1,22 @@
-"""Training phases as a table (MetaMix, Algorithm 1 and weight training).
+"""Training phases as rows (MetaMix, Algorithm 1 and weight training).
 
-A phase is a row: the gradient steps made on each batch, and how the network is evaluated. A
-searcher names the rows it needs; the loop in loop.py knows none of them.
+A phase is a row: how long it lasts, the gradient steps made on each batch, and how the network is
+evaluated. A row is made from the configuration by a function of the row's name, which is the only
+place where the configuration's ablations are read: whatever trains reads the row's fields and never
+its name. A searcher lists the rows it needs and may define its own (searchers/joint.py, asga.py).
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from metamix_jax.errors import UserError
-from metamix_jax.networks.precision import FULL, Bits, Precision, bit_candidates
+from metamix_jax.networks.precision import FULL, Precision, bit_candidates
 
-MOST_STEPS = 2**28  # of a phase; all are counted as int32
-WEIGHTS = frozenset({"kernels", "weights"})  # labels of optimizer.label
+WEIGHTS = frozenset({"kernels", "weights"})  # labels of what an update trains, see optimizer.py
+ACT_STEPS, WEIGHT_STEPS, LOGITS = (
+    frozenset({label}) for label in ("act_steps", "weight_steps", "logits")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,14 @@ class Update:
 
     name: str  # also the key of its optimizer state
     trains: frozenset[str]  # labels of what moves; everything else stays bitwise as it is
-    precision: Precision
+    precision: Precision  # how the network runs
+    learning_rate: float  # of weights and step sizes; the logits' is config.bit_search's
+    schedule: str = "constant"  # "cosine": from learning_rate to 0 over the phase
     every_branch: bool = False  # one pass for each branch in place of precision.activations, Eq. 1
-    budget_term: bool = False  # adds the BOPs regulariser, Eq. 3 and 4
-    sharpness_aware: bool = False  # a second gradient where the loss is about greatest, ASGA
+    gradient: str = "mean"  # over the passes; "last": that of the last pass alone
+    budget_term: bool = False  # adds the regularizer of the budget to the loss, Eq. 3 and 4
+    sharpness_aware: bool = False  # a second pass where the loss is about greatest, ASGA
+    commits_statistics: bool = True  # the passes move batch norm's running statistics
 
     def passes(self, branches: int) -> int:
         """Returns how many forward and backward passes a step makes."""
@@ -40,13 +44,14 @@ class Phase:
     """A stretch of training steps of one kind."""
 
     name: str
-    updates: tuple[Update, ...]
-    evaluation: Precision  # how the network is judged during and after it
+    epochs: float  # of the training split; 0 leaves the phase out
+    updates: tuple[Update, ...]  # made one after the other on each batch; the last is its own
+    evaluation: Precision  # how the network is evaluated during and after it
     needs_policy: bool = False
 
     @property
     def quantizes(self) -> bool:
-        """Whether activations are quantized, so that their step sizes must be initialised."""
+        """Whether activations are quantized, so that their step sizes must be initialized."""
         return self.evaluation.activations != "full"
 
     @property
@@ -55,157 +60,92 @@ class Phase:
         return self.evaluation.weights != "full"
 
 
-_ACTS_CHOSEN = Precision(activations="chosen")
-_ALL_CHOSEN = Precision(activations="chosen", weights="quantized")
+Row = Callable[[ConfigDict], Phase]
 
-FULL_PRECISION = Update("full_precision", WEIGHTS, FULL)
-BIT_META = Update("bit_meta", WEIGHTS | {"act_steps"}, FULL, every_branch=True)
-BIT_SEARCH = Update(
-    "bit_search", frozenset({"logits"}), Precision(activations="mixture"), budget_term=True
-)
-# The ablation without a fixed meta-state (Fig. 7a): the same loss trains everything.
-BIT_SEARCH_UNFIXED = dataclasses.replace(BIT_SEARCH, trains=WEIGHTS | {"act_steps", "logits"})
-JOINT_SEARCH = dataclasses.replace(BIT_SEARCH_UNFIXED, name="joint_search")
-SHARPNESS_SEARCH = dataclasses.replace(
-    BIT_SEARCH_UNFIXED, name="sharpness_search", sharpness_aware=True
-)
-ACT_TRAINING = Update("act_training", WEIGHTS | {"act_steps"}, _ACTS_CHOSEN)
-WEIGHT_TRAINING = Update("weight_training", WEIGHTS | {"act_steps", "weight_steps"}, _ALL_CHOSEN)
 
-PHASES = {
-    phase.name: phase
-    for phase in (
-        Phase("full_precision", (FULL_PRECISION,), FULL),
-        Phase("bit_meta", (BIT_META,), _ACTS_CHOSEN),
-        Phase("bit_search", (BIT_META, BIT_SEARCH), _ACTS_CHOSEN),
-        Phase("joint_search", (JOINT_SEARCH,), _ACTS_CHOSEN),
-        Phase("sharpness_search", (SHARPNESS_SEARCH,), _ACTS_CHOSEN),
-        Phase("act_training", (ACT_TRAINING,), _ACTS_CHOSEN, needs_policy=True),
-        Phase("weight_training", (WEIGHT_TRAINING,), _ALL_CHOSEN, needs_policy=True),
+def full_precision(config: ConfigDict) -> Phase:
+    """Plain training, for runs without pretrained weights."""
+    options = config.full_precision
+    update = Update("full_precision", WEIGHTS, FULL, options.learning_rate, schedule="cosine")
+    return Phase("full_precision", options.epochs, (update,), FULL)
+
+
+def bit_meta(config: ConfigDict) -> Phase:
+    """Bit-meta training: the loss averaged over all candidate bit-widths (Eq. 1)."""
+    update = _bit_meta_update(config)
+    return Phase("bit_meta", config.bit_meta.epochs, (update,), search_evaluation(config))
+
+
+def bit_search(config: ConfigDict) -> Phase:
+    """Bit-search training, alternating with bit-meta on the same batch (Eq. 2 to 5)."""
+    options = config.bit_search
+    # The ablation without a fixed meta-state (Fig. 7a): the same loss trains everything.
+    search = search_update(config, "bit_search", fixed_meta_state=options.fixed_meta_state)
+    search = dataclasses.replace(search, commits_statistics=options.commit_batch_stats)
+    updates = (_bit_meta_update(config), search) if options.alternate else (search,)
+    return Phase("bit_search", options.epochs, updates, search_evaluation(config))
+
+
+def act_training(config: ConfigDict) -> Phase:
+    """First stage of weight training: chosen activation bits, full-precision weights."""
+    options, precision = config.weight_training, Precision(activations="chosen")
+    update = Update(
+        "act_training", WEIGHTS | ACT_STEPS, precision, options.learning_rate, schedule="cosine"
     )
-}
+    return Phase("act_training", options.act_epochs, (update,), precision, needs_policy=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
-    """A phase in place: it makes the steps start, ..., stop - 1."""
-
-    phase: Phase
-    start: int
-    stop: int
-    calibrates_acts: bool  # the first phase with quantized activations
-    calibrates_weights: bool  # with quantized weights, and none in the phase before
-
-    @property
-    def steps(self) -> int:
-        """Number of steps."""
-        return self.stop - self.start
+def weight_training(config: ConfigDict) -> Phase:
+    """Second stage of weight training: everything at its chosen bits."""
+    options, precision = config.weight_training, Precision("chosen", "quantized")
+    trains = WEIGHTS | ACT_STEPS | WEIGHT_STEPS
+    update = Update("weight_training", trains, precision, options.learning_rate, schedule="cosine")
+    return Phase("weight_training", options.epochs, (update,), precision, needs_policy=True)
 
 
-def make_schedule(
-    config: ConfigDict, searcher_phases: Sequence[str], steps_per_epoch: float
-) -> tuple[Span, ...]:
-    """Returns the spans of all phases of more than 0 epochs, in order.
+FINE_TUNING: tuple[Row, ...] = (act_training, weight_training)
 
-    Searches without a meta-state get as many forward passes as MetaMix's two phases together.
+
+def search_update(config: ConfigDict, name: str, *, fixed_meta_state: bool) -> Update:
+    """Returns the step on the softmax mixture that trains the logits (Eq. 2 to 5).
+
+    Without a fixed meta-state the same loss trains weights and step sizes, too.
+    """
+    trains = LOGITS if fixed_meta_state else LOGITS | _meta_state(config)
+    precision = Precision(activations="mixture", weights=_searched_weights(config))
+    return Update(name, trains, precision, config.bit_meta.learning_rate, budget_term=True)
+
+
+def search_evaluation(config: ConfigDict) -> Precision:
+    """Returns how the network is evaluated before the policy is known."""
+    return Precision(activations="chosen", weights=_searched_weights(config))
+
+
+def metamix_passes(config: ConfigDict) -> float:
+    """Returns the passes over the training split that MetaMix's two search phases make.
+
+    Searches without a meta-state get as many.
     """
     branches = len(bit_candidates(config.quant.act_bits, config.quant.weight_bits))
-    passes_of_metamix = config.bit_meta.epochs * branches + config.bit_search.epochs * (
-        branches + 1
+    return config.bit_meta.epochs * branches + config.bit_search.epochs * (branches + 1)
+
+
+def _bit_meta_update(config: ConfigDict) -> Update:
+    return Update(
+        "bit_meta",
+        _meta_state(config),
+        Precision(weights=_searched_weights(config)),
+        config.bit_meta.learning_rate,
+        every_branch=True,
+        gradient=config.bit_meta.loss,
     )
-    epochs = {
-        "full_precision": config.full_precision.epochs,
-        "bit_meta": config.bit_meta.epochs,
-        "bit_search": config.bit_search.epochs,
-        "joint_search": passes_of_metamix,
-        "sharpness_search": passes_of_metamix / 2,
-        "act_training": config.weight_training.act_epochs,
-        "weight_training": config.weight_training.epochs,
-    }
-    spans, start, calibrated, weights_quantized = [], 0, False, False
-    for name in ("full_precision", *searcher_phases):
-        phase = _configured(PHASES[name], config)
-        if not epochs[name] * steps_per_epoch < MOST_STEPS:
-            raise UserError(
-                f"{name}: {epochs[name]:g} epochs are {epochs[name] * steps_per_epoch:g} steps, "
-                f"expected at most {MOST_STEPS}; lower the epochs"
-            )
-        # Rounded first: 51 / 390.625 epochs are 51 steps, not 52.
-        steps = math.ceil(round(epochs[name] * steps_per_epoch, 6))
-        if steps == 0:
-            continue
-        spans.append(
-            Span(
-                phase,
-                start,
-                start + steps,
-                calibrates_acts=phase.quantizes and not calibrated,
-                calibrates_weights=phase.quantizes_weights and not weights_quantized,
-            )
-        )
-        calibrated |= phase.quantizes
-        weights_quantized = phase.quantizes_weights
-        start += steps
-    return tuple(spans)
 
 
-def _configured(phase: Phase, config: ConfigDict) -> Phase:
-    """Returns a row with the configuration's ablations, and quantized weights if searched."""
-    if phase.name == "bit_search":
-        options = config.bit_search
-        search = BIT_SEARCH if options.fixed_meta_state else BIT_SEARCH_UNFIXED
-        updates = (BIT_META, search) if options.alternate else (search,)
-        phase = dataclasses.replace(phase, updates=updates)
-    searching = phase.quantizes and not phase.needs_policy
-    if searching and len(config.quant.weight_bits) > 1:
-        phase = dataclasses.replace(
-            phase,
-            updates=tuple(map(_with_quantized_weights, phase.updates)),
-            evaluation=phase.evaluation.replace(weights="quantized"),
-        )
-    return phase
+def _meta_state(config: ConfigDict) -> frozenset[str]:
+    searched = _searched_weights(config) == "quantized"
+    return WEIGHTS | ACT_STEPS | (WEIGHT_STEPS if searched else frozenset())
 
 
-def _with_quantized_weights(update: Update) -> Update:
-    trains = update.trains | ({"weight_steps"} if "act_steps" in update.trains else set())
-    precision = update.precision.replace(weights="quantized")
-    return dataclasses.replace(update, trains=trains, precision=precision)
-
-
-def phase_at(step: int, schedule: Sequence[Span]) -> Span:
-    """Returns the span that makes step number `step`, counted from 0."""
-    for span in schedule:
-        if span.start <= step < span.stop:
-            return span
-    raise IndexError(f"step {step} is outside the schedule's {schedule[-1].stop} steps")
-
-
-def passes(
-    update: Update,
-    candidates: Sequence[Bits],
-    branches: Mapping[str, jax.Array],
-    searched: Iterable[str],
-) -> tuple[Precision, ...]:
-    """Returns how the network runs in each forward and backward pass of an update.
-
-    Args:
-      update: a row's update.
-      candidates: what the branches stand for.
-      branches: the policy's, where there is one.
-      searched: paths of the searched layers.
-
-    Bit-meta goes from the narrowest candidate to the widest, so that the running statistics see
-    the widths in the order of the published code.
-    """
-    if update.every_branch:
-        narrow_first = sorted(
-            range(len(candidates)), key=lambda k: (math.prod(candidates[k]), candidates[k])
-        )
-        return tuple(
-            # As a chosen branch, and not as a fixed one, so that one compiled pass serves all.
-            update.precision.replace(
-                activations="chosen", branches={path: np.int32(k) for path in searched}
-            )
-            for k in narrow_first
-        )
-    return (update.precision.replace(branches=branches),)
+def _searched_weights(config: ConfigDict) -> str:
+    """Returns Precision.weights before the policy: quantized where their bits are searched."""
+    return "quantized" if len(config.quant.weight_bits) > 1 else "full"

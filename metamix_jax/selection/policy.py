@@ -1,8 +1,9 @@
-"""The policy file: which bits each layer runs at, readable by every searcher and exporter."""
+"""The policy: which bits each layer runs at; its file is read by every searcher and exporter."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,91 +11,159 @@ import jax.numpy as jnp
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import cost as cost_lib
-from metamix_jax.selection.cost import LayerCosts, Policy
+from metamix_jax.selection.budget import Budget
+from metamix_jax.selection.cost import LayerBits, LayerCosts
 from metamix_jax.workdir.files import read_json, write_json
 
 FORMAT = 1
-_FIELDS = ("model", "image_size", "searcher", "seed", "budget_gbops", "gbops", "layers")
 
 
-def make_policy(costs: LayerCosts, bits: Policy, **facts: Any) -> dict[str, Any]:
-    """Returns the policy as the JSON object of policy.json.
+class ChosenLayer(NamedTuple):
+    """A layer of a policy."""
+
+    bits: Bits
+    macs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The bit-widths of all layers of a network, and where they come from.
+
+    model: the network's label.
+    image_size: height and width of the images that MACs and BOPs are counted at.
+    searcher: what chose the bits, with `seed`.
+    budget_gbops: the budget they were chosen for, see `knapsack.most_gbops`.
+    gbops: what they cost.
+    layers: layer path -> its bits, in network order.
+    """
+
+    model: str
+    image_size: int
+    searcher: str
+    seed: int
+    budget_gbops: float
+    gbops: float
+    layers: Mapping[str, ChosenLayer]
+
+    @property
+    def bits(self) -> dict[str, Bits]:
+        """The widths of all layers."""
+        return {path: layer.bits for path, layer in self.layers.items()}
+
+    def branches(self, costs: LayerCosts) -> dict[str, jax.Array]:
+        """Returns the branch index of every searched layer, for `Precision.branches`."""
+        return branches(self.bits, costs)
+
+    def cost(self, budget: Budget) -> float:
+        """Returns what the policy costs as `budget` counts."""
+        return budget.cost(self.bits)
+
+    def check(self, costs: LayerCosts, source: str) -> None:
+        """Raises UserError unless the policy names every layer of a network with possible bits."""
+        for path in self.layers:
+            if path not in costs:
+                raise UserError(f"{source}: unknown layer {path!r}; {suggestion(path, costs)}")
+        for path, cost in costs.items():
+            if path not in self.layers:
+                raise UserError(f"{source}: layer {path!r} of the network is missing")
+            chosen = self.layers[path].bits
+            for field, value, allowed in (
+                ("act_bits", chosen.act, cost.act_bits),
+                ("weight_bits", chosen.weight, cost.weight_bits),
+            ):
+                if not isinstance(value, int) or value not in allowed:
+                    raise UserError(
+                        f"{source}: {path}: {field}={value!r}, expected one of {allowed}"
+                    )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of policy.json."""
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        layers = {
+            path: {"act_bits": bits.act, "weight_bits": bits.weight, "macs": macs}
+            for path, (bits, macs) in self.layers.items()
+        }
+        return {"format": FORMAT, **facts, "layers": layers}
+
+    @classmethod
+    def from_json(cls, content: Any, source: str) -> "Policy":
+        """Returns the policy that `to_json` made `content` of.
+
+        What a file says of its layers is taken as it is: `check` holds it against a network.
+
+        Raises:
+          UserError: no policy of format 1; `source` says where it lies.
+        """
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{source}: expected a policy of format {FORMAT}")
+        names = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in names if name not in content]
+        if missing or not isinstance(content["layers"], dict):
+            raise UserError(f"{source}: policy lacks {', '.join(missing) or 'a table of layers'}")
+        facts = {name: content[name] for name in names}
+        layers = {path: _chosen_layer(row) for path, row in content["layers"].items()}
+        return cls(**facts | {"layers": layers})
+
+
+def _chosen_layer(row: Any) -> ChosenLayer:
+    row = row if isinstance(row, dict) else {}
+    return ChosenLayer(Bits(row.get("act_bits"), row.get("weight_bits")), row.get("macs"))
+
+
+def make_policy(costs: LayerCosts, bits: LayerBits, **facts: Any) -> Policy:
+    """Returns the policy of a network's layers at `bits`.
 
     Args:
       costs: the network's layers.
       bits: the widths of all layers.
       **facts: model, image_size, searcher, seed, budget_gbops.
     """
-    layers = {
-        path: {"act_bits": bits[path].act, "weight_bits": bits[path].weight, "macs": cost.macs}
+    layers = {path: ChosenLayer(bits[path], cost.macs) for path, cost in costs.items()}
+    return Policy(gbops=cost_lib.bops(costs, bits) / cost_lib.GIGA, layers=layers, **facts)
+
+
+def branches(bits: LayerBits, costs: LayerCosts) -> dict[str, jax.Array]:
+    """Returns the branch index of every searched layer at `bits`, for `Precision.branches`."""
+    return {
+        path: jnp.int32(cost.candidates.index(bits[path]))
         for path, cost in costs.items()
+        if cost.searched
     }
-    gbops = cost_lib.bops(costs, bits) / cost_lib.GIGA
-    return {"format": FORMAT, **facts, "gbops": gbops, "layers": layers}
 
 
-def write_policy(path: Path, policy: Mapping[str, Any]) -> None:
+def write_policy(path: Path, policy: Policy) -> None:
     """Writes policy.json atomically."""
-    write_json(path, policy)
+    write_json(path, policy.to_json())
 
 
-def read_policy(path: Path, costs: LayerCosts) -> dict[str, Any]:
+def load_policy(path: Path) -> Policy:
+    """Reads policy.json of whatever network; raises UserError if it is none of format 1."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable policy file ({error})") from error
+    return Policy.from_json(content, source=str(path))
+
+
+def read_policy(path: Path, costs: LayerCosts) -> Policy:
     """Reads policy.json and checks it against the network.
 
     Raises:
       UserError: not a policy of format 1, or one that does not fit the network.
     """
     policy = load_policy(path)
-    check_policy(policy, costs, source=str(path))
+    policy.check(costs, source=str(path))
     return policy
 
 
-def load_policy(path: Path) -> dict[str, Any]:
-    """Reads policy.json of whatever network; raises UserError if it is none of format 1."""
-    try:
-        policy = read_json(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable policy file ({error})") from error
-    _check_form(policy, source=str(path))
+def policy_of_checkpoint(content: Any, costs: LayerCosts, source: str) -> Policy | None:
+    """Returns the policy that a checkpoint holds as JSON; None where no bits were chosen yet.
+
+    Raises:
+      UserError: it is none, or does not fit the network.
+    """
+    if content is None:
+        return None
+    policy = Policy.from_json(content, source)
+    policy.check(costs, source)
     return policy
-
-
-def _check_form(policy: Any, source: str) -> None:
-    if not isinstance(policy, dict) or policy.get("format") != FORMAT:
-        raise UserError(f"{source}: expected a policy of format {FORMAT}")
-    missing = [field for field in _FIELDS if field not in policy]
-    if missing or not isinstance(policy["layers"], dict):
-        raise UserError(f"{source}: policy lacks {', '.join(missing) or 'a table of layers'}")
-
-
-def check_policy(policy: Any, costs: LayerCosts, source: str) -> None:
-    """Raises UserError unless `policy` names every layer of the network with possible bits."""
-    _check_form(policy, source)
-    for path in policy["layers"]:
-        if path not in costs:
-            raise UserError(f"{source}: unknown layer {path!r}; {suggestion(path, costs)}")
-    for path, cost in costs.items():
-        if path not in policy["layers"]:
-            raise UserError(f"{source}: layer {path!r} of the network is missing")
-        row = policy["layers"][path]
-        expected = {"act_bits": cost.act_bits, "weight_bits": cost.weight_bits}
-        for field, allowed in expected.items():
-            value = row.get(field) if isinstance(row, dict) else None
-            if not isinstance(value, int) or value not in allowed:
-                raise UserError(f"{source}: {path}: {field}={value!r}, expected one of {allowed}")
-
-
-def layer_bits(policy: Mapping[str, Any]) -> dict[str, Bits]:
-    """Returns the widths of all layers."""
-    return {
-        path: Bits(row["act_bits"], row["weight_bits"]) for path, row in policy["layers"].items()
-    }
-
-
-def branches(bits: Policy, costs: LayerCosts) -> dict[str, jax.Array]:
-    """Returns the branch index of every searched layer, for `Precision.branches`."""
-    return {
-        path: jnp.int32(cost.candidates.index(bits[path]))
-        for path, cost in costs.items()
-        if cost.searched
-    }

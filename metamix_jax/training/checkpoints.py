@@ -1,9 +1,9 @@
-"""Orbax checkpoints of everything that training changes.
+"""Orbax checkpoints of the complete training state.
 
-Each step holds one item per collection (params, batch_stats, quant), `training` (optimizer
-states, step, rng) and `facts` (JSON: model, policy, seconds so far, and a digest of every array and
-of the rest of the facts, checked whenever something is read). The checkpoint of step k is written
-when the run is ready to make step k, phase entry included.
+Each step has one item per collection (params, batch_stats, quant), `training` (optimizer states,
+step, rng) and `facts` (JSON: model, policy, seconds so far, and digests of every array and of the
+other facts, verified on every read). The checkpoint of step k is saved when the run is ready to
+take step k, after phase entry.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ from metamix_jax.training.step.state import TrainState
 from metamix_jax.workdir import bucket, digests
 
 DIRECTORY = bucket.CHECKPOINTS
-KEPT = 2  # complete ones, the newest; while one is saved there are more
+KEPT = 2  # complete checkpoints, the newest; more exist while one is being saved
 _ITEMS = ("params", "batch_stats", "quant", "training", "facts")
-_DIGESTS = "digests"  # among the facts
-_FACTS_WITHOUT_DIGESTS = {"model", "policy", "seconds"}  # all that early versions wrote
+_DIGESTS = "digests"  # key among the facts
+_FACTS_WITHOUT_DIGESTS = {"model", "policy", "seconds"}  # the facts of early versions
 
 _LOGGER = logging.getLogger(__name__)
 _Restored = TypeVar("_Restored")
 
 
 class DamagedError(UserError):
-    """A checkpoint that cannot be read, or is not what was saved."""
+    """A checkpoint that cannot be read, or whose content does not match its digests."""
 
 
 class Checkpoints:
@@ -42,10 +42,10 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, create: bool):
         if not create and not directory.is_dir():
-            raise UserError(f"{directory}: no checkpoints here; train first, or set "
-                            "config.checkpoint to a workdir that has some")  # fmt: skip
-        _ignore_abandoned_work()
-        # What a kill left half written is removed by the run that goes on, not by a reader.
+            raise UserError(f"{directory}: no checkpoints; train first, or set config.checkpoint "
+                            "to a workdir that has some")  # fmt: skip
+        _silence_abandoned_work()
+        # Partial checkpoints left by a kill are removed by the resumed run, not by readers.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT, create=create, cleanup_tmp_directories=create
         )
@@ -56,38 +56,38 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Closing waits for the other processes.
+        # Closing waits for the other processes, so not after losing one.
         if error is None or not distributed.shows_lost_process(error):
             with self._writable():
                 self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
-        """The newest complete step, None if there is none."""
+        """The newest complete step; None without a complete checkpoint."""
         return self._manager.latest_step()
 
     @property
     def steps(self) -> list[int]:
-        """The complete steps that are kept, in order."""
+        """The steps of all complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def require_latest_step(self) -> int:
         """Returns the newest complete step.
 
         Raises:
-          UserError: there is none.
+          UserError: there is no complete checkpoint.
         """
         if self.latest_step is None:
-            raise UserError(f"{self._directory}: no complete checkpoint here; train first")
+            raise UserError(f"{self._directory}: no complete checkpoint; train first")
         return self.latest_step
 
     def newest_good(
         self, restore: Callable[[int], _Restored]
     ) -> tuple[int, _Restored, tuple[int, ...]]:
-        """Returns the newest step that is not damaged, what it holds, and the damaged steps after.
+        """Returns the newest undamaged step, what `restore` returned, and the newer, damaged steps.
 
         Args:
-          restore: reads a step; DamagedError sends on to the step before.
+          restore: reads a step; on DamagedError the previous step is tried.
 
         Raises:
           UserError: there is no checkpoint, or all are damaged.
@@ -98,16 +98,19 @@ class Checkpoints:
             try:
                 return step, restore(step), tuple(damaged)
             except DamagedError as error:
-                _LOGGER.error("DAMAGED CHECKPOINT, trying the one before it: %s", error)
+                _LOGGER.error("DAMAGED CHECKPOINT, falling back to the previous one: %s", error)
                 damaged[step] = error
         newest = max(damaged)
-        raise UserError(f"{damaged[newest]}; none of them can be read") from damaged[newest]
+        raise UserError(
+            f"{damaged[newest]}; none of them can be read: restore the files from a backup, or "
+            "start over in another --workdir"
+        ) from damaged[newest]
 
     def set_aside(self, step: int) -> None:
-        """Renames a damaged checkpoint, so that a good one is the newest.
+        """Renames a damaged checkpoint, so that the newest one is intact.
 
-        In a bucket that is copying and deleting. Killed in between, it is damaged still, or Orbax
-        takes it for half-written, as it lacks the file that is written last.
+        In a bucket, renaming means copying and deleting. After a kill in between, the checkpoint is
+        either still damaged, or incomplete to Orbax because its commit file is missing.
         """
         path = self._directory / str(step)
         names = (f"{step}.damaged{suffix}" for suffix in ["", *(f".{i}" for i in range(2, 1000))])
@@ -119,7 +122,7 @@ class Checkpoints:
         _LOGGER.error("DAMAGED CHECKPOINT: set aside as %s", aside)
 
     def save(self, step: int, state: TrainState, facts: dict[str, Any]) -> None:
-        """Saves in the background; a step that is already there is left as it is."""
+        """Saves in the background; does nothing if `step` is already saved."""
         if step == self.latest_step:
             return
         trees = _pytrees(state)
@@ -131,24 +134,24 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk; raises what went wrong in the background."""
+        """Waits until all saves are on disk; raises errors from the background."""
         with self._writable():
             self._manager.wait_until_finished()
 
     def read_facts(self, step: int) -> dict[str, Any]:
-        """Returns what `save` got as facts. Raises DamagedError."""
+        """Returns the facts passed to `save`. Raises DamagedError."""
         return self._facts_and_digests(step)[0]
 
     def restore(self, step: int, target: TrainState, mesh: Mesh) -> TrainState:
-        """Returns the state of `step` on every device of `mesh`; `target` gives the shapes."""
+        """Returns the state of `step` replicated over `mesh`; `target` gives the shapes."""
         restored = self.restore_items(step, _pytrees(target), mesh)
         return target.replace(**restored.pop("training"), **restored)
 
     def restore_items(self, step: int, target: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-        """Returns the items that `target` names, e.g. {"params": shapes}, on every device.
+        """Returns the items named in `target`, e.g. {"params": shapes}, on every device.
 
         Raises:
-          DamagedError: a file cannot be read, or an array is not what was saved.
+          DamagedError: a file cannot be read, or an array does not match its digest.
         """
         items = {
             name: ocp.args.StandardRestore(sharding.replicated_target(tree, mesh))
@@ -163,39 +166,39 @@ class Checkpoints:
             found = digests.of_arrays(restored)
             different = [path for path in found if found[path] != saved.get(path)]
             if different:
-                raise self._damaged(step, f"{_listed(different)}: not what was saved")
+                raise self._damaged(step, f"{_listed(different)}: digest mismatch")
         return restored
 
     def _require_same_shapes(self, step: int, target: dict[str, Any]) -> None:
-        # Orbax would begin to read, stop at the first difference and abandon the rest.
+        # Orbax would start reading, stop at the first mismatch and abandon the other reads.
         with self._readable(step), contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
             folder = self._directory / str(step)
             network = [name for name in target if name != "training"]
-            there = _shapes({name: handler.metadata(folder / name).tree for name in network})
-        here = _shapes({name: target[name] for name in network})
-        different = [path for path in here if path in there and here[path] != there[path]]
+            saved = _shapes({name: handler.metadata(folder / name).tree for name in network})
+        wanted = _shapes({name: target[name] for name in network})
+        different = [path for path in wanted if path in saved and wanted[path] != saved[path]]
         if different:
             path = different[0]
-            shapes = f"{path} has shape {there[path]} there, {here[path]} in this configuration"
-            raise self._damaged(step, f"{shapes}; different in {len(different)} arrays")
+            shapes = f"{path} has shape {saved[path]}; expected {wanted[path]} as configured"
+            raise self._damaged(step, f"{shapes}; {len(different)} arrays differ")
 
     def _facts_and_digests(self, step: int) -> tuple[dict[str, Any], dict[str, str] | None]:
-        """Returns the facts and path -> digest; None for a checkpoint of an early version."""
+        """Returns the facts and path -> digest, None for checkpoints of early versions."""
         with self._readable(step):
             items = ocp.args.Composite(facts=ocp.args.JsonRestore())
             facts = dict(self._manager.restore(step, args=items)["facts"])
             if facts.keys() == _FACTS_WITHOUT_DIGESTS:
                 path = self._directory / str(step)
-                _LOGGER.warning("%s: of a version without digests, damage may not show", path)
+                _LOGGER.warning("%s: no digests (early version), cannot detect damage", path)
                 return facts, None
             saved = dict(facts.pop(_DIGESTS))
         if digests.of_json(facts) != saved.get("facts"):
-            raise self._damaged(step, "facts: not what was saved")
+            raise self._damaged(step, "facts: digest mismatch")
         return facts, saved
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
-        # What goes wrong with a bucket comes as errors of many kinds.
+        # Bucket failures raise many types of errors.
         try:
             yield
         except Exception as error:
@@ -206,7 +209,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:
-        # Orbax and TensorStore raise many kinds of errors for damaged or foreign files.
+        # Orbax and TensorStore raise many types of errors for damaged or foreign files.
         try:
             yield
         except Exception as error:
@@ -215,16 +218,16 @@ class Checkpoints:
     def _damaged(self, step: int, reason: str) -> DamagedError:
         others = [other for other in self.steps if other != step]
         return DamagedError(
-            f"{self._directory / str(step)}: this checkpoint cannot be read ({reason}); "
-            f"others there: {', '.join(map(str, others)) or 'none'}"
+            f"{self._directory / str(step)}: this checkpoint cannot be restored ({reason}); "
+            f"other steps: {', '.join(map(str, others)) or 'none'}"
         )
 
 
 def locate(path: Path) -> tuple[Path, int | None]:
-    """Returns the folder of checkpoints and the step that `path` names.
+    """Returns the checkpoints directory and the step that `path` refers to, None if no step.
 
     Args:
-      path: a workdir, its folder of checkpoints, or one checkpoint in that (DIR/checkpoints/1234).
+      path: a workdir, its checkpoints directory, or one checkpoint (DIR/checkpoints/1234).
     """
     step = None
     if path.name.isdigit() and path.parent.name == DIRECTORY:
@@ -232,9 +235,9 @@ def locate(path: Path) -> tuple[Path, int | None]:
     return bucket.origin(path if path.name == DIRECTORY else path / DIRECTORY), step
 
 
-def _ignore_abandoned_work() -> None:
-    # Once one array cannot be read or written, TensorStore's threads report the others to an event
-    # loop that is gone, each with a traceback, and may go on while our own message is printed.
+def _silence_abandoned_work() -> None:
+    # After one array fails, TensorStore's threads report the others to a closed event loop, each
+    # with a traceback that could obscure our own message.
     if getattr(sys.unraisablehook, "func", None) is not _report_unless_abandoned:
         sys.unraisablehook = functools.partial(_report_unless_abandoned, sys.unraisablehook)
 
@@ -247,8 +250,7 @@ def _report_unless_abandoned(
 
 
 def _pytrees(state: TrainState) -> dict[str, Any]:
-    training = {"opt_states": state.opt_states, "step": state.step, "rng": state.rng}
-    return state.variables | {"training": training}
+    return state.variables | {"training": state.training}
 
 
 def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -1,15 +1,15 @@
-"""From a state to a policy: what a searcher gets to see, and the policy file's content."""
+"""From a state to a policy: what a searcher gets to see, and what comes of its choice."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from metamix_jax.selection import policy as policy_lib
+from metamix_jax.selection import knapsack
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.context import SearchContext
+from metamix_jax.selection.policy import Policy, make_policy
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training.setup import Network
 from metamix_jax.training.step.batch_step import training_images
@@ -22,7 +22,7 @@ def choose_policy(
     state: TrainState,
     budget: Budget,
     batches: Callable[[int, int], Iterable[Batch]],
-) -> dict[str, Any]:
+) -> Policy:
     """Returns the policy of config.search.searcher within `budget`.
 
     `batches(start, stop)` yields those of the training steps; a searcher may look at some.
@@ -39,14 +39,14 @@ def choose_policy(
             (training_images(batch, config), batch["label"]) for batch in batches(0, count)
         ),
     )
-    return policy_lib.make_policy(
+    return make_policy(
         network.costs,
         SEARCHERS[name].choose(context),
         model=network.label,
         image_size=config.data.image_size,
         searcher=name,
         seed=config.seed,
-        budget_gbops=network.budget_in_gbops(budget),
+        budget_gbops=knapsack.most_gbops(network.costs, budget),
     )
 
 

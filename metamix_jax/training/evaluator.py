@@ -19,10 +19,10 @@ from metamix_jax.training.step.batch_step import training_images
 
 
 def uniform_precisions(
-    network: setup.Network, config: ConfigDict, evaluation: Precision
+    network: setup.Network, config_quant: ConfigDict, evaluation: Precision
 ) -> dict[Bits, Precision]:
     """Returns a forward pass at each pair of candidate widths, otherwise as in `evaluation`."""
-    pairs = bit_candidates(config.quant.act_bits, config.quant.weight_bits)
+    pairs = bit_candidates(config_quant.act_bits, config_quant.weight_bits)
     uniform = {bits: cost.uniform_bits(network.costs, *bits) for bits in pairs}
     return {
         bits: evaluation.replace(branches=policy.branches(chosen, network.costs))

@@ -11,9 +11,9 @@ from metamix_jax.data import datasets
 from metamix_jax.runtime import distributed, failures
 from metamix_jax.runtime.interruption import Interruption
 from metamix_jax.runtime.progress import Progress
-from metamix_jax.selection.phases import phase_at
 from metamix_jax.training.checkpoints import DIRECTORY, KEPT, Checkpoints
 from metamix_jax.training.run import Run
+from metamix_jax.training.schedule import phase_at
 from metamix_jax.training.step.batch_step import make_train_step
 from metamix_jax.training.step.state import TrainState
 from metamix_jax.workdir import bucket
@@ -92,7 +92,7 @@ def _train(
                             state, batch, run.branches, run.teacher_variables
                         )
                         # One step ahead of the device and no more: keeps the rate true.
-                        run.require_finite(step, span.phase, before, state)
+                        run.guard.check_metrics(step, span.phase.name, before, state)
                         step += 1
                         progress.update(step, **{k: metrics[k] for k in metrics if "loss" in k})
                         if step % config.log_every_steps == 0 or step == span.stop:
@@ -100,7 +100,7 @@ def _train(
                     ends, stops = step == span.stop, interruption.requested_at(step)
                     saves = ends or stops or step % config.checkpoint_every_steps == 0
                     if saves:
-                        run.require_finite(step, span.phase, metrics, state)
+                        run.guard.check_metrics(step, span.phase.name, metrics, state)
                     if ends or (config.eval.every_steps and step % config.eval.every_steps == 0):
                         run.evaluate(step, state, span.phase)
                     if ends and step < run.schedule[-1].stop:

@@ -1,4 +1,4 @@
-"""Numbers gone wrong: a run stops at the first, or skips so many steps, and never saves one."""
+"""Non-finite values: a run stops at the first or skips a limited number of steps; never saved."""
 
 import logging
 import math
@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from metamix_jax.data import batching
 from metamix_jax.errors import RunError
 from metamix_jax.workdir import digests
 from metamix_jax.workdir.files import write_json
@@ -17,18 +19,18 @@ NAME = "nonfinite.json"
 
 
 def broken_metrics(metrics: Mapping[str, jax.Array] | None) -> list[str]:
-    """Returns the names of the metrics that are not finite; waits for the step that makes them."""
+    """Returns the names of the non-finite metrics; blocks on the step that computes them."""
     numbers = jax.device_get(dict(metrics or {}))
     return [name for name, value in numbers.items() if not math.isfinite(value)]
 
 
 def broken_leaves(state: Any) -> list[str]:
-    """Returns the paths of the arrays of a state that hold a number that is not finite."""
+    """Returns the paths of a state's arrays that contain non-finite values."""
     return [path for path, row in largest_values(state).items() if row["not_finite"]]
 
 
 def largest_values(state: Any) -> dict[str, dict[str, Any]]:
-    """Returns path -> {"largest": largest finite |value|, "not_finite": how many are not}."""
+    """Returns path -> {"largest": largest finite |value|, "not_finite": number of non-finite}."""
     leaves = digests.host_leaves(state)
     return {path: _summary(leaf) for path, leaf in leaves.items() if leaf.dtype.kind == "f"}
 
@@ -39,39 +41,66 @@ def _summary(leaf: np.ndarray) -> dict[str, Any]:
     return {"largest": float(largest), "not_finite": int(np.sum(~finite))}
 
 
-def log_skipped(step: int, phase: str, names: list[str], count: int) -> None:
-    """Says that a step was skipped, the run's `count`-th; `names` are what was not finite."""
-    text = "step %d (%s) skipped: %s not finite; %d of config.max_skipped_steps so far"
-    logging.warning(text, step, phase, ", ".join(names), count)
+class FiniteGuard:
+    """Ends a run at the first non-finite values, but for steps that may be skipped.
 
-
-def stop(
-    workdir: Path, *, step: int, phase: str, names: list[str], examples: np.ndarray, state: Any
-) -> None:
-    """Writes nonfinite.json and ends the run.
-
-    Args:
-      workdir: where to.
-      step: the step, counted from 1, whose numbers `names` are not finite.
-      phase: its phase.
-      names: of metrics or of arrays.
-      examples: positions of its batch in the training split [batch].
-      state: the state when it was noticed.
-
-    Raises:
-      RunError: always.
+    skipped: steps skipped so far; they have changed nothing (batch_step.py).
     """
-    report = {
-        "step": step,
-        "phase": phase,
-        "not_finite": names,
-        "examples": examples.tolist(),
-        "largest": largest_values(state),
-    }
-    write_json(workdir / NAME, report)
-    raise RunError(
-        f"{', '.join(names[:3])} not finite at step {step} ({phase}); the last checkpoint in "
-        f"{workdir} is from before, its examples and the largest values by layer are in {NAME}; "
-        "try a lower learning rate of the phase, config.optimizer.clip_norm or "
-        "config.max_skipped_steps, elsewhere"
-    )
+
+    def __init__(self, workdir: Path, config: ConfigDict, train_examples: int):
+        self.skipped = 0
+        self._workdir, self._config, self._train_examples = workdir, config, train_examples
+
+    def check_metrics(
+        self, step: int, phase: str, metrics: Mapping[str, jax.Array] | None, state: Any
+    ) -> None:
+        """Waits for the step that computes `metrics` and ends the run where one is not finite.
+
+        Up to config.max_skipped_steps skipped steps are logged instead.
+
+        Raises:
+          RunError: nonfinite.json has the details.
+        """
+        names = broken_metrics(metrics)
+        if metrics and "skipped_steps" in metrics:
+            known, self.skipped = self.skipped, int(metrics["skipped_steps"])
+            names = (names or ["the updated state"]) if self.skipped > known else []
+            if names and self.skipped <= self._config.max_skipped_steps:
+                logging.warning(
+                    "step %d (%s) skipped: %s not finite; %d skipped so far (see "
+                    "config.max_skipped_steps)", step, phase, ", ".join(names), self.skipped,
+                )  # fmt: skip
+                return
+        if names:
+            self._stop(step, phase, names, state)
+
+    def check_state(self, step: int, phase: str, state: Any) -> None:
+        """Ends the run where an array of a state that is about to be saved is not finite.
+
+        Raises:
+          RunError: nonfinite.json has the details.
+        """
+        if names := broken_leaves(state):
+            self._stop(step, phase, names, state)
+
+    def _stop(self, step: int, phase: str, names: list[str], state: Any) -> None:
+        examples, _ = batching.train_indices(
+            self._train_examples,
+            seed=self._config.seed,
+            step=max(step - 1, 0),
+            batch_size=self._config.batch_size,
+        )
+        report = {
+            "step": step,  # counted from 1
+            "phase": phase,
+            "not_finite": names,
+            "examples": examples.tolist(),  # of its batch, indices in the training split
+            "largest": largest_values(state),
+        }
+        write_json(self._workdir / NAME, report)
+        raise RunError(
+            f"{', '.join(names[:3])} not finite at step {step} ({phase}); {self._workdir} keeps "
+            f"the last checkpoint before it, and {NAME} the batch's examples and the largest value "
+            "of each array; in another --workdir, lower the phase's learning rate or set "
+            "config.optimizer.clip_norm or config.max_skipped_steps"
+        )

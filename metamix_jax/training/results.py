@@ -14,9 +14,11 @@ from metamix_jax.networks.precision import FULL, FULL_BITS, bit_candidates
 from metamix_jax.report import charts, tables
 from metamix_jax.report.html import write_report
 from metamix_jax.selection import cost
-from metamix_jax.selection import policy as policy_lib
-from metamix_jax.selection.cost import LayerCosts, Policy
-from metamix_jax.selection.phases import Span
+from metamix_jax.selection.budget import Budget
+from metamix_jax.selection.cost import LayerBits, LayerCosts
+from metamix_jax.selection.cost_models import BUDGET_UNITS
+from metamix_jax.selection.policy import Policy
+from metamix_jax.training.schedule import Span
 from metamix_jax.training.setup import Network
 from metamix_jax.workdir import bucket
 from metamix_jax.workdir.claim import is_finished
@@ -33,7 +35,7 @@ def write(
     config: ConfigDict,
     network: Network,
     schedule: Sequence[Span],
-    policy: Mapping[str, Any] | None,
+    policy: Policy | None,
     seconds: Mapping[str, float],
     search_end: int | None,
 ) -> dict[str, Any]:
@@ -61,8 +63,8 @@ def write(
         "top5": final["top5"],
         "correct": final["correct"],
         "examples": final["examples"],
-        "gbops": policy["gbops"] if policy else cost.gbops_at(network.costs, {}, FULL),
-        "budget_gbops": policy["budget_gbops"] if policy else None,
+        "gbops": policy.gbops if policy else cost.gbops_at(network.costs, {}, FULL),
+        "budget_gbops": policy.budget_gbops if policy else None,
         "average_act_bits": _average(cost.average_act_bits, network, policy),
         "average_weight_bits": _average(cost.average_weight_bits, network, policy),
         "seconds": round(sum(seconds.values()), 1),
@@ -74,6 +76,7 @@ def write(
             span.phase.name: {"steps": span.steps, "seconds": seconds.get(span.phase.name, 0.0)}
             for span in schedule
         },
+        "budget": policy and _budget(config.budget, network.budget, policy),
         "search_cost": _search_cost(schedule, seconds, config),
         "evaluations": evaluations,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -86,8 +89,9 @@ def write(
     charts.learning_curves(rows, workdir / "learning_curves.png")
     logging.info("accuracies:\n%s", tables.accuracy_table(evaluations))
     if policy:
-        charts.bit_chart(policy, workdir / "bits.png", average_act_bits=result["average_act_bits"])
-        logging.info("policy:\n%s", tables.policy_table(policy))
+        content, average = policy.to_json(), result["average_act_bits"]
+        charts.bit_chart(content, workdir / "bits.png", average_act_bits=average)
+        logging.info("policy:\n%s", tables.policy_table(content))
     write_report(workdir)
     names = sorted(path.name for path in workdir.iterdir() if not path.name.startswith("."))
     logging.info("in %s: %s", bucket.origin(workdir), ", ".join(names))
@@ -95,11 +99,20 @@ def write(
 
 
 def _average(
-    average: Callable[[LayerCosts, Policy], float], network: Network, policy: Mapping | None
+    average: Callable[[LayerCosts, LayerBits], float], network: Network, policy: Policy | None
 ) -> float:
-    if policy is None:
-        return float(FULL_BITS)
-    return average(network.costs, policy_lib.layer_bits(policy))
+    return float(FULL_BITS) if policy is None else average(network.costs, policy.bits)
+
+
+def _budget(config_budget: ConfigDict, budget: Budget, policy: Policy) -> dict[str, Any]:
+    """Returns what was asked for, and what of it was spent, in the budget's own unit."""
+    meaning = BUDGET_UNITS[config_budget.unit].meaning
+    return {
+        "asked": f"{config_budget.value} {meaning}",
+        "limit": budget.limit,
+        "cost": policy.cost(budget),
+        "unit": budget.cost_model.unit,
+    }
 
 
 def _search_cost(

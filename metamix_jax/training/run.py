@@ -17,22 +17,24 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from metamix_jax.config import validate_start
-from metamix_jax.data import batching, datasets
+from metamix_jax.data import datasets
 from metamix_jax.networks.precision import FULL, Precision
 from metamix_jax.report import tables
 from metamix_jax.runtime import distributed, sharding
 from metamix_jax.runtime.progress import Progress, waiting
 from metamix_jax.selection import cost
-from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.budget import Budget
-from metamix_jax.selection.phases import BIT_SEARCH, Phase, Span, phase_at
-from metamix_jax.training import nonfinite, results, setup, start_weights
+from metamix_jax.selection.phases import Phase
+from metamix_jax.selection.policy import Policy, policy_of_checkpoint, write_policy
+from metamix_jax.training import results, setup, start_weights
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints
 from metamix_jax.training.choose_policy import choose_policy, logits_of
 from metamix_jax.training.evaluator import Evaluator, uniform_precisions
+from metamix_jax.training.nonfinite import FiniteGuard
+from metamix_jax.training.schedule import Span, phase_at
 from metamix_jax.training.step.batch_step import make_train_step
-from metamix_jax.training.step.state import SKIPPED, TrainState, enter_phase, swap_search
+from metamix_jax.training.step.state import TrainState, enter_phase, with_logits
 from metamix_jax.workdir.metrics import MetricWriter
 
 
@@ -50,11 +52,11 @@ class Run:
     teacher: nn.Module | None
     teacher_variables: dict[str, Any]
     weights: dict[str, Any] | None  # pretrained params and batch_stats
+    guard: FiniteGuard
     writer: MetricWriter | None = None
     progress: Progress | None = None
-    policy: dict[str, Any] | None = None
+    policy: Policy | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase
-    skipped: int = 0  # steps whose numbers were not finite, so far
 
     @classmethod
     def prepare(cls, config: ConfigDict, workdir: Path) -> "Run":
@@ -65,8 +67,7 @@ class Run:
         sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
         weights = None
         if config.pretrained:
-            shapes = setup.abstract_variables(network)
-            weights, _ = start_weights.load_weights(config.pretrained, shapes, mesh)
+            weights, _ = start_weights.load_weights(config.pretrained, network, mesh)
         teacher, teacher_variables = start_weights.load_teacher(config, network.image_shape)
         dataset = setup.load_dataset(config, mesh)
         return cls(
@@ -80,14 +81,13 @@ class Run:
             teacher=teacher,
             teacher_variables=sharding.replicate(teacher_variables, mesh),
             weights=weights,
+            guard=FiniteGuard(workdir, config, len(dataset.train)),
         )
 
     @property
     def branches(self) -> Mapping[str, jax.Array]:
         """The policy as the forward pass takes it; nothing before there is one."""
-        if self.policy is None:
-            return {}
-        return policy_lib.branches(policy_lib.layer_bits(self.policy), self.network.costs)
+        return {} if self.policy is None else self.policy.branches(self.network.costs)
 
     def init_state(self) -> TrainState:
         """Returns the state before the first step, after a look at what is about to be trained."""
@@ -112,16 +112,15 @@ class Run:
         """
         if checkpoints.latest_step is None:
             return None
-        step, (state, facts), damaged = checkpoints.newest_good(
-            functools.partial(self._restore, checkpoints)
-        )
+        restore = functools.partial(self._restore, checkpoints)
+        step, (state, facts), damaged = checkpoints.newest_good(restore)
         for later in damaged:
             checkpoints.set_aside(later)
-        self.policy, self.seconds = facts["policy"], facts["seconds"]
-        self.skipped = int(state.opt_states.get(SKIPPED, 0))
+        self.seconds, self.guard.skipped = facts["seconds"], int(state.skipped_steps)
+        source = "the checkpoint's policy"
+        self.policy = policy_of_checkpoint(facts["policy"], self.network.costs, source)
         if self.policy is not None:
-            policy_lib.check_policy(self.policy, self.network.costs, "the checkpoint's policy")
-            policy_lib.write_policy(self.workdir / "policy.json", self.policy)
+            write_policy(self.workdir / "policy.json", self.policy)
         return step, state
 
     def _restore(self, checkpoints: Checkpoints, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -139,8 +138,8 @@ class Run:
         decides = phase.needs_policy and self.policy is None
         if decides:
             self.policy = self._decide(state)
-            policy_lib.write_policy(self.workdir / "policy.json", self.policy)
-            self.progress.message(tables.policy_table(self.policy))
+            write_policy(self.workdir / "policy.json", self.policy)
+            self.progress.message(tables.policy_table(self.policy.to_json()))
         calibrates = calibrations(
             self.config, acts=span.calibrates_acts, weights=span.calibrates_weights
         )
@@ -157,16 +156,16 @@ class Run:
             self.evaluate(span.start, state, phase)
         return state
 
-    def _decide(self, state: TrainState) -> dict[str, Any]:
+    def _decide(self, state: TrainState) -> Policy:
         """Returns the policy; writes those of further budgets to policies/."""
-        budgets = self.network.further_budgets if BIT_SEARCH.name in state.opt_states else {}
-        for key, budget in budgets.items():
-            policy = self._choose(swap_search(state, key), budget)
+        for key, search in state.searches.items():
+            budget = self.network.further_budgets[key]
+            policy = self._choose(with_logits(state, search.logits), budget)
             (self.workdir / "policies").mkdir(exist_ok=True)
-            policy_lib.write_policy(self.workdir / "policies" / f"{key}.json", policy)
+            write_policy(self.workdir / "policies" / f"{key}.json", policy)
         return self._choose(state, self.network.budget)
 
-    def _choose(self, state: TrainState, budget: Budget) -> dict[str, Any]:
+    def _choose(self, state: TrainState, budget: Budget) -> Policy:
         with (
             self.progress.pause(),
             waiting(f"choosing bits by {self.config.search.searcher}"),
@@ -198,47 +197,16 @@ class Run:
         spent = time.monotonic() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
-    def require_finite(
-        self, step: int, phase: Phase, metrics: Mapping[str, jax.Array] | None, state: TrainState
-    ) -> None:
-        """Waits for the step that makes `metrics`; ends the run if one of them is not finite.
-
-        Up to config.max_skipped_steps of them are logged instead: they have changed nothing.
-
-        Raises:
-          RunError: what is wrong is in nonfinite.json.
-        """
-        names = nonfinite.broken_metrics(metrics)
-        if metrics and SKIPPED in metrics:
-            known, self.skipped = self.skipped, int(metrics[SKIPPED])
-            names = (names or ["what it leads to"]) if self.skipped > known else []
-            if names and self.skipped <= self.config.max_skipped_steps:
-                nonfinite.log_skipped(step, phase.name, names, self.skipped)
-                return
-        if names:
-            self._stop_not_finite(step, phase, names, state)
-
     def save(self, checkpoints: Checkpoints, step: int, phase: Phase, state: TrainState) -> None:
         """Saves in the background; never a state with a number that is not finite.
 
         Raises:
           RunError: there is one; what is wrong is in nonfinite.json.
         """
-        if names := nonfinite.broken_leaves(state):
-            self._stop_not_finite(step, phase, names, state)
-        facts = {"model": self.network.label, "policy": self.policy, "seconds": self.seconds}
+        self.guard.check_state(step, phase.name, state)
+        policy = self.policy and self.policy.to_json()
+        facts = {"model": self.network.label, "policy": policy, "seconds": self.seconds}
         checkpoints.save(step, state, facts)
-
-    def _stop_not_finite(
-        self, step: int, phase: Phase, names: list[str], state: TrainState
-    ) -> None:
-        options = {"seed": self.config.seed, "batch_size": self.config.batch_size}
-        examples, _ = batching.train_indices(
-            len(self.dataset.train), step=max(step - 1, 0), **options
-        )
-        nonfinite.stop(
-            self.workdir, step=step, phase=phase.name, names=names, examples=examples, state=state
-        )
 
     def log(
         self, step: int, phase: Phase, metrics: Mapping[str, jax.Array], state: TrainState
@@ -259,11 +227,10 @@ class Run:
             precision = phase.evaluation.replace(branches=self.branches)
             self._evaluate_one(step, state, phase.name, "chosen", precision)
         else:
-            uniform = uniform_precisions(self.network, self.config, phase.evaluation)
+            several = len(self.config.quant.weight_bits) > 1
+            uniform = uniform_precisions(self.network, self.config.quant, phase.evaluation)
             for bits, precision in uniform.items():
-                name = f"uniform {bits.act}"
-                if len(self.config.quant.weight_bits) > 1:
-                    name += f"/{bits.weight}"
+                name = f"uniform {bits.act}" + (f"/{bits.weight}" if several else "")
                 self._evaluate_one(step, state, phase.name, name, precision)
 
     def _evaluate_one(

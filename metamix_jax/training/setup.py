@@ -12,16 +12,15 @@ from ml_collections import ConfigDict
 
 from metamix_jax.config import validate
 from metamix_jax.data import batching, datasets
-from metamix_jax.errors import UserError
 from metamix_jax.networks import registry
 from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.runtime import sharding
 from metamix_jax.selection import cost, knapsack, phases
 from metamix_jax.selection.budget import Budget, make_budget
+from metamix_jax.selection.checks import check_searcher
 from metamix_jax.selection.cost import LayerCosts
-from metamix_jax.selection.phases import Span
 from metamix_jax.selection.searchers import SEARCHERS
-from metamix_jax.selection.searchers.file import read_bits
+from metamix_jax.training.schedule import Span, make_spans
 from metamix_jax.training.step.state import TrainState, enter_phase, further_searches
 
 
@@ -33,23 +32,13 @@ class Network:
     label: str
     image_shape: tuple[int, int, int]
     costs: LayerCosts
-    budget: Budget | None  # None with searcher "none"
+    budget: Budget | None  # None where no bits are chosen
     further_budgets: Mapping[str, Budget]  # searched beside it, by the keys of their states
 
     @property
     def budget_gbops(self) -> float | None:
-        """The budget in GBOPs; see `budget_in_gbops`."""
-        return self.budget and self.budget_in_gbops(self.budget)
-
-    def budget_in_gbops(self, budget: Budget) -> float:
-        """Returns a budget in GBOPs; for one in another unit, the most GBOPs it admits."""
-        if budget.unit == "GBOPs":
-            return budget.limit
-        gbops = {path: cost.branch_gbops(self.costs[path]) for path in budget.branch_costs}
-        room = budget.limit - budget.fixed_cost
-        choice = knapsack.maximise(gbops, budget.branch_costs, room)
-        bits = {path: self.costs[path].candidates[index] for path, index in choice.items()}
-        return cost.bops(self.costs, cost.widest_bits(self.costs) | bits) / cost.GIGA
+        """The budget in GBOPs; see `knapsack.most_gbops`."""
+        return self.budget and knapsack.most_gbops(self.costs, self.budget)
 
 
 def make_network(config: ConfigDict) -> Network:
@@ -59,6 +48,22 @@ def make_network(config: ConfigDict) -> Network:
       UserError: invalid configuration or a budget that cannot be met.
     """
     validate(config)
+    check_searcher(config)
+    model, costs = make_model(config)
+    searcher, unit = SEARCHERS[config.search.searcher], config.budget.unit
+    budget = None
+    if searcher.choose is not None:
+        budget = make_budget(costs, config.budget.value, unit)
+        searcher.check_network(config, costs, budget)
+    further_budgets = {
+        key: make_budget(costs, value, unit) for key, value in further_searches(config).items()
+    }
+    label = registry.label(config.model)
+    return Network(model, label, _image_shape(config.data), costs, budget, further_budgets)
+
+
+def make_model(config: ConfigDict) -> tuple[nn.Module, LayerCosts]:
+    """Returns the network that config.model names, and its layers."""
     options = config.quant
     settings = QuantSettings(
         act_bits=tuple(options.act_bits),
@@ -70,39 +75,17 @@ def make_network(config: ConfigDict) -> Network:
         compute_dtype=config.compute_dtype,
     )
     model = registry.make(config.model, config.data.num_classes, settings)
-    size = config.data.image_size
-    image_shape = (size, size, config.data.channels)
-    costs = cost.layer_costs(model, image_shape)
-    budget = None
-    if config.search.searcher != "none":
-        budget = make_budget(costs, config.budget)
-        if config.search.searcher == "uniform":
-            _check_uniform(config, costs, budget)
-        elif config.search.searcher == "file":
-            read_bits(config.search.policy, costs, budget)
-    further_budgets = {
-        key: make_budget(costs, ConfigDict({"value": value, "unit": config.budget.unit}))
-        for key, value in further_searches(config).items()
-    }
-    label = registry.label(config.model)
-    return Network(model, label, image_shape, costs, budget, further_budgets)
+    return model, cost.layer_costs(model, _image_shape(config.data))
 
 
-def _check_uniform(config: ConfigDict, costs: LayerCosts, budget: Budget) -> None:
-    bits = config.search.uniform_bits
-    spent = budget.cost(cost.uniform_bits(costs, bits), costs)
-    if spent > budget.limit * (1 + 1e-9):
-        raise UserError(
-            f"config.search.uniform_bits={bits}: {spent:.6g} {budget.unit}, above the budget of "
-            f"{budget.limit:.6g}; raise config.budget.value or take fewer bits"
-        )
+def _image_shape(config_data: ConfigDict) -> tuple[int, int, int]:
+    return (config_data.image_size, config_data.image_size, config_data.channels)
 
 
 def make_schedule(config: ConfigDict, train_examples: int) -> tuple[Span, ...]:
     """Returns all phases of the run in order."""
-    searcher = SEARCHERS.get(config.search.searcher)
-    searcher_phases = searcher.PHASES if searcher else ()
-    return phases.make_schedule(config, searcher_phases, train_examples / config.batch_size)
+    rows = (phases.full_precision, *SEARCHERS[config.search.searcher].phases)
+    return make_spans([row(config) for row in rows], train_examples / config.batch_size)
 
 
 def abstract_variables(network: Network) -> dict[str, Any]:
@@ -145,7 +128,6 @@ def _first_state(config: ConfigDict, variables: Mapping[str, Any]) -> TrainState
     return TrainState(
         # An array, not a Python int, or the first step would be compiled twice.
         step=jnp.int32(0),
-        opt_states={},
         rng=jax.random.fold_in(jax.random.key(config.seed), 2),
         **variables,
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from metamix_jax.errors import UserError
 from metamix_jax.networks import registry, torch_weights
 from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.runtime import sharding
-from metamix_jax.selection import policy as policy_lib
-from metamix_jax.selection.phases import Phase, phase_at
+from metamix_jax.selection.phases import Phase
+from metamix_jax.selection.policy import Policy, policy_of_checkpoint
 from metamix_jax.training import setup
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints, locate
+from metamix_jax.training.schedule import phase_at
 from metamix_jax.training.setup import Network, abstract_variables
 from metamix_jax.training.step.state import TrainState
 from metamix_jax.workdir import bucket
@@ -30,7 +30,7 @@ from metamix_jax.workdir import bucket
 class Trained:
     """A checkpoint's variables, all of them, and what they are.
 
-    policy: as in policy.json; None where the bits have not been chosen.
+    policy: None where the bits have not been chosen.
     finished: whether it is the run's last, whose batch norm statistics are settled.
     """
 
@@ -38,7 +38,7 @@ class Trained:
     step: int
     phase: Phase
     finished: bool
-    policy: dict[str, Any] | None
+    policy: Policy | None
     variables: dict[str, Any]
 
 
@@ -70,9 +70,8 @@ def load_checkpoint(
             step, (facts, variables), _ = checkpoints.newest_good(restore)
         else:
             facts, variables = restore(step)
-    name, policy = f"{directory}/{step}", facts["policy"]
-    if policy is not None:
-        policy_lib.check_policy(policy, network.costs, name)
+    name = f"{directory}/{step}"
+    policy = policy_of_checkpoint(facts["policy"], network.costs, name)
     schedule = setup.make_schedule(config, train_examples)
     stop = schedule[-1].stop
     phase = phase_at(min(step, stop - 1), schedule).phase
@@ -80,24 +79,26 @@ def load_checkpoint(
 
 
 def load_weights(
-    path: str | Path, variables: Mapping[str, Any], mesh: Mesh
+    path: str | Path, network: Network, mesh: Mesh
 ) -> tuple[dict[str, Any], int | None]:
     """Returns trained params and batch_stats, and the step of the checkpoint they come from.
 
     Args:
       path: a weight file, or a workdir (its newest checkpoint), or one checkpoint.
-      variables: shapes.
+      network: what they belong to.
       mesh: devices.
 
     Raises:
       UserError: not there, damaged, or of another network.
     """
-    target = {name: variables[name] for name in ("params", "batch_stats")}
+    shapes = abstract_variables(network)
+    target = {name: shapes[name] for name in ("params", "batch_stats")}
     path = bucket.path_of(path)
     if not path.is_dir():
         if bucket.is_remote(path):
             raise UserError(f"{path}: no workdir there; copy weight files to this machine first")
-        weights, report = torch_weights.load_pretrained(path, target)
+        names = registry.architecture_of(network.model).torch_names
+        weights, report = torch_weights.load_pretrained(path, target, names)
         logging.info("%s:\n%s", path, torch_weights.format_report(report))
         return weights, None
     directory, step = locate(path)
@@ -118,7 +119,7 @@ def load_calibrated(
     """
     if not config.pretrained:
         raise UserError("config.pretrained='': expected a file of trained weights, or a workdir")
-    loaded, _ = load_weights(config.pretrained, abstract_variables(network), mesh)
+    loaded, _ = load_weights(config.pretrained, network, mesh)
     state = sharding.replicate(setup.init_state(config, network, loaded), mesh)
     passes = calibrations(config, acts=True, weights=True)
     batch = next(iter(setup.train_batches(config, dataset, mesh, 0, 1)))
@@ -138,5 +139,4 @@ def load_teacher(
         config.teacher.model, config.data.num_classes, QuantSettings(), "config.teacher.model"
     )
     teacher = Network(model, "", image_shape, costs={}, budget=None, further_budgets={})
-    shapes = abstract_variables(teacher)
-    return model, load_weights(config.teacher.path, shapes, sharding.make_mesh())[0]
+    return model, load_weights(config.teacher.path, teacher, sharding.make_mesh())[0]

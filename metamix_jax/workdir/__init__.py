@@ -1,1 +1,1 @@
-"""Files that a run writes, and who may write them."""
+"""The files of a run, and the locks that guard them."""

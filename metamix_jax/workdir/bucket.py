@@ -1,12 +1,12 @@
-"""Workdirs in a bucket, --workdir=gs://BUCKET/FOLDER.
+"""Workdirs in a bucket: --workdir=gs://BUCKET/FOLDER.
 
-Checkpoints go straight there, which is Orbax's business. Everything else is small: it is written to
-a local folder, as for any workdir, and copied to the bucket before each checkpoint is saved and at
-the end. The bucket's metrics.jsonl hence always holds all rows up to the newest checkpoint; what it
-holds beyond that is dropped when a run goes on, as after any kill.
+Orbax writes checkpoints directly to the bucket. All other files are small: they are written to a
+local mirror, laid out like any workdir, and uploaded before each checkpoint and at the end. The
+bucket's metrics.jsonl therefore always has every row up to the newest checkpoint; later rows are
+dropped on resume, as after any kill.
 
-The local folder says itself what it is a copy of (`.mirror.json`), so that whoever is handed a path
-in it can ask for the one in the bucket.
+The mirror records the URL it belongs to (`.mirror.json`), so that a path inside it can be mapped
+to the one in the bucket.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from metamix_jax.errors import InterruptedRunError, RunError, UserError
 from metamix_jax.workdir import lock
 
 SCHEME = "gs://"
-CHECKPOINTS = "checkpoints"  # the folders that are never copied
-_NOTE = ".mirror.json"  # url; sent: file -> what it was like when the bucket's was the same
+CHECKPOINTS = "checkpoints"  # directories of this name are never mirrored
+_NOTE = ".mirror.json"  # url; sent: file -> its size and mtime when last in sync with the bucket
 _ANSWER_SECONDS = 15.0
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a path is one in a bucket."""
+    """Returns whether a path is in a bucket."""
     return os.fspath(path).startswith(SCHEME)
 
 
 def path_of(text: str | os.PathLike[str]) -> Path:
-    """Returns what a user's text names, as a path that can be read wherever it is.
+    """Returns a user-supplied path, local or in a bucket, as a readable Path.
 
     Raises:
       UserError: it is in a bucket that cannot be reached.
@@ -50,7 +50,7 @@ def path_of(text: str | os.PathLike[str]) -> Path:
 
 
 def origin(path: Path) -> Path:
-    """Returns the path in the bucket of one in a local copy; any other path as it is."""
+    """Returns the bucket path of a path inside a local mirror; other paths unchanged."""
     found = _mirror_of(path)
     if found is None:
         return path
@@ -60,23 +60,23 @@ def origin(path: Path) -> Path:
 
 @contextlib.contextmanager
 def opened(workdir: str, *, alone: bool) -> Iterator[Path]:
-    """The folder to work in: `workdir`, or a local copy of what is there in the bucket.
+    """Yields the directory to work in: `workdir`, or a local mirror if it is in a bucket.
 
-    What is new in the copy when the block ends is written to the bucket, after an error too. Of
-    several processes only the first reads and writes files; its errors end all of them.
+    Changes in the mirror are uploaded when the block ends, even after an error. With several
+    processes only process 0 reads and writes files; its errors stop all of them.
 
     Args:
-      workdir: what --workdir says.
-      alone: whether the bucket's folder is locked for as long as the block runs.
+      workdir: the value of --workdir.
+      alone: whether to lock the bucket's folder for the duration of the block.
 
     Raises:
-      UserError: the bucket cannot be reached or read, or another run holds the folder.
-      RunError: it cannot be written to any more.
+      UserError: the bucket cannot be reached or read, or another run holds the folder's lock.
+      RunError: an upload failed.
     """
     if not is_remote(workdir):
         yield Path(workdir)
         return
-    from metamix_jax.runtime import distributed  # imports JAX, which the report does without
+    from metamix_jax.runtime import distributed  # imports JAX, which the report must not need
 
     url = workdir.rstrip("/")
     folder = Path(tempfile.mkdtemp(prefix="metamix_jax_"))
@@ -84,19 +84,19 @@ def opened(workdir: str, *, alone: bool) -> Iterator[Path]:
         with contextlib.ExitStack() as stack:
             error = None
             try:
-                with distributed.others_wait() as look:
+                with distributed.others_wait() as on_wait:
                     _require_bucket(url)
                     if alone and distributed.is_first():
-                        stack.enter_context(lock.hold_object(url, look))
+                        stack.enter_context(lock.hold_object(url, on_wait))
                 sent = _pull(epath.Path(url), folder) if distributed.is_first() else {}
                 _write_note(folder, {"url": url, "sent": sent})
             except UserError as found:
                 error = found
-            except Exception as reason:  # of many kinds, by what the library meets
+            except Exception as reason:  # the libraries raise many types
                 error = UserError(f"--workdir={url}: cannot be read ({_one_line(reason)})")
             distributed.agree(error)
             if error is not None:
-                raise error  # of this process alone
+                raise error  # process 0 had none: only this process failed
             try:
                 yield folder
                 if distributed.is_first():
@@ -112,7 +112,7 @@ def opened(workdir: str, *, alone: bool) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def fetched(path: Path) -> Iterator[Path]:
-    """A local folder with what is in `path`: itself, or a copy that goes with the block."""
+    """Yields a local directory with the files of `path`: itself, or a temporary copy."""
     if not is_remote(path):
         yield path
         return
@@ -122,10 +122,10 @@ def fetched(path: Path) -> Iterator[Path]:
 
 
 def push(path: Path) -> None:
-    """Writes what has changed in a local copy to the bucket; does nothing with another folder.
+    """Uploads the files changed in a local mirror; does nothing for any other directory.
 
     Raises:
-      RunError: that was not possible; says which file.
+      RunError: a file could not be written; names the file.
     """
     found = _mirror_of(path)
     if found is None:
@@ -138,22 +138,22 @@ def push(path: Path) -> None:
             continue
         try:
             (epath.Path(note["url"]) / name).write_bytes(file.read_bytes())
-        except Exception as error:  # of many kinds, by what the library meets
+        except Exception as error:  # the libraries raise many types
             raise not_written(epath.Path(note["url"]) / name, error) from error
         sent[name] = state
     _write_note(folder, note)
 
 
 def not_written(path: Path, error: Exception) -> RunError:
-    """Returns what to say where something in a bucket could not be written."""
+    """Returns the error for a failed write to a bucket."""
     return RunError(
-        f"{path}: cannot be written ({_one_line(error)}); complete checkpoints are kept, the same "
-        "command goes on from the newest"
+        f"{path}: cannot be written ({_one_line(error)}); complete checkpoints are kept, run the "
+        "same command to resume from the newest"
     )
 
 
 def _pull(source: Path, folder: Path) -> dict[str, str]:
-    """Copies the files of `source`; returns file -> what its copy is like."""
+    """Downloads the files of `source`; returns file -> `_state` of its copy."""
     sent = {}
     for file in _files(source):
         target = folder / file.relative_to(source)
@@ -164,7 +164,7 @@ def _pull(source: Path, folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yields the files in a folder, if there is one, but for checkpoints and hidden ones."""
+    """Yields the files below a directory, if it exists, except checkpoints and hidden files."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name.startswith(".") or path.name in ("", folder.name, CHECKPOINTS):
             continue
@@ -180,7 +180,7 @@ def _state(file: Path) -> str:
 
 
 def _mirror_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the local copy that `path` is in, and its note."""
+    """Returns the local mirror that contains `path`, and the content of its `.mirror.json`."""
     if is_remote(path):
         return None
     for folder in (path, *path.parents):
@@ -198,36 +198,36 @@ def _require_bucket(url: str) -> None:
     if not bucket or not name:
         raise UserError(f"{url}: expected gs://BUCKET/FOLDER")
     if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{url}: gs:// needs a package that is not there; pip install gcsfs")
+        raise UserError(f"{url}: gs:// paths need the package gcsfs; pip install gcsfs")
     if reason := _unreachable(bucket):
         raise UserError(
-            f"{url}: the bucket {bucket} cannot be reached ({reason}); is its name right, are "
-            "there credentials (gcloud auth application-default login, or a service account), and "
-            "may they use it (storage.buckets.get, storage.objects.*)?"
+            f"{url}: the bucket {bucket} cannot be reached ({reason}); check its name, the "
+            "credentials (gcloud auth application-default login, or a service account) and their "
+            "permissions (storage.buckets.get, storage.objects.*)"
         )
 
 
 @functools.cache
 def _unreachable(bucket: str) -> str:
-    """Returns why a bucket cannot be reached; an empty text if it can."""
-    # One way to each bucket, the one that is tested: not TensorFlow's, where that is installed, nor
-    # gcsfs's for other kinds of buckets, which asks another service what kind each one is.
+    """Returns why a bucket cannot be reached; "" if it can."""
+    # Always use the tested backend: not TensorFlow's where that is installed, nor gcsfs's support
+    # for hierarchical buckets, which queries another service for the type of every bucket.
     os.environ.setdefault("EPATH_USE_TF", "false")
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    # Their INFO tells of every file, their ERROR holds a traceback of what our own line says.
+    # They log every file at INFO, and at ERROR tracebacks of what our own message says.
     for library in ("fsspec", "gcsfs"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     import fsspec
     from google.cloud import storage
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    # TensorStore and other processes write there too: what was listed before may no longer be so.
+    # TensorStore and other processes write to the bucket too, so cached listings go stale.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     try:
-        # Orbax asks this first, too.
+        # Orbax's first request, too.
         retry = DEFAULT_RETRY.with_timeout(_ANSWER_SECONDS)
         storage.Client().get_bucket(bucket, timeout=_ANSWER_SECONDS, retry=retry)
-    except Exception as error:  # of many kinds: name, credentials, permissions, network
+    except Exception as error:  # many types: name, credentials, permissions, network
         return _one_line(error)
     return ""
 

@@ -1,4 +1,4 @@
-"""Who may run in a workdir: one run at a time, and always the same one."""
+"""Claiming a workdir: one process at a time, and always for the same run."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from metamix_jax.runtime import distributed
 from metamix_jax.workdir import digests, lock
 from metamix_jax.workdir.files import read_json, write_json
 
-_OTHERS = {
+_MISMATCHES = {
     "config.json": "another configuration",
     "dataset.json": "another data set",
     "code.json": "another version of the code",
@@ -27,10 +27,10 @@ def claim_workdir(
     dataset_facts: dict[str, Any],
     may_change: Collection[str],
 ) -> Iterator[None]:
-    """Holds the workdir, new or with the same run in it, for as long as the block runs.
+    """Locks the workdir, new or of the same run, for the duration of the block.
 
-    Writes config.json, dataset.json and code.json, or checks that they say the same. A finished
-    run may have been made by other code.
+    Writes config.json, dataset.json and code.json, or checks that they match. A finished run may
+    come from another version of the code.
 
     Args:
       config: of the run.
@@ -39,8 +39,8 @@ def claim_workdir(
       may_change: paths of the fields of `config` that may say something else there.
 
     Raises:
-      UserError: not writable, in use, or holding a run with another configuration, data set or
-        code.
+      UserError: the workdir is not writable, is in use, or holds a run with another configuration,
+        data set or version of the code.
     """
     with contextlib.ExitStack() as stack:
         error = None
@@ -49,7 +49,9 @@ def claim_workdir(
                 workdir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock.hold(workdir))
             except OSError as reason:
-                raise UserError(f"{workdir}: not usable as --workdir ({reason})") from reason
+                raise UserError(
+                    f"{workdir}: not usable as --workdir ({reason}); use a writable directory"
+                ) from reason
             check_same_run(config, workdir, dataset_facts, may_change)
         except UserError as found:
             error = found
@@ -60,7 +62,7 @@ def claim_workdir(
 def check_same_run(
     config: ConfigDict, workdir: Path, dataset_facts: dict[str, Any], may_change: Collection[str]
 ) -> None:
-    """Writes what identifies a run, or raises UserError where the workdir holds another one."""
+    """Writes the files that identify a run; raises UserError if the workdir holds another run."""
     wanted = {"config.json": json.loads(config.to_json()), "dataset.json": dataset_facts}
     if not is_finished(workdir):
         wanted["code.json"] = digests.of_code()
@@ -72,15 +74,15 @@ def check_same_run(
                 old = dict(read_json(path))
             except (OSError, TypeError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it if you are sure that "
-                                "the run there is this one") from error  # fmt: skip
+                                "the workdir holds this run") from error  # fmt: skip
         changed = _differences(old, new, may_change if name == "config.json" else ())
         if changed:
             raise UserError(
-                f"{workdir} holds a run with {_OTHERS[name]} ({'; '.join(changed)}); use the "
+                f"{workdir} holds a run with {_MISMATCHES[name]} ({'; '.join(changed)}); use the "
                 "same one or another --workdir"
-                + (f", or remove {path} to go on all the same" if name == "code.json" else "")
+                + (f", or remove {path} to resume anyway" if name == "code.json" else "")
             )
-    # Only now, so that a refused run changes nothing.
+    # Written last, so that a refused run changes nothing.
     for name, new in wanted.items():
         path = workdir / name
         if not path.exists() or json.loads(path.read_text()) != new:
@@ -88,7 +90,7 @@ def check_same_run(
 
 
 def is_finished(workdir: Path) -> bool:
-    """Returns whether a run has come to its end in `workdir`; a search alone has not."""
+    """Returns whether `workdir` holds a finished training run; --mode=search does not count."""
     try:
         results = read_json(workdir / "results.json")
     except (OSError, ValueError):
@@ -99,10 +101,10 @@ def is_finished(workdir: Path) -> bool:
 def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]
 ) -> list[str]:
-    """Returns the fields that differ and may not, with both values."""
+    """Returns the changed fields that affect the result, each with both values."""
     old, new = _flat(old), _flat(new)
     return [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        f"{key}: was {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in may_change
     ]

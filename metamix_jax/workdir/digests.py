@@ -1,6 +1,6 @@
-"""Digests of what a checkpoint holds, so that damage shows when it is read, and of the code.
+"""Digests of a checkpoint's content, to detect damage on restore, and of the source code.
 
-Orbax notices missing and shortened files but restores flipped bits in array data without a word.
+Orbax detects missing and truncated files but silently restores flipped bits in array data.
 """
 
 import concurrent.futures
@@ -17,13 +17,13 @@ import numpy as np
 
 _LENGTH = 32  # hexadecimal characters
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
-# Folders of code that no training runs through. Recipes are in there only once installed, and what
-# they say is in config.json.
+# Subpackages that cannot affect training. The recipes are one only once installed, and what they
+# say is in config.json.
 _NOT_TRAINING = ("report", "exporters", "commands", "configs")
 
 
 def host_leaves(tree: Any) -> dict[str, np.ndarray]:
-    """Returns path -> leaf as NumPy array on the host, random keys as their data."""
+    """Returns path -> leaf as a NumPy array on the host; PRNG keys as their key data."""
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): _raw(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -32,20 +32,20 @@ def host_leaves(tree: Any) -> dict[str, np.ndarray]:
 
 
 def of_arrays(tree: Any) -> dict[str, str]:
-    """Returns path -> digest of dtype, shape and bytes of every leaf of a tree of arrays."""
+    """Returns path -> digest of the dtype, shape and bytes of every leaf of a tree of arrays."""
     leaves = host_leaves(tree)
-    # Hashing large arrays lets other threads run.
+    # hashlib releases the GIL on large arrays.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(leaves, pool.map(_of_array, leaves.values()), strict=True))
 
 
 def of_json(value: Mapping[str, Any]) -> str:
-    """Returns the digest of what JSON can hold, whatever the order of its keys."""
+    """Returns the digest of a JSON-serializable mapping, independent of key order."""
     return _digest(json.dumps(value, sort_keys=True).encode())
 
 
 def of_code() -> dict[str, str]:
-    """Returns what decides the bits of a run: versions of libraries, a digest of our sources."""
+    """Returns what determines a run's bits: library versions and a digest of our sources."""
     root = Path(__file__).parents[1]
     sources = {str(path.relative_to(root)): path for path in root.rglob("*.py")}
     contents = {
@@ -63,7 +63,7 @@ def _of_array(array: np.ndarray) -> str:
 
 
 def _digest(*parts: bytes | memoryview) -> str:
-    # SHA-256: processors have instructions for it, which makes it faster here than BLAKE2.
+    # SHA-256 has hardware support, which makes it faster here than BLAKE2.
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -1,4 +1,4 @@
-"""Small files of a workdir, written as a whole or not at all."""
+"""Small files of a workdir, written atomically."""
 
 import json
 import math
@@ -7,15 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_MOST_JSON_BYTES = 2**26
+_MAX_JSON_BYTES = 2**26
 
 
 def read_json(path: Path) -> Any:
-    """Returns what a JSON file holds; OSError or ValueError, whatever may be in its place."""
+    """Returns the content of a JSON file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not a regular file, too large, or not JSON.
+    """
     if path.exists() and not path.is_file():
-        raise ValueError("not a file")  # reading a pipe would wait for ever
-    if path.exists() and path.stat().st_size > _MOST_JSON_BYTES:
-        raise ValueError(f"{path.stat().st_size} bytes, too many for a file of this kind")
+        raise ValueError("not a file")  # reading a pipe would block forever
+    if path.exists() and path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path.stat().st_size} bytes; expected at most {_MAX_JSON_BYTES}")
     try:
         return json.loads(path.read_text())
     except RecursionError:
@@ -23,17 +28,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, keys in their order, atomically; NaN becomes null."""
+    """Writes `value` atomically as indented JSON, keys in order; non-finite numbers become null."""
     write_text_atomic(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Writes UTF-8 text so that `path` always holds the old or the new content as a whole."""
+    """Writes UTF-8 text atomically: `path` holds either the old or the new content."""
     write_bytes_atomic(path, text.encode())
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Writes bytes so that `path` always holds the old or the new content as a whole."""
+    """Writes bytes atomically: `path` holds either the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -46,7 +51,7 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Returns `value` as JSON can hold it."""
+    """Returns `value` converted to plain JSON types; non-finite numbers become None."""
     if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A lock on a workdir, so that two runs never write into the same one."""
+"""A lock on a workdir, so that two runs never write to the same one."""
 
 import contextlib
 import fcntl
@@ -19,22 +19,22 @@ from metamix_jax.errors import UserError
 
 NAME = ".lock"
 _REFRESH_SECONDS = 60.0
-_STALE_SECONDS = 600.0  # without a refresh, of a lock that another host holds
+_STALE_SECONDS = 600.0  # without a refresh, for a lock held by another host
 _OBJECT_REFRESH_SECONDS = 15.0
 _OBJECT_STALE_SECONDS = 75.0
-_OBJECT_LOOK_SECONDS = 3.0
+_OBJECT_POLL_SECONDS = 3.0
 
 
 @contextlib.contextmanager
 def hold(workdir: Path) -> Iterator[None]:
-    """Holds the lock of an existing `workdir`; it ends with the block, or with the process.
+    """Holds the lock of an existing `workdir` until the block or the process ends.
 
-    On one host the operating system keeps it, so a killed run leaves none behind. A shared file
-    system may not tell other hosts, so `WORKDIR/.lock` also says who holds it and is touched every
-    minute: one of another host counts until it has not been touched for ten.
+    On one host this is an flock, which the kernel releases when a run is killed. A shared file
+    system may not propagate it to other hosts, so `WORKDIR/.lock` also names its holder and is
+    touched every minute: another host's lock is stale once it has not been touched for ten minutes.
 
     Raises:
-      UserError: another run holds it; names host, process and start.
+      UserError: another run holds it; names host, process and start time.
     """
     path = workdir / NAME
     file = _open_locked(path)
@@ -47,7 +47,7 @@ def hold(workdir: Path) -> Iterator[None]:
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(_this_process()).encode(), 0)
         try:
-            with _repeated(lambda: os.utime(file), _REFRESH_SECONDS):
+            with _repeating(lambda: os.utime(file), _REFRESH_SECONDS):
                 yield
         finally:
             path.unlink(missing_ok=True)
@@ -56,46 +56,46 @@ def hold(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hold_object(url: str, look: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds the lock of a folder in a bucket, the object `url`/.lock; it ends with the block.
+def hold_object(url: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds the lock of a folder in a bucket, the object `url`/.lock, until the block ends.
 
-    It is written anew every 15 s. One that has not been for 75 s, by the clock of who waits for it,
-    is what a process left that has been killed or a machine that is gone, and is taken over. Every
-    write is on condition that nobody has written in between, so one of several gets it; who finds
-    that another has taken over ends at once.
+    The holder rewrites it every 15 s. A lock not rewritten for 75 s, by the waiting process's
+    clock, was left by a killed process or a lost machine and is taken over. Every write is
+    conditional on the generation last seen, so exactly one contender wins; a holder that finds its
+    lock taken over exits immediately.
 
     Args:
-      url: of the folder.
-      look: called every few seconds while this waits.
+      url: the folder, gs://BUCKET/FOLDER.
+      on_wait: called every few seconds while waiting.
 
     Raises:
-      UserError: another run holds it; names host, process and start.
+      UserError: another run holds it; names host, process and start time.
     """
     lock = _ObjectLock(url)
-    lock.take(look)
+    lock.take(on_wait)
 
     def refresh() -> None:
-        # What cannot be reached now is tried again: who takes over is found out then.
+        # A failed request is retried at the next refresh, which also detects a takeover.
         with contextlib.suppress(Exception):
             if not lock.write():
                 sys.stderr.write(
-                    f"error: {url}: its lock is no longer this run's, another may be at work "
-                    "there; stopping at once, nothing more is saved\n"
+                    f"error: {url}: lost its lock, another run may be writing there; stopping "
+                    "immediately, nothing more is saved\n"
                 )
                 sys.stderr.flush()
                 os._exit(1)
 
     try:
-        with _repeated(refresh, _OBJECT_REFRESH_SECONDS):
+        with _repeating(refresh, _OBJECT_REFRESH_SECONDS):
             yield
     finally:
-        with contextlib.suppress(Exception):  # it counts for 75 s at most
+        with contextlib.suppress(Exception):  # goes stale after 75 s anyway
             lock.release()
 
 
 @contextlib.contextmanager
-def _repeated(action: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Calls `action` every so many seconds, in another thread, for as long as the block runs."""
+def _repeating(action: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls `action` every `seconds` seconds from a thread while the block runs."""
     ended = threading.Event()
 
     def repeat() -> None:
@@ -112,24 +112,24 @@ def _repeated(action: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 class _ObjectLock:
-    """The lock as an object that is written on condition of the generation it was read at."""
+    """A lock object in a bucket, written only if its generation is the one last seen."""
 
     def __init__(self, url: str):
-        import tensorstore  # what Orbax writes with; takes a moment
+        import tensorstore  # Orbax's storage backend; slow to import
 
         bucket, _, folder = url.partition("://")[2].partition("/")
-        # Gives up after half a minute, where Orbax's writes go on trying.
+        # Give up after half a minute, unlike Orbax, whose writes keep retrying.
         retries = {"max_retries": 7, "initial_delay": "500ms", "max_delay": "8s"}
         spec = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
         spec["context"] = {"gcs_request_retries": retries}
         self._url = url
         self._store = tensorstore.KvStore.open(spec).result()
-        # The identity tells our own write from another's when its answer was lost.
+        # The id identifies our own write when its response was lost.
         self._content = json.dumps(_this_process() | {"id": uuid.uuid4().hex}).encode()
         self._generation = b""
 
-    def take(self, look: Callable[[], None]) -> None:
-        """Waits until the lock is free or stale and takes it; raises UserError if it is neither."""
+    def take(self, on_wait: Callable[[], None]) -> None:
+        """Takes the lock once it is free or stale; raises UserError if its holder refreshes it."""
         seen, since = None, 0.0
         while True:
             found = self._store.read(NAME).result()
@@ -140,23 +140,23 @@ class _ObjectLock:
                 self._generation = found.stamp.generation
                 if self.write():
                     break
-                seen = None  # another was quicker
+                seen = None  # another contender won
             elif seen is None:
                 seen, since = found.stamp.generation, time.monotonic()
                 logging.warning(
-                    "%s is locked by %s; if that is not heard of for %.0f s, it is taken over ...",
-                    self._url, _who(holder), _OBJECT_STALE_SECONDS,
+                    "%s is locked by %s; taking over unless it is refreshed within %.0f s ...",
+                    self._url, _description(holder), _OBJECT_STALE_SECONDS,
                 )  # fmt: skip
             elif found.stamp.generation != seen:
                 raise _in_use(self._url, holder)
             else:
-                time.sleep(_OBJECT_LOOK_SECONDS)
-                look()
+                time.sleep(_OBJECT_POLL_SECONDS)
+                on_wait()
         if stale:
-            logging.error("STALE LOCK of %s: taken over from %s", self._url, _who(holder))
+            logging.error("STALE LOCK of %s: taken over from %s", self._url, _description(holder))
 
     def write(self) -> bool:
-        """Writes the lock if it is still what it was; returns whether it is ours."""
+        """Writes the lock if it is unchanged since last seen; returns whether it is ours."""
         written = self._store.write(NAME, self._content, if_equal=self._generation).result()
         if not written.generation:
             found = self._store.read(NAME).result()
@@ -172,7 +172,7 @@ class _ObjectLock:
 
 
 def _open_locked(path: Path) -> int:
-    """Returns the descriptor of the lock file, locked."""
+    """Returns a file descriptor that holds the flock of the lock file."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -180,7 +180,7 @@ def _open_locked(path: Path) -> int:
         except BlockingIOError:
             os.close(file)
             raise _in_use(path.parent, _read(path)) from None
-        # The holder before may have removed the file between our opening and locking it.
+        # The previous holder may have removed the file between our open and flock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), path.stat()):
                 return file
@@ -207,13 +207,13 @@ def _parse(content: bytes) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
-def _who(holder: dict[str, Any]) -> str:
+def _description(holder: dict[str, Any]) -> str:
     known = (("process", "pid"), ("on", "host"), ("since", "started"))
     return " ".join(f"{name} {holder[key]}" for name, key in known if key in holder)
 
 
 def _in_use(workdir: Path | str, holder: dict[str, Any]) -> UserError:
     return UserError(
-        f"{workdir} is in use by another run ({_who(holder) or 'which has just started'}); wait "
+        f"{workdir} is in use by another run ({_description(holder) or 'just started'}); wait "
         "for it, stop it, or use another --workdir"
     )

@@ -1,7 +1,7 @@
-"""What a run writes down while it trains: metrics.jsonl, TensorBoard events, small JSON files.
+"""Training metrics: metrics.jsonl and TensorBoard events.
 
-metrics.jsonl holds nothing that depends on the clock, so the file of a resumed run is bitwise that
-of an uninterrupted one; speeds go to TensorBoard only.
+metrics.jsonl contains nothing that depends on the clock, so a resumed run's file is bitwise equal
+to that of an uninterrupted one; throughput goes to TensorBoard only.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ _LOGGER = logging.getLogger(__name__)
 class MetricWriter:
     """Appends rows to `workdir/metrics.jsonl` and scalars to `workdir/tensorboard`.
 
-    Rows later than `resume_step` are dropped on construction, because they will be produced again,
-    and so is a last line that a kill tore. All rows of a step must therefore be written before that
+    On construction, rows after `resume_step` are dropped, because the run will produce them again,
+    as is a last line truncated by a kill. All rows of a step must therefore be written before that
     step's checkpoint is saved. A run without a checkpoint passes `resume_step=-1`, which drops the
     rows of step 0 too.
 
-    On pods only process 0 should have one.
+    With several processes, only process 0 should have one.
     """
 
     def __init__(self, workdir: Path, *, resume_step: int):
@@ -42,7 +42,7 @@ class MetricWriter:
         Args:
           step: steps done so far.
           row: has "phase" and "kind" ("train" or "eval"); arrays and NumPy or JAX scalars become
-            plain lists and numbers, values that are not finite become null.
+            plain lists and numbers, non-finite values become null.
         """
         row = plain({"step": step, **row})
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
@@ -66,24 +66,24 @@ class MetricWriter:
 
 
 class _EventFile:
-    """A TensorBoard event file whose failures are reported once and then ignored.
+    """A TensorBoard event file; the first failure is logged and disables it.
 
-    tensorboardX's SummaryWriter hands events to a thread through a bounded queue: when that thread
-    dies, on a full disk for example, training waits for ever on the queue. Its event file is hence
-    used directly, and errors come up here.
+    tensorboardX's SummaryWriter passes events to a thread through a bounded queue: if the thread
+    dies, for example on a full disk, training blocks on the queue forever. So this uses the event
+    writer below it directly, where errors are raised.
     """
 
     def __init__(self, directory: Path, resume_step: int):
         self._writer = None
         try:
-            # Imported here so that a broken installation is only a warning too.
+            # Imported here so that a broken installation causes only a warning, too.
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
 
             directory.mkdir(parents=True, exist_ok=True)
-            # File names have a resolution of a second; the suffix keeps quick restarts apart.
+            # File names have one-second resolution; the suffix separates quick restarts.
             self._writer = EventsWriter(str(directory / "events"), f".{resume_step}")
-            # Makes TensorBoard forget what an earlier run wrote from this step on.
+            # Makes TensorBoard discard earlier events from this step on.
             start = SessionLog(status=SessionLog.START)
             self._writer.write_event(
                 Event(step=resume_step + 1, wall_time=time.time(), session_log=start)
@@ -119,11 +119,11 @@ class _EventFile:
             with contextlib.suppress(Exception):
                 self._writer.close()
         self._writer = None
-        _LOGGER.warning("no TensorBoard events from here on, training goes on: %s", error)
+        _LOGGER.warning("TensorBoard events disabled, training continues: %s", error)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a metrics.jsonl; a torn last line, as while a run writes, is left out.
+    """Returns the rows of a metrics.jsonl; an incomplete last line is ignored.
 
     Raises:
       UserError: a line before the last is not a row.
@@ -134,7 +134,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _drop_rows_after(path: Path, step: int) -> None:
     if not path.exists():
         return
-    # Kept lines are copied, not written anew: they stay bitwise what they were.
+    # Kept lines are copied, not re-encoded, so that they stay bitwise the same.
     kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
     content = b"".join(line + b"\n" for line in kept)
     if content != path.read_bytes():
@@ -142,7 +142,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Returns the lines that are rows, without newlines; a last line that is none is left out."""
+    """Returns the lines without newlines; a last line that is not a row is dropped."""
     lines = path.read_bytes().split(b"\n")
     if lines[-1] == b"":
         lines.pop()
@@ -150,7 +150,7 @@ def _whole_lines(path: Path) -> list[bytes]:
         if not _is_row(line):
             if i == len(lines) - 1:
                 return lines[:-1]
-            raise UserError(f"{path}: line {i + 1} is not a row with a step; mend or remove it")
+            raise UserError(f"{path}: line {i + 1} is not a row with a step; fix or remove it")
     return lines
 
 
@@ -163,7 +163,7 @@ def _is_row(line: bytes) -> bool:
 
 
 def _scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """Returns tag -> number; the text of an eval row (precision, statistics) ends its tags."""
+    """Returns tag -> number; an eval row's text fields (precision, statistics) end its tags."""
     if row.get("kind") == "eval":
         texts = [v for k, v in row.items() if isinstance(v, str) and k not in ("phase", "kind")]
         tag = "/".join([row["phase"], "eval", "{}", *texts])

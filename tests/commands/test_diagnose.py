@@ -1,4 +1,4 @@
-"""Diagnoses: what the probes see, the states compared, and the mode as a whole."""
+"""Diagnoses: probes, the states compared and the whole mode."""
 
 import functools
 import json
@@ -19,6 +19,7 @@ from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.searchers import hessian
 from metamix_jax.training import setup
 from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints, locate
+from metamix_jax.training.schedule import make_spans
 from metamix_jax.training.step.batch_step import training_images
 from tests.helpers.tiny_network import (
     BITS,
@@ -30,7 +31,7 @@ from tests.helpers.tiny_network import (
 )
 
 LAYER = "layer2_0/conv1"  # searched
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
+QUICK = {"xla_backend_optimization_level": 0}  # compilation dominates test time
 MIDDLE = "layer2_0/downsample_conv"  # of the searched ones
 
 
@@ -73,7 +74,7 @@ def test_samples_are_the_inputs_of_every_layer(config, network, variables):
     found = sample(variables, batch, FULL)
     assert list(found) == sorted(network.costs)
     images = np.asarray(training_images(batch, config))
-    # The image has fewer values than a sample, so it comes as a whole.
+    # The image has fewer values than a sample, so all are sampled.
     np.testing.assert_allclose(np.sort(found["conv1"]), np.sort(images, axis=None), rtol=1e-5)
     assert found["layer1_0/conv1"].shape == (min(probes.SAMPLES, 16 * 8 * 8 * 4),)
     assert found["layer1_0/conv1"].min() == 0.0
@@ -93,7 +94,7 @@ def test_batch_norms_follow_their_layers():
         assert {path.split("/")[-1] for path, norm in found.items() if norm is None} == without
         norms = [norm for norm in found.values() if norm]
         known = {path.rpartition("/")[0] for path in flatten_dict(batch_stats, sep="/")}
-        assert sorted(norms) == sorted(known)  # each once
+        assert sorted(norms) == sorted(known)  # each exactly once
 
 
 def test_batch_variance_is_that_of_the_layers_output(config, network, variables):
@@ -137,8 +138,8 @@ def test_pick_layer(network):
 
 def schedule_of(**epochs):
     config = make_config(**{f"{name}.epochs": value for name, value in epochs.items()})
-    names = ("bit_meta", "bit_search", "weight_training")
-    return phases.make_schedule(config, names, steps_per_epoch=10)
+    rows = (phases.full_precision, phases.bit_meta, phases.bit_search, phases.weight_training)
+    return make_spans([row(config) for row in rows], steps_per_epoch=10)
 
 
 def test_the_meta_state_is_preferred_to_what_came_later():
@@ -163,7 +164,7 @@ def test_locate(tmp_path):
 
 @pytest.fixture(scope="module")
 def diagnosed(config, network, tmp_path_factory):
-    """A workdir with a checkpoint and its diagnosis; the RESULT, and diagnostics.json."""
+    """A workdir with a checkpoint and its diagnosis, the RESULT and diagnostics.json."""
     workdir = tmp_path_factory.mktemp("diagnosed")
     span = setup.make_schedule(config, 1437)[0]
     state = setup.enter_phase(fresh_state(config, network), span, config)
@@ -185,7 +186,7 @@ def test_the_same_weights_are_as_far_apart_after_as_before(diagnosed):
     assert [row["weights"] for row in found["summary"]] == ["full", "4-bit"]
     for row in found["summary"]:
         assert row["before"] == row["after"] > 0
-        assert (row["closer"], row["layers"]) == (0, 7)  # 8 searched, of which one sees no width
+        assert (row["closer"], row["layers"]) == (0, 7)  # 8 searched; the first has equal inputs
     assert found["variance_traces"]["before"] == found["variance_traces"]["after"]
     assert found["sensitivity"] is None
 
@@ -199,7 +200,7 @@ def test_files_of_a_diagnosis(diagnosed):
     density = np.array(found["histograms"]["density"]["before"]["full"]["8"])
     mass = density @ np.diff(found["histograms"]["edges"]["before"])
     assert 0.99 < mass <= 1 + 1e-6
-    text = diagnostic_tables.all_tables(found)  # as well from the file as from memory
+    text = diagnostic_tables.all_tables(found)  # also works on the file's content
     assert "layer3_0/conv2" in text
 
 

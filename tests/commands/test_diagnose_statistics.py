@@ -1,4 +1,4 @@
-"""The numbers of diagnoses on known samples."""
+"""The statistics of diagnoses on known samples."""
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +81,7 @@ def test_variances_of_a_quantized_gaussian():
     step = 2 * np.sqrt(2 / np.pi)
     ternary = step**2 * 2 * scipy.stats.norm.sf(step / 2)
     expected = {
-        # The range is that of the sample's extremes, which differ from sample to sample.
+        # The range depends on the sample's extremes, hence the wide tolerances.
         "min-max: one range for all widths": (
             [1.0002, 1.033, 1.151, 2.491],
             [1e-3, 2e-3, 1e-2, 0.2],

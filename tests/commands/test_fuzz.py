@@ -152,14 +152,14 @@ def test_policy_files(count, tmp_path):
     """Any JSON in any place of a policy, and damaged text."""
     network = setup.make_network(make_config())
     facts = dict.fromkeys(("model", "image_size", "searcher", "seed", "budget_gbops"), 1)
-    good = policy.make_policy(network.costs, widest_bits(network.costs), **facts)
+    good = policy.make_policy(network.costs, widest_bits(network.costs), **facts).to_json()
     path = tmp_path / "policy.json"
 
     def check_text(text):
         path.write_bytes(text)
         found = refused(policy.read_policy, path, network.costs)
         if not isinstance(found, str):
-            policy.branches(policy.layer_bits(found), network.costs)
+            found.branches(network.costs)
 
     def check_value(place, value):
         changed = json.loads(json.dumps(good))

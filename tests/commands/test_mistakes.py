@@ -123,7 +123,7 @@ def test_missing_data(run_here, tmp_path):
     settings = tfds_set("cifar10", **{"data.data_dir": str(folder)})
     code, stderr = run_here(tiny_config(**settings), tmp_path / "run")
     assert code == 2
-    assert_one_error_line(stderr, "data.data_dir", "no such folder")
+    assert_one_error_line(stderr, "data.data_dir", "no such directory")
     folder.mkdir()
     for name in ("cifar10", "sifar10"):
         settings = tfds_set(name, **{"data.data_dir": str(folder)})
@@ -148,7 +148,7 @@ def test_workdir_with_another_configuration(run_here, finished_copy):
     config = tiny_config(**{"seed": 1, "bit_meta.learning_rate": 0.5})
     code, stderr = run_here(config, finished_copy)
     assert code == 2
-    assert_one_error_line(stderr, "another configuration", "seed: 0 there, 1 now", "learning_rate")
+    assert_one_error_line(stderr, "another configuration", "seed: was 0, now 1", "learning_rate")
     assert files_of(finished_copy) == before
 
 

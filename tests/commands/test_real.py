@@ -10,7 +10,7 @@ from metamix_jax.data import batching, datasets
 from metamix_jax.networks import torch_weights
 from metamix_jax.networks.precision import FULL
 from metamix_jax.runtime import sharding
-from metamix_jax.training import setup
+from metamix_jax.training import setup, start_weights
 from metamix_jax.training.evaluator import Evaluator
 
 SHARED = Path(__file__).parents[3] / "shared/data"
@@ -30,9 +30,8 @@ def count_right():
     config.data.data_dir = str(SHARED / "tfds")
     config.pretrained = str(SHARED / WEIGHTS)
     network = setup.make_network(config)
-    shapes = setup.abstract_variables(network)
-    weights, _ = torch_weights.load_pretrained(config.pretrained, shapes)
     mesh = sharding.make_mesh()
+    weights, _ = start_weights.load_weights(config.pretrained, network, mesh)
     variables = sharding.replicate(setup.init_state(config, network, weights).variables, mesh)
 
     def count(evaluation=None):
@@ -72,8 +71,7 @@ def imagenet_run(recipe, file, count, **fields):
         section, _, key = path.rpartition("__")
         config[section][key] = value
     network = setup.make_network(config)
-    shapes = setup.abstract_variables(network)
-    weights, _ = torch_weights.load_pretrained(SHARED / file, shapes)
+    weights, _ = start_weights.load_weights(SHARED / file, network, sharding.make_mesh())
     state = setup.init_state(config, network, weights)
     split = datasets.load(config.data).evaluation
     images, labels = split.gather(np.arange(count))

@@ -45,7 +45,7 @@ def test_order_depends_on_seed_and_step_alone():
         return batching.train_indices(1000, seed=seed, step=step, batch_size=32)[0].tolist()
 
     first = indices(3, 100_000)
-    for other in range(20):  # pushes the remembered epochs out
+    for other in range(20):  # evicts the cached epochs
         indices(3, 40 * other)
     assert indices(3, 100_000) == first
     assert indices(4, 100_000) != first
@@ -53,7 +53,7 @@ def test_order_depends_on_seed_and_step_alone():
 
 
 def test_order_is_pinned():
-    # A change here would make runs resumed across versions see other batches.
+    # A change here would change the batches of runs resumed across versions.
     indices, epochs = batching.train_indices(8, seed=0, step=1, batch_size=6)
     assert indices.tolist() == [6, 7, 5, 3, 7, 2]
     assert epochs.tolist() == [0, 0, 1, 1, 1, 1]
@@ -156,7 +156,7 @@ def test_preprocess_numbers():
     np.testing.assert_allclose(result.ravel(), expected, atol=1e-6)
     one_for_all = batching.preprocess(images, mean=(0.0,), std=(1.0,), dtype=jnp.bfloat16)
     assert one_for_all.dtype == jnp.bfloat16
-    expected = jnp.array([0, 0.2, 1, 128 / 255], jnp.bfloat16)  # rounded once, at the end
+    expected = jnp.array([0, 0.2, 1, 128 / 255], jnp.bfloat16)  # rounded only once, at the end
     np.testing.assert_array_equal(np.asarray(one_for_all.ravel()), np.asarray(expected))
 
 
@@ -167,7 +167,7 @@ def augmented(images, index, epoch, seed=0, kind="crop_flip"):
 
 
 def possible_crops(image, kind):
-    """All results of the recipe for one image, by (mirrored, row, column), from NumPy alone."""
+    """Returns all possible results for one image by (mirrored, row, column), using only NumPy."""
     size = len(image)
     margin = size // 8
     padded = np.zeros((size + 2 * margin, size + 2 * margin, image.shape[2]), np.uint8)
@@ -188,7 +188,7 @@ def test_augmented_images_are_crops_and_all_crops_occur(size, kind):
     image = random_split(1, size).images[0]
     crops = {crop.tobytes(): place for place, crop in possible_crops(image, kind).items()}
     result = augmented(np.stack([image] * count), np.arange(count), np.zeros(count), kind=kind)
-    places = [crops[one.tobytes()] for one in result]  # KeyError: no crop of this image
+    places = [crops[one.tobytes()] for one in result]  # KeyError: not a crop of this image
     mirrored, rows, columns = (np.array(part) for part in zip(*places, strict=True))
     for offsets in (rows, columns):
         assert set(offsets) == set(range(2 * (size // 8) + 1))
@@ -211,7 +211,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     ):
         assert np.mean(np.any(other != first, axis=(1, 2, 3))) > 0.8
     np.testing.assert_array_equal(augmented(images, index, epoch, kind="none"), images)
-    with pytest.raises(ValueError, match="'mirror': expected none, crop or crop_flip"):
+    with pytest.raises(ValueError, match="'mirror': expected none, crop, crop_flip"):
         augmented(images, index, epoch, kind="mirror")
 
 

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def reference_crc32c(data):
-    """Bit by bit, as CRC-32C is defined."""
+    """CRC-32C bit by bit, per its definition."""
     state = 0xFFFFFFFF
     for byte in data:
         state ^= byte
@@ -28,7 +28,7 @@ def reference_crc32c(data):
 
 
 def write_tfrecord(path, records):
-    # TensorBoard's event files are tfrecord files: a writer that is not ours.
+    # An independent writer: TensorBoard's event files are tfrecord files.
     writer = RecordWriter(str(path))
     for record in records:
         writer.write(record)
@@ -42,7 +42,7 @@ def array_record(tmp_path_factory):
 
 @pytest.fixture
 def source(array_record, tmp_path):
-    """The version folder of a tfrecord copy, the training split in three files."""
+    """The version directory of a tfrecord copy, with the training split in three files."""
     import tensorflow_datasets as tfds
 
     info = tfds.builder_from_directory(array_record / "tiny_images/1.0.0")
@@ -72,7 +72,7 @@ def target(tmp_path):
 
 
 def test_converted_copy_is_read_as_the_original(array_record, source, target, capsys):
-    with pytest.raises(UserError, match="expected an array_record copy"):
+    with pytest.raises(UserError, match="expected array_record, convert it"):
         datasets.load(tiny_config(source.parents[1]))
     assert convert_tfrecord.main([str(source), str(target)]) == 0
     assert capsys.readouterr().out == f"{target}: 48 examples\n"
@@ -89,7 +89,7 @@ def test_converted_copy_is_read_as_the_original(array_record, source, target, ca
         *(f"tiny_images-train.array_record-{i:05}-of-00003" for i in range(3)),
     ]
     assert not list(target.parent.glob("*incomplete*"))
-    # Slices go over the files' borders.
+    # A slice across file boundaries.
     middle = datasets.load(tiny_config(target.parents[1], train_split="train[19:23]")).train
     np.testing.assert_array_equal(middle.images, original.train.images[19:23])
 
@@ -120,19 +120,19 @@ def flip(source, place):
 
 
 DAMAGES = {
-    "cut": (cut, r"00000-of-00003: cut short at byte \d+; copy the file again"),
+    "cut": (cut, r"00000-of-00003: truncated at byte \d+; copy the file again"),
     "cut_in_header": (cut_in_header, r"00000-of-00003: damaged at byte \d+; copy"),
     "length": (lambda source: flip(source, 0), "00000-of-00003: damaged at byte 0; copy"),
     "data": (lambda source: flip(source, 300), "00000-of-00003: damaged record at byte 0; copy"),
     "checksum": (lambda source: flip(source, -1), r"00000-of-00003: damaged record at byte \d{4}"),
-    "records": (swap, r"00000-of-00003: holds 1 examples; expected 20"),
+    "records": (swap, r"00000-of-00003: contains 1 examples; expected 20"),
     "missing": (
         lambda source: first_shard(source).unlink(),
-        r"1 of 4 .* missing, such as .*00000-",
+        r"1 of 4 .* missing, e\.g\. .*00000-",
     ),
     "no_info": (
         lambda source: (source / "dataset_info.json").unlink(),
-        r"1\.0\.0: no dataset_info\.json; expected a TFDS version folder",
+        r"1\.0\.0: no dataset_info\.json; expected a TFDS version directory",
     ),
     "spoilt_info": (
         lambda source: (source / "dataset_info.json").write_text("{"),
@@ -158,8 +158,8 @@ def test_damaged_copies_leave_nothing_behind(source, target, damage, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_targets_that_cannot_be(source, target):
-    with pytest.raises(UserError, match=r"1\.0\.0: exists; expected a new folder"):
+def test_unusable_targets(source, target):
+    with pytest.raises(UserError, match=r"1\.0\.0: already exists; expected a new directory"):
         convert_tfrecord.convert(source, source)
     target.parents[1].mkdir()
     target.parent.write_text("a file")
@@ -167,7 +167,7 @@ def test_targets_that_cannot_be(source, target):
         convert_tfrecord.convert(source, target)
 
 
-def test_too_little_room_is_told_at_once(source, target, monkeypatch):
+def test_too_little_disk_space_is_an_error(source, target, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1))
     with pytest.raises(UserError, match=r"0\.0 GiB free; expected 0\.0"):
         convert_tfrecord.convert(source, target)
@@ -175,7 +175,7 @@ def test_too_little_room_is_told_at_once(source, target, monkeypatch):
 
 
 def test_array_record_needs_no_conversion(array_record, target):
-    with pytest.raises(UserError, match=r"is array_record; expected tfrecord"):
+    with pytest.raises(UserError, match=r"format array_record; expected tfrecord"):
         convert_tfrecord.convert(array_record / "tiny_images/1.0.0", target)
 
 

@@ -17,10 +17,11 @@ from tests.helpers.tiny_images import tiny_config, to_bytes
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """A data set whose training examples 2, 3, 9 (in TFDS's order) are damaged: no image at all, an
-    empty one, and one cut short; and evaluation example 1.
+    """A data set with damaged training examples 2, 3, 9 (in TFDS's order) and evaluation example 1.
+
+    They are not an image at all, an empty one and a truncated one.
     """
-    # TFDS shuffles as it writes; all are the same size in bytes, so order is found by reading.
+    # TFDS shuffles when writing, so find the order by reading.
     encoded = [tiny_images.encoded(i) for i in range(12)]
     folder = tmp_path_factory.mktemp("damaged")
     tiny_images.write(folder, {"train": encoded, "test": encoded[:3]})
@@ -49,7 +50,7 @@ def test_damaged_training_images_are_replaced_by_the_next(damaged, augment, in_m
         np.testing.assert_array_equal(result[bad], result[instead])
         assert labels[bad] == labels[instead]
     assert len({image.tobytes() for image in result}) == 9
-    # Each is reported once, however often it is read.
+    # Each is reported once, no matter how often it is read.
     found = [record.message for record in caplog.records if "replaced" in record.message]
     assert sorted(message.split(":")[0] for message in found) == [
         f"tiny_images train, example {i}" for i in (2, 3, 9)
@@ -63,7 +64,8 @@ def test_damaged_training_images_are_replaced_by_the_next(damaged, augment, in_m
 def test_too_many_damaged_training_images(damaged, allowed, last):
     fields = {"eval_split": "train[:1]", "in_memory_gib": 0.0, "max_bad_examples": allowed}
     train = datasets.load(tiny_config(damaged, **fields)).train
-    message = rf"tiny_images train, example {last}: .*config\.data\.max_bad_examples is {allowed}$"
+    limit = rf"config\.data\.max_bad_examples \(currently {allowed}\)$"
+    message = rf"tiny_images train, example {last}: .*{limit}"
     with pytest.raises(UserError, match=message):
         for index in range(12):
             train.gather(np.array([index]))
@@ -82,28 +84,29 @@ def test_one_damaged_training_image_read_many_times_counts_once():
 def test_all_training_images_damaged():
     examples = [{"image": b"no image", "label": 0}] * 3
     split = tiny_images.listed_split(examples, images.Resize((8, 8, 3)), max_bad_examples=100)
-    with pytest.raises(UserError, match="no image"):
+    with pytest.raises(UserError, match="not a decodable image"):
         split.gather(np.arange(3))
 
 
 @pytest.mark.parametrize("in_memory_gib", [0.0, 4.0])
 def test_a_damaged_evaluation_image_is_an_error(damaged, in_memory_gib):
-    with pytest.raises(UserError, match=r"tiny_images test, example \d: its 8 bytes") as error:
+    message = r"tiny_images test, example \d: not a decodable image \(8 bytes\)"
+    with pytest.raises(UserError, match=message) as error:
         dataset = datasets.load(
             tiny_config(damaged, max_bad_examples=9, in_memory_gib=in_memory_gib)
         )
         list(batching.eval_batches(dataset.evaluation, batch_size=3))
-    assert "max_bad_examples" not in str(error.value)  # which would not help here
+    assert "max_bad_examples" not in str(error.value)  # would not help here
 
 
-# A whole run, killed and gone on with
+# A whole run, killed and resumed
 
 STEPS = 24  # of 6 epochs
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """Of a run at full precision on 32 streamed images, of which three are damaged."""
+    """Settings of a full-precision run on 32 streamed images, three of them damaged."""
     folder = tmp_path_factory.mktemp("data")
     encoded = [tiny_images.encoded(number) for number in range(32)]
     encoded[5], encoded[17], encoded[30] = b"no image", b"\xff\xd8\xff", encoded[30][:-100]
@@ -116,7 +119,7 @@ def settings(tmp_path_factory):
 
 
 def replaced(text):
-    """Returns the examples that a log says are replaced."""
+    """Returns the replaced examples according to a log."""
     return sorted(re.findall(r"tiny_images train, example (\d+): .*; replaced by the next", text))
 
 
@@ -132,15 +135,16 @@ def test_killed_it_counts_and_replaces_the_same(processes, settings, tmp_path):
     done = processes.finish(command(f"--workdir={reference}", **settings))
     assert done.returncode == 0, done.stderr
     assert len(replaced(done.stderr)) == 3
-    # In the first epoch, before all have been met, and in the third, after that.
+    # In the first epoch, before all have been read, and in the third, after that.
     for step in (2, 10):
         with processes.running(command(f"--workdir={workdir}", **settings), workdir, step):
             pass
-    # Those allowed are counted in each life; an epoch meets all.
+    # Replacements are counted per process, and an epoch reads all examples.
     fewer = command(f"--workdir={workdir}", **settings | {"data.max_bad_examples": 2})
     stopped = processes.finish(fewer)
     assert stopped.returncode == 2
-    assert_one_error_line(stopped.stderr, "no image", "config.data.max_bad_examples is 2")
+    limit = r"config.data.max_bad_examples \(currently 2\)"
+    assert_one_error_line(stopped.stderr, "not a decodable image", limit)
     again = processes.finish(command(f"--workdir={workdir}", **settings))
     assert again.returncode == 0 and "going on from step" in again.stderr, again.stderr
     assert replaced(again.stderr) == replaced(done.stderr)

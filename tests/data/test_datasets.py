@@ -35,7 +35,7 @@ def test_digits_splits_are_fixed_disjoint_and_complete():
         counts = np.bincount(split.labels)
         assert len(counts) == 10 and counts.max() <= 1.1 * counts.min()
         images[name] = {image.tobytes() for image in split.images}
-    # All 1797 digits differ from each other, so their bytes tell them apart.
+    # All 1797 digits are distinct, so their bytes identify them.
     assert len(images["train"]) == 1437 and len(images["evaluation"]) == 360
     assert not images["train"] & images["evaluation"]
 
@@ -65,7 +65,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def tiny_copy(tiny, tmp_path):
-    """The version folder of a copy of `tiny` that a test may spoil."""
+    """The version directory of a copy of `tiny` that a test may damage."""
     return pathlib.Path(shutil.copytree(tiny, tmp_path / "tfds")) / "tiny_images/1.0.0"
 
 
@@ -118,12 +118,12 @@ def test_tfds_split_slices(tiny):
         ({"name": ""}, r"name=''.*known: digits, .*tiny_images"),
         ({"name": "mnist"}, r"name='mnist': not prepared in .*mnist.*known: digits, .*tiny"),
         ({"name": "tiny_images:2.0.0"}, r"name='tiny_images:2\.0\.0'.*did you mean 'tiny_images'"),
-        ({"data_dir": "/no/such"}, r"data_dir='/no/such': no such folder"),
+        ({"data_dir": "/no/such"}, r"data_dir='/no/such': no such directory"),
         ({"train_split": "trian"}, r"train_split='trian'.*did you mean 'train'\? known: test, tr"),
         ({"eval_split": "validation"}, r"eval_split='validation'.*known: test, train"),
         ({"eval_split": "train["}, r"eval_split='train\['.*known: test, train"),
         ({"eval_split": "train[:38]"}, r"eval_split='train\[:38\]'.*incompatible with 37"),
-        ({"eval_split": "train[:0]"}, r"eval_split='train\[:0\]': has no examples"),
+        ({"eval_split": "train[:0]"}, r"eval_split='train\[:0\]': empty split"),
         ({"num_classes": 10}, r"num_classes=10: .* has 4 classes; set config\.data\.num_classes=4"),
         ({"channels": 2}, r"channels=2: expected 1 \(grey\) or 3"),
     ],
@@ -142,11 +142,11 @@ def test_tfds_needs_image_and_label(tiny_copy, feature):
         datasets.load(tiny_config(tiny_copy.parents[1]))
 
 
-def test_tfds_tfrecord_copy_is_told_apart(tiny_copy):
+def test_tfds_tfrecord_copy_is_rejected(tiny_copy):
     path = tiny_copy / "dataset_info.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fileFormat": "tfrecord"}))
-    message = r"an array_record copy: python -m metamix_jax\.data\.convert_tfrecord .*/1\.0\.0"
-    with pytest.raises(UserError, match=message):
+    command = r"python -m metamix_jax\.data\.convert_tfrecord .*/1\.0\.0"
+    with pytest.raises(UserError, match=f"expected array_record, convert it with {command}"):
         datasets.load(tiny_config(tiny_copy.parents[1]))
 
 
@@ -169,8 +169,11 @@ def test_tfds_damaged_files(tiny_copy, damage, in_memory_gib):
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ({"image": b"no image", "label": 1}, r"somewhere, example 1: its 8 bytes are no image"),
-        ({"image": None, "label": -1}, r"somewhere, example 1: has no label"),
+        (
+            {"image": b"no image", "label": 1},
+            r"somewhere, example 1: not a decodable image \(8 bytes\)",
+        ),
+        ({"image": None, "label": -1}, r"somewhere, example 1: no label"),
     ],
 )
 def test_streamed_split_names_the_bad_example(example, message):
@@ -225,7 +228,7 @@ def test_random_crops_are_a_function_of_seed_index_and_epoch(tiny, monkeypatch):
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_random_crops_are_the_same_on_any_number_of_processes(tiny, process_count):
     train = datasets.load(crops_config(tiny)).train
-    fields = {"seed": 3, "batch_size": 8, "start": 2, "stop": 8}  # over the end of an epoch
+    fields = {"seed": 3, "batch_size": 8, "start": 2, "stop": 8}  # across an epoch boundary
     whole = gathered(batching.train_batches(train, **fields))
     parts = [
         gathered(
@@ -239,7 +242,7 @@ def test_random_crops_are_the_same_on_any_number_of_processes(tiny, process_coun
     for batch, *shares in zip(whole, *parts, strict=True):
         for key, values in batch.items():
             assert sum((share[key] for share in shares), []) == values
-    # Starting late gives what a run from the start came to.
+    # Starting at a later step gives the same batches as running from the start.
     assert gathered(batching.train_batches(train, **{**fields, "start": 6})) == whole[4:]
 
 
@@ -255,7 +258,7 @@ def test_eval_resize_crops_the_centre(tiny):
         expected = np.asarray(image.crop((left, top, left + 10, top + 10)))
         np.testing.assert_array_equal(dataset.evaluation.images[i], expected)
         np.testing.assert_array_equal(streamed.evaluation.gather(np.array([i]))[0][0], expected)
-    # Images that are not augmented while being decoded look the same in training.
+    # Without augmentation while decoding, training images are the same.
     np.testing.assert_array_equal(dataset.train.images, dataset.evaluation.images)
 
 
@@ -302,13 +305,13 @@ def test_real_cifar10():
     slices = {"train_split": "train[:100]", "eval_split": "test[:200]"}
     splits = datasets.load(data_config(name="cifar10", data_dir=str(folder), **slices))
     assert (len(splits.train), len(splits.evaluation)) == (100, 200)
-    # TFDS shuffles when it writes; `id` is "test_" and the place in the original order.
+    # TFDS shuffles when writing; `id` is "test_" plus the index in the original order.
     records = tfds.data_source("cifar10", split="test[:200]", data_dir=folder, download=False)
     original = np.array([int(record["id"].decode().removeprefix("test_")) for record in records])
     with np.load(subset) as exact:
         np.testing.assert_array_equal(splits.evaluation.labels, exact["all_test_labels"][original])
         here = original < len(exact["x_test"])
         pixels = exact["x_test"][original[here]].astype(float)
-    # The copy is lossy JPEG; another image, or another channel order, is far further away.
+    # The copy is lossy JPEG; another image or channel order would differ far more.
     assert np.abs(splits.evaluation.images[here] - pixels).mean((1, 2, 3)).max() < 15
     assert here.sum() > 5

@@ -15,7 +15,7 @@ TURN = {"seed": 0, "epoch": 0, "index": 0}
 
 
 def photograph(width, height):
-    """Something smooth with edges, as photographs are; RGB."""
+    """Returns a smooth RGB image with edges, like a photograph."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [
         np.sin(x / 17 + k) + np.cos(y / (11 + k)) + (x + 2 * y > 300 + 90 * k) for k in range(3)
@@ -39,14 +39,14 @@ def test_crops_are_of_the_allowed_area_and_aspect_ratio(size):
     boxes = np.array([crop(size, index) for index in range(2000)])
     left, top, right, bottom = boxes.T
     width, height = right - left, bottom - top
-    assert left.min() == 0 and top.min() == 0  # the edges are reached, and not passed
+    assert left.min() == 0 and top.min() == 0  # the edges are reached but not exceeded
     assert right.max() == size[0] and bottom.max() == size[1]
     area = width * height / math.prod(size)
     rounding = 1 / min(width.min(), height.min())
     assert area.min() >= 0.08 * (1 - 2 * rounding) and area.max() <= 1
     ratio = width / height
     assert ratio.min() >= 3 / 4 * (1 - 2 * rounding) and ratio.max() <= 4 / 3 * (1 + 2 * rounding)
-    # Small crops always fit, so their ratios are as drawn: uniform in the logarithm.
+    # Small crops always fit, so their ratios are as drawn: log-uniform.
     small = np.log(ratio[area < 0.4]) / math.log(4 / 3)
     assert len(small) > 400
     assert abs(small.mean()) < 0.1 and abs(small.std() - 1 / math.sqrt(3)) < 0.05
@@ -57,7 +57,7 @@ def test_crop_area_and_place_are_uniform():
     boxes = np.array([crop((400, 400), index) for index in range(4000)])
     left, top, right, bottom = boxes.T
     area = (right - left) * (bottom - top) / 400**2
-    # Below 3/4 of a square image any ratio fits.
+    # Up to 3/4 of a square image, any ratio fits.
     share = np.histogram(area, 4, (0.08, 0.72))[0]
     np.testing.assert_allclose(share / share.sum(), 0.25, atol=0.03)
     for start, size in ((left, right - left), (top, bottom - top)):
@@ -76,14 +76,14 @@ def test_crop_area_and_place_are_uniform():
     ],
 )
 def test_centre_crop_where_no_draw_fits(size, box):
-    no_fit = iter([0.999, 0.0, 0.5, 0.5] * 10)  # the whole area, as upright as can be
+    no_fit = iter([0.999, 0.0, 0.5, 0.5] * 10)  # the whole area at the narrowest ratio
     assert images.random_crop(size, no_fit) == box
     if size != (1, 1):
         assert next(no_fit, None) is None
 
 
 def test_crops_are_pinned():
-    # A change here would make runs resumed across versions see other images.
+    # A change here would change the images of runs resumed across versions.
     assert crop((500, 375), index=7, epoch=3, seed=1) == (116, 62, 354, 265)
     numbers = images._uniform(2, seed=-1, epoch=0, index=5)
     assert numbers == [0.011441856070074308, 0.07427885186576322]
@@ -143,7 +143,7 @@ def test_training_image_of_a_jpeg_is_its_crop_resized_bilinearly():
         if images._uniform(1, 2, 1, index)[0] < 0.5:
             mirrored += 1
             expected = expected[:, ::-1]
-        np.testing.assert_allclose(result, expected, rtol=0, atol=1)  # OpenCV counts in integers
+        np.testing.assert_allclose(result, expected, rtol=0, atol=1)  # OpenCV uses integers
     assert 30 < mirrored < 70
 
 
@@ -183,7 +183,7 @@ def test_decoding_at_reduced_size_changes_little(monkeypatch):
         shifted.append(mean_difference(np.roll(full, 1, axis=1), np.asarray(full)))
     assert set(steps) == {2, 4, 8}
     assert 0 < max(differences) < 1.5, differences
-    # A box that was off by one pixel of the result would show far more.
+    # A box off by one output pixel would differ far more.
     assert min(shifted) > 5
 
 
@@ -256,7 +256,7 @@ def test_damaged_images(transform):
 @pytest.mark.parametrize("transform", [RandomResizedCropFlip, Resize])
 def test_images_stay_as_stored_whatever_rotation_the_file_asks_for(transform):
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: to be shown turned by 90 degrees
+    exif[0x0112] = 6  # orientation: displayed rotated by 90 degrees
     encoded = [to_bytes(photograph(100, 60), **options) for options in ({}, {"exif": exif})]
     results = [transform((16, 16, 3))(image, **TURN) for image in encoded]
     np.testing.assert_array_equal(*results)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import export_forms
 from metamix_jax.data import batching
-from metamix_jax.exporters import executor, onnx_files, wiring
+from metamix_jax.exporters import executor, onnx_files
 from metamix_jax.exporters.graph import Kernel, Node, Quantizer, normalise
 from metamix_jax.exporters.packing import pack, packed_size, unpack
 from metamix_jax.exporters.stablehlo import PLATFORMS, stablehlo
@@ -17,8 +17,8 @@ from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.networks.quantizers import fake_quant
 from tests.helpers.export_networks import (
     CLASSES,
+    PIECES,
     Pieces,
-    draw_pieces,
     graph_of,
     quantized,
     random_images,
@@ -26,12 +26,12 @@ from tests.helpers.export_networks import (
 from tests.helpers.tiny_network import compiled
 
 ALL_BITS = tuple(range(2, 9))
-SHAPE = (11, 9, 3)  # odd sides, on which the paddings differ most
+SHAPE = (11, 9, 3)  # odd sides, where the paddings differ most
 
 
 @pytest.fixture(autouse=True)
 def pieces_can_be_drawn(monkeypatch):
-    monkeypatch.setitem(wiring.NETWORKS, Pieces, draw_pieces)
+    monkeypatch.setattr(registry, "ARCHITECTURES", registry.ARCHITECTURES | PIECES)
 
 
 # Packing ---------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def test_packing_and_unpacking_give_back_every_level(bits):
 
 
 def test_the_bit_order_is_the_documented_one():
-    # Levels 1, -2, 3 of 3 bits: 001, 110, 011, the first in the lowest bits.
+    # The 3-bit levels 1, -2, 3 are 001, 110, 011, the first in the lowest bits.
     assert pack(np.int8([1, -2, 3]), 3) == bytes([0b11110001, 0b00000000])
     assert pack(np.int8([1, -2, 3, -4]), 4) == bytes([0xE1, 0xC3])
     assert pack(np.int8([-1, 0, 1, -2]), 2) == bytes([0b10010011])
@@ -59,7 +59,7 @@ def test_the_bit_order_is_the_documented_one():
 def test_bytes_that_are_no_packed_levels():
     with pytest.raises(ValueError, match="expected 2 for 3 levels of 3 bits"):
         unpack(b"\0", 3, (3,))
-    with pytest.raises(ValueError, match="zeros behind the last level"):
+    with pytest.raises(ValueError, match="zeros after the last level"):
         unpack(b"\0\x80", 3, (3,))
     with pytest.raises(AssertionError):
         pack(np.int8([4]), 3)
@@ -69,7 +69,7 @@ def test_bytes_that_are_no_packed_levels():
 
 
 def assert_equal_to_jax(network, images):
-    """Levels equal but for ties, and scores, in the executor, in onnxruntime and in qonnx."""
+    """Asserts equal levels, except for ties, and scores in the executor, onnxruntime and qonnx."""
     for package in ("onnxruntime", "qonnx"):
         pytest.importorskip(package)
     graph = graph_of(network)
@@ -95,7 +95,7 @@ def assert_equal_to_jax(network, images):
 
 
 def random_network(seed):
-    """Returns `Pieces` at random bits; four seeds take all paddings and strides."""
+    """Returns `Pieces` at random bits; four seeds cover all paddings and strides."""
     generator = np.random.default_rng(seed)
     act_bits, weight_bits = (
         tuple(int(bits) for bits in generator.choice(ALL_BITS, count, replace=False))
@@ -116,20 +116,20 @@ RANDOM_NETWORKS = 4
 
 
 @pytest.mark.parametrize("seed", range(RANDOM_NETWORKS))
-@pytest.mark.filterwarnings("default")  # qonnx's own
+@pytest.mark.filterwarnings("default")  # for qonnx
 def test_random_networks_in_every_form(seed):
     network = random_network(seed)
     assert_equal_to_jax(network, random_images(network.network.image_shape, seed=seed))
 
 
 def test_random_networks_have_all_bits():
-    policies = [random_network(seed).policy["layers"].values() for seed in range(RANDOM_NETWORKS)]
-    for kind in ("act_bits", "weight_bits"):
-        assert {row[kind] for rows in policies for row in rows} == set(ALL_BITS)
+    policies = [random_network(seed).policy.bits.values() for seed in range(RANDOM_NETWORKS)]
+    for kind in ("act", "weight"):
+        assert {getattr(pair, kind) for pairs in policies for pair in pairs} == set(ALL_BITS)
 
 
 @pytest.mark.parametrize("shortcut", ["identity", "conv"])
-@pytest.mark.filterwarnings("default")  # qonnx's own
+@pytest.mark.filterwarnings("default")  # for qonnx
 def test_cifar_resnets(shortcut):
     fields = {"name": "cifar_resnet", "depth": 8, "width": 4, "shortcut": shortcut}
     settings = QuantSettings(act_bits=(8, 4, 2), weight_bits=(8, 4, 2))
@@ -176,9 +176,8 @@ def test_an_image_that_is_not_quantized():
     ],
 )
 def test_every_network_is_drawn_with_all_of_its_layers(name, padding):
-    assert set(registry.MODELS.values()) <= set(wiring.NETWORKS)
-    # What each layer is fed with is asserted while drawing; scores are compared where the networks
-    # are real (benchmarks/export_parity.py), and their pieces above.
+    # Drawing asserts each layer's input; scores are compared on real networks
+    # (benchmarks/export_parity.py) and on `Pieces` above.
     model = registry.make(ConfigDict({"name": name, "padding": padding}), CLASSES, QuantSettings())
     network = quantized(model, (33, 33, 3))
     graph = graph_of(network)
@@ -226,7 +225,7 @@ def test_normalised_as_in_training():
     graph = graph_of(network)
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     expected = compiled(lambda p: batching.preprocess(p, mean=graph.mean, std=graph.std))(pixels)
-    # XLA divides by a constant as it multiplies by its reciprocal.
+    # XLA replaces division by a constant with multiplication by its reciprocal.
     np.testing.assert_array_max_ulp(normalise(pixels, graph), np.asarray(expected), maxulp=2)
 
 

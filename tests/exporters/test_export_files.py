@@ -1,4 +1,4 @@
-"""The files of an export: what they hold, their sizes, and that damage is refused."""
+"""The files of an export: content, sizes and rejection of damaged files."""
 
 import json
 import os
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters import bundle, executor, onnx_files, wiring
+from metamix_jax.exporters import bundle, executor, onnx_files
 from metamix_jax.exporters.card import QCDQ, QONNX, card
+from metamix_jax.networks import registry
 from metamix_jax.networks.precision import QuantSettings
 from tests.helpers.export_networks import (
     CLASSES,
+    PIECES,
     Pieces,
-    draw_pieces,
     graph_of,
     quantized,
     random_images,
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def network():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(wiring.NETWORKS, Pieces, draw_pieces)
+        patch.setattr(registry, "ARCHITECTURES", PIECES)
         settings = QuantSettings(act_bits=(8, 4, 3, 2), weight_bits=(8, 4, 3, 2))
         network = quantized(Pieces(CLASSES, settings), SHAPE, seed=3)
         return network, graph_of(network)
@@ -100,7 +101,7 @@ def test_any_flipped_bit_or_missing_byte_is_noticed(name, directory):
 
 
 def rewritten(directory, change):
-    """Changes graph.json as someone would who knows how to digest it."""
+    """Changes graph.json and recomputes its digest."""
     path = directory / bundle.GRAPH
     content = json.loads(path.read_text())
     del content["sha256"]
@@ -205,7 +206,7 @@ def test_qonnx_carries_each_layers_bits(graph):
     assert {node.domain for node in quants} == {"qonnx.custom_op.general"}
 
 
-@pytest.mark.filterwarnings("default")  # qonnx's own
+@pytest.mark.filterwarnings("default")  # for qonnx
 def test_qonnx_agrees_and_counts_our_bops(graph):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("qonnx")
@@ -243,7 +244,7 @@ def test_the_card_says_what_is_there(graph):
         graph, sizes | {QCDQ: 1, QONNX: 2}, counts, data="photographs", pretrained="w.npz",
         licence="CC0", versions={"jax": "1"},
     )  # fmt: skip
-    assert "top-1 70.00 % (7 right)" in text and "10 images of\n  photographs" in text
+    assert "top-1 70.00 % (7 correct)" in text and "10 images of\n  photographs" in text
     assert f"{graph.policy['gbops']:.6g} GBOPs" in text
-    assert f"{sizes[bundle.WEIGHTS]:,} bytes" in text and "CC0. Start weights: `w.npz`" in text
+    assert f"{sizes[bundle.WEIGHTS]:,} bytes" in text and "CC0. Initial weights: `w.npz`" in text
     assert all(f"| `{path}` |" in text for path in graph.policy["layers"])

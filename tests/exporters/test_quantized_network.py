@@ -1,4 +1,4 @@
-"""metamix_jax as a library, and the modes that export a checkpoint and judge a bundle."""
+"""metamix_jax as a library, and the modes that export a checkpoint and evaluate a bundle."""
 
 import importlib.util
 import inspect
@@ -16,7 +16,6 @@ from metamix_jax import command_line, commands, recipes
 from metamix_jax.errors import UserError
 from metamix_jax.exporters import bundle, card, quantized_network
 from metamix_jax.selection import policy
-from metamix_jax.selection.phases import PHASES
 from metamix_jax.training import setup
 from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints
 from metamix_jax.training.step.state import TrainState
@@ -33,9 +32,9 @@ def run(tmp_path_factory):
     config = make_config(**{"export.examples": EXAMPLES, "eval.bn_reestimate_batches": 1})
     network = setup.make_network(config)
     found = quantized(network.model, network.image_shape)
-    state = TrainState(step=jnp.int32(0), opt_states={}, rng=jax.random.key(0), **found.variables)
+    state = TrainState(step=jnp.int32(0), rng=jax.random.key(0), **found.variables)
     chosen = policy.make_policy(
-        network.costs, policy.layer_bits(found.policy), model=network.label,
+        network.costs, found.policy.bits, model=network.label,
         image_size=8, searcher="file", seed=0, budget_gbops=network.budget_gbops,
     )  # fmt: skip
     workdir = tmp_path_factory.mktemp("run")
@@ -43,7 +42,7 @@ def run(tmp_path_factory):
     policy.write_policy(workdir / "policy.json", chosen)
     stop = setup.make_schedule(config, 1437)[-1].stop
     with Checkpoints(workdir / DIRECTORY, create=True) as checkpoints:
-        facts = {"model": network.label, "policy": chosen, "seconds": {}}
+        facts = {"model": network.label, "policy": chosen.to_json(), "seconds": {}}
         checkpoints.save(1, state, facts)
         checkpoints.save(stop, state, facts)
     return config, network, workdir
@@ -69,10 +68,10 @@ def test_mode_export(run, exported):
     assert {path.name for path in directory.iterdir()} == names | {"README.md"}
     for name, size in result["files"].items():
         assert (directory / name).stat().st_size == size
-    assert f"({result['correct']} right)" in (directory / "README.md").read_text()
+    assert f"({result['correct']} correct)" in (directory / "README.md").read_text()
 
 
-def test_mode_evaluate_judges_a_bundle(run, exported):
+def test_mode_evaluate_accepts_a_bundle(run, exported):
     config = run[0].copy_and_resolve_references()
     config.checkpoint = str(exported[1])
     found = commands.run_mode("evaluate", config, run[2])
@@ -92,13 +91,12 @@ def test_a_damaged_bundle_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch
     monkeypatch.setattr(command_line.flags, "FLAGS", flags)
     assert command_line.main([]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith(f"error: {tmp_path}/graph.json: damaged or no part of a bundle")
+    assert lines[-1].startswith(f"error: {tmp_path}/graph.json: damaged or not part of a bundle")
 
 
 def test_a_checkpoint_whose_weights_are_not_quantized_is_refused(run):
     config = run[0].copy_and_resolve_references()
     config.checkpoint = str(run[2] / DIRECTORY / "1")
-    assert not PHASES["full_precision"].quantizes
     with pytest.raises(UserError, match="of phase full_precision, whose weights are not quantized"):
         quantized_network.restore(config, run[2])
 

@@ -1,7 +1,7 @@
-"""Buckets on this machine: the part of Google Cloud Storage's JSON API that we and Orbax use.
+"""A local bucket server: the part of Google Cloud Storage's JSON API that we and Orbax use.
 
-Objects lie in memory, with generations and the conditions on them; lists come in short pages. There
-are no permissions, and no request fails unless it has to.
+Objects are kept in memory, with generations and preconditions on them; listings come in short
+pages. There are no permissions, and no spurious failures.
 """
 
 import base64
@@ -16,7 +16,7 @@ import urllib.parse
 
 import google_crc32c
 
-PAGE = 20  # entries of a list, so that there are further pages
+PAGE = 20  # entries per page of a listing; small, so that there are several pages
 _OBJECT = re.compile(r"/b/([^/]+)/o/([^/]+)$")
 _COPY = re.compile(r"/b/([^/]+)/o/([^/]+)/(rewriteTo/b/[^/]+|moveTo)/o/([^/]+)$")
 _LIST = re.compile(r"/b/([^/]+)/o$")
@@ -24,7 +24,7 @@ _BUCKET = re.compile(r"/b/([^/]+)$")
 
 
 class _RefusedError(Exception):
-    """Ends a request with an HTTP status."""
+    """Ends a request with an HTTP error status."""
 
 
 class Buckets(http.server.ThreadingHTTPServer):
@@ -38,11 +38,11 @@ class Buckets(http.server.ThreadingHTTPServer):
         self.uploads = {}
         self.numbers = itertools.count(1)
         self.lock = threading.RLock()
-        self.changed = lambda name, content: None  # called after each change, before its answer
-        self.broken = False  # every request is then refused
+        self.changed = lambda name, content: None  # called after each change, before the response
+        self.broken = False  # if set, every request is refused
 
     def handle_error(self, *_):
-        """Clients may go away: killed, or with what they need."""
+        """Ignores clients that disconnect, killed or done."""
 
     @property
     def address(self):
@@ -50,7 +50,7 @@ class Buckets(http.server.ThreadingHTTPServer):
 
     @property
     def environment(self):
-        """What sends gcsfs, Google's client and TensorStore here."""
+        """Variables that point gcsfs, Google's client and TensorStore to this server."""
         return {
             "STORAGE_EMULATOR_HOST": self.address,
             "FSSPEC_GCS_TOKEN": "anon",
@@ -71,7 +71,7 @@ class Buckets(http.server.ThreadingHTTPServer):
             }
 
     def put(self, url, content):
-        """Writes an object; None removes it."""
+        """Writes an object; None deletes it."""
         bucket, _, name = url.removeprefix("gs://").partition("/")
         self.write(bucket, name, content)
 
@@ -87,7 +87,7 @@ class Buckets(http.server.ThreadingHTTPServer):
             return content, generation
 
     def write(self, bucket, name, content, conditions=None):
-        """Writes, or removes with None, if the conditions hold; returns what it is then."""
+        """Writes an object (None: deletes it) if the conditions hold; returns its resource."""
         with self.lock:
             objects = self._objects(bucket)
             generation = objects.get(name, (None, 0))[1]
@@ -154,7 +154,7 @@ class Buckets(http.server.ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serving(*names):
-    """Buckets of these names, for as long as the block runs."""
+    """Serves buckets of these names for the duration of the block."""
     with Buckets(*names) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -186,7 +186,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             empty = refused.args[0] == 304
             self.reply(b"" if empty else json.dumps(message).encode(), refused.args[0])
 
-    do_GET = do_POST = do_PUT = do_DELETE = do_any  # noqa: N815  what http.server calls
+    do_GET = do_POST = do_PUT = do_DELETE = do_any  # noqa: N815  http.server's names
 
     def reply(self, content, status=200, **headers):
         self.send_response(status)

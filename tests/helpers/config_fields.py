@@ -1,4 +1,4 @@
-"""Configurations of configs/ and their fields by dotted path."""
+"""The configurations in configs/, and access to their fields by dotted path."""
 
 import importlib.util
 import pathlib
@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def load(path, argument=""):
-    """Returns the configuration of a file with the overrides of the command in its docstring."""
+    """Returns a file's configuration with the overrides of the command in its docstring."""
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,8 +1,8 @@
-"""Damages checkpoints at random and counts what restoring makes of it.
+"""Damages checkpoints at random and counts the outcomes of restoring them.
 
-Run as a script, in a process of its own, because Orbax leaves failed reads behind:
+Run as a script in its own process, because Orbax leaves failed reads pending:
 
-    python tests/damage.py FOLDER COUNT SEED
+    python tests/helpers/damage.py FOLDER COUNT SEED
 """
 
 import collections
@@ -34,7 +34,7 @@ def flip_bit(path, generator):
 
 
 def array_file(item):
-    """Returns the file that holds the arrays of an item; the one in d/ is an index."""
+    """Returns the file with the arrays of an item; its top-level d/ only has an index."""
     return max(item.glob("ocdbt.process_*/d/*"), key=lambda file: file.stat().st_size)
 
 
@@ -74,7 +74,7 @@ def make_state():
     generator = np.random.default_rng(0)
 
     def filled(leaf):
-        # Zeros would hide damage, and Orbax writes what compresses well elsewhere.
+        # Zeros would hide damage, and Orbax stores well-compressing arrays elsewhere.
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
         return jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype)
@@ -89,7 +89,7 @@ def bits_of(state):
 
 
 def outcome(folder, target, mesh, expected):
-    """Returns what a run that goes on from `folder` would meet."""
+    """Returns the outcome for a run that resumes from `folder`."""
     facts = {"model": "tiny", "policy": None, "seconds": {}}
     with Checkpoints(folder, create=False) as checkpoints:
         reasons = []
@@ -107,13 +107,13 @@ def outcome(folder, target, mesh, expected):
     if step == STEPS[0]:
         if not right or damaged != (STEPS[1],):
             return "WRONG FALLBACK"
-        by_digest = "not what was saved" in reasons[0]
+        by_digest = "digest mismatch" in reasons[0]
         return "caught by its digest" if by_digest else "caught on reading"
     return "harmless" if right else "SILENT"
 
 
 def damage(folder, count, seed):
-    """Returns kind -> outcome -> how often, of `count` damaged checkpoints."""
+    """Returns kind -> outcome -> count, over `count` damaged checkpoints."""
     state, target = make_state()
     mesh = sharding.make_mesh()
     whole = folder / "whole"
@@ -132,9 +132,9 @@ def damage(folder, count, seed):
         files = sorted(p for p in (copy / str(STEPS[1])).rglob("*") if p.is_file())
         kind = list(KINDS)[number % len(KINDS)]
         path = generator.choice([file for file in files if file.stat().st_size])
-        # Most files are small and of no consequence: half of the damage goes to arrays.
+        # Most files are small and irrelevant, so half of the damage goes to arrays.
         if kind == "bit flipped in arrays" or generator.random() < 0.5:
-            item = generator.choice(["params", "training"])  # the others are in the indices
+            item = generator.choice(["params", "training"])  # the other items are in the indices
             path = array_file(copy / str(STEPS[1]) / item)
         KINDS[kind](path, generator)
         try:

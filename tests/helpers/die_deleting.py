@@ -1,4 +1,4 @@
-"""Runs main.py, which kills itself where it removes the N-th file of a complete checkpoint.
+"""Runs main.py, killing it as it deletes the N-th file of complete checkpoints.
 
 python -m tests.helpers.die_deleting N --config=FILE --workdir=DIR ...
 """
@@ -14,13 +14,13 @@ COMPLETE = re.compile(r"/checkpoints/\d+(/|$)")
 
 
 def killer(number):
-    """Returns an audit hook that dies at the `number`-th removal in a complete checkpoint."""
+    """Returns an audit hook that kills the process at the `number`-th deletion."""
     removed, deleting = 0, False
 
     def hook(event, arguments):
         nonlocal removed, deleting
         if event == "shutil.rmtree":
-            # It names the files in it without their folder.
+            # Its os.remove events name the files without their directory.
             deleting = COMPLETE.search(os.fspath(arguments[0])) is not None
         elif event == "os.remove" and (deleting or COMPLETE.search(os.fspath(arguments[0]))):
             removed += 1

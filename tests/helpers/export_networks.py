@@ -1,4 +1,4 @@
-"""Networks in a state from which they can be exported, without training or initialising them."""
+"""Networks ready for export, without training or initialising them."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,10 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from metamix_jax.exporters import quantized_network, wiring
+from metamix_jax.exporters import quantized_network
 from metamix_jax.exporters.build import build_graph
+from metamix_jax.networks.architecture import Architecture
+from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, QuantSettings
 from metamix_jax.selection import cost, policy
@@ -18,7 +20,7 @@ CLASSES = 5
 
 
 class Pieces(nn.Module):
-    """Every kind of layer once: signed, unsigned, shifted; dense, grouped, depthwise; SE."""
+    """Has every kind of layer once: signed, unsigned, shifted; dense, grouped, depthwise; SE."""
 
     num_classes: int
     settings: QuantSettings
@@ -52,7 +54,7 @@ class Pieces(nn.Module):
 
 
 def draw_pieces(model, drawing):
-    x = drawing.layer(wiring.IMAGE, "stem", "stem_bn", "hswish")
+    x = drawing.layer(IMAGE, "stem", "stem_bn", "hswish")
     x = drawing.layer(x, "grouped", "grouped_bn", "relu6")
     x = drawing.node("add", x, drawing.layer(x, "signed"))
     x = drawing.layer(x, "depthwise", "depthwise_bn", "hswish")
@@ -61,8 +63,11 @@ def draw_pieces(model, drawing):
     drawing.layer(drawing.layer(x, "hidden", activation="relu"), "fc")
 
 
+PIECES = {"pieces": Architecture("pieces", Pieces, draw=draw_pieces)}  # for the registry
+
+
 def quantized(model, image_shape, *, seed=0):
-    """Returns a network with random weights and statistics at bits drawn from its candidates."""
+    """Returns a network with random weights and statistics at randomly chosen candidates."""
     generator = np.random.default_rng(seed)
     costs = cost.layer_costs(model, image_shape)
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
@@ -84,7 +89,7 @@ def quantized(model, image_shape, *, seed=0):
 
 
 def random_leaves(shapes, generator):
-    """Returns kernels that keep the variance, and batch norm near the identity."""
+    """Returns variance-preserving kernels and near-identity batch norm."""
     found = {}
     for path, leaf in flatten_dict(shapes).items():
         noise = generator.normal(size=leaf.shape).astype(np.float32)
@@ -98,7 +103,7 @@ def random_leaves(shapes, generator):
 
 
 def steps(params, shapes, costs):
-    """Returns step sizes that suit inputs of about unit variance and the kernels."""
+    """Returns step sizes suitable for the kernels and for inputs of about unit variance."""
     params, found = flatten_dict(params, sep="/"), {}
     for path, leaf in flatten_dict(shapes, sep="/").items():
         layer, _, name = path.rpartition("/")

@@ -1,4 +1,4 @@
-"""The costs of a network made up for tests: two searched layers between two fixed ones."""
+"""Hand-made network costs for tests: two searched layers between two fixed ones."""
 
 import dataclasses
 
@@ -35,4 +35,4 @@ def with_bits(**fields):
 
 
 PAIR_COSTS = with_bits(weight_bits=BITS)
-WEIGHT_COSTS = with_bits(act_bits=(4,), weight_bits=BITS)  # weights alone are searched
+WEIGHT_COSTS = with_bits(act_bits=(4,), weight_bits=BITS)  # only weights are searched

@@ -1,4 +1,4 @@
-"""One quantized layer as a network, and what it computes, written with NumPy alone."""
+"""One quantized layer as a network, and a NumPy reference of what it computes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ DENSE_INPUT = np.abs(CONV_INPUT[:, 0, 0])
 
 
 class Net(nn.Module):
-    """One layer under a name, so that it has a path."""
+    """One named layer, so that it has a path."""
 
     kind: type = QuantConv
     options: tuple = ()
@@ -31,7 +31,7 @@ def make_net(settings, kind=QuantConv, **options):
 
 
 def init(net, x, seed=2):
-    """Returns variables with steps of the data's size and logits far from each other."""
+    """Returns variables with steps matching the data's scale and well-separated logits."""
     shapes = jax.eval_shape(net.init, KEYS, x)
     rng = np.random.default_rng(seed)
     ranges = {"act_step": (0.1, 0.6), "weight_step": (0.1, 0.6)}
@@ -55,7 +55,7 @@ def reference_quant(x, step, bits, signed, shift=0.0):
 
 
 def reference_conv(x, kernel, stride=1, groups=1, padding="torch"):
-    """A convolution as a sum over kernel positions, one group of channels after the other."""
+    """A convolution as a sum over kernel positions, group by group."""
     n, height, width, channels = x.shape
     k, features = kernel.shape[0], kernel.shape[-1]
     if padding == "torch":
@@ -79,7 +79,7 @@ def reference_conv(x, kernel, stride=1, groups=1, padding="torch"):
 
 
 def count(jaxpr, primitive):
-    """Returns how often a primitive occurs in a jaxpr, calls included; not in forms for CPUs."""
+    """Returns how often a primitive occurs in a jaxpr and its calls, except CPU branches."""
     total = 0
     for equation in jaxpr.eqns:
         total += equation.primitive.name == primitive

@@ -1,4 +1,4 @@
-"""Real runs of `main.py` on a tiny network, in processes of their own, and what they leave."""
+"""Runs `main.py` on a tiny network in subprocesses and inspects their output."""
 
 import contextlib
 import json
@@ -15,9 +15,9 @@ import numpy as np
 
 from configs import digits
 from metamix_jax.runtime import sharding
-from metamix_jax.selection.phases import phase_at
 from metamix_jax.training import setup
 from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints
+from metamix_jax.training.schedule import phase_at
 
 ROOT = Path(__file__).parents[2]
 CONFIG_FILE = "configs/digits.py"
@@ -35,7 +35,7 @@ TINY = {
     "weight_training.epochs": 0.7,
 }
 TOTAL = 80
-TIMEOUT = 300  # seconds, for one process
+TIMEOUT = 300  # seconds per process
 
 
 def tiny_config(**overrides):
@@ -50,7 +50,7 @@ def command(*arguments, config_file=CONFIG_FILE, **overrides):
 
 
 class Processes:
-    """Starts `main.py` with a compilation cache that all tests share."""
+    """Starts `main.py` with a compilation cache shared by all tests."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -60,7 +60,7 @@ class Processes:
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            # Little optimization and XLA's older code generator take a third of the time.
+            # Little optimization and XLA's older code generator cut compile time to a third.
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
             " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
         }
@@ -76,7 +76,7 @@ class Processes:
         )
 
     def result(self, arguments, *, devices=1):
-        """Runs to the end and returns what the RESULT line says."""
+        """Runs to completion and returns the content of the RESULT line."""
         done = self.finish(arguments, devices=devices)
         assert done.returncode == 0, done.stderr
         last = done.stdout.splitlines()[-1]
@@ -84,7 +84,7 @@ class Processes:
         return json.loads(last.removeprefix("RESULT "))
 
     def start(self, arguments, log, devices=1):
-        """Starts a run whose output goes to a file."""
+        """Starts a run with its output redirected to a file."""
         with log.open("w") as output:
             return subprocess.Popen(
                 arguments, cwd=ROOT, env=self.environment(devices), stdout=output, stderr=output
@@ -92,7 +92,7 @@ class Processes:
 
     @contextlib.contextmanager
     def running(self, arguments, workdir, step, devices=1):
-        """A run that has come to `step`, as metrics.jsonl says; killed where the block ends."""
+        """Yields a run that has reached `step` in metrics.jsonl; kills it when the block ends."""
         log = workdir.with_name("running.log")
         process = self.start(arguments, log, devices)
         try:
@@ -107,16 +107,16 @@ class Processes:
             process.wait()
 
     def kill_at(self, arguments, workdir, phase, step):
-        """Starts a run and kills it once metrics.jsonl says that `phase` has come to `step`."""
+        """Starts a run and kills it once `phase` has reached `step` in metrics.jsonl."""
         with self.running(arguments, workdir, step) as (process, _):
             pass
         assert process.returncode == -signal.SIGKILL
-        # The loop above can have been late; then the kill was at the end of the phase.
+        # Polling may be late, but the kill must still hit this phase.
         assert rows_of(workdir)[-1]["phase"] == phase
 
 
 def rows_of(workdir):
-    """Returns the rows of metrics.jsonl, without a line that is being written."""
+    """Returns the rows of metrics.jsonl, without an incomplete last line."""
     with contextlib.suppress(FileNotFoundError):
         lines = (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
         return [json.loads(line) for line in lines]
@@ -124,12 +124,12 @@ def rows_of(workdir):
 
 
 def files_of(folder):
-    """Returns path -> content of everything in `folder`."""
+    """Returns path -> content of every file in `folder`."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def final_leaves(workdir, step=TOTAL, **overrides):
-    """Returns path -> array of everything in a checkpoint: weights, optimizer states, key."""
+    """Returns path -> array of a checkpoint: weights, optimizer states, PRNG key."""
     config = tiny_config(**overrides)
     network = setup.make_network(config)
     schedule = setup.make_schedule(config, 1437)
@@ -143,7 +143,7 @@ def final_leaves(workdir, step=TOTAL, **overrides):
 
 
 def assert_same_run(workdir, reference, **overrides):
-    """Asserts that two runs, of the tiny configuration with `overrides`, left the same bits."""
+    """Asserts that two runs of the tiny configuration with `overrides` are bitwise equal."""
     found, expected = (final_leaves(folder, **overrides) for folder in (workdir, reference))
     assert found.keys() == expected.keys()
     different = [path for path in found if found[path].tobytes() != expected[path].tobytes()]
@@ -153,7 +153,7 @@ def assert_same_run(workdir, reference, **overrides):
 
 
 def assert_one_error_line(stderr, *parts):
-    """Asserts that the mistake is told in one line, the last, which holds `parts`."""
+    """Asserts that stderr ends with a single error line that matches all `parts`."""
     lines = stderr.splitlines()
     assert "Traceback" not in stderr, stderr
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:], stderr

@@ -1,4 +1,4 @@
-"""Reads a page of the report as a browser would, for the tests of it."""
+"""Parses a report page, for its tests."""
 
 import base64
 import html.parser
@@ -9,7 +9,7 @@ VOID = {"img", "meta", "source", "wbr"}
 
 
 class Page(html.parser.HTMLParser):
-    """Reads a page and holds it to proper nesting."""
+    """Parses a page and asserts proper nesting."""
 
     def __init__(self, path):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A small TFDS data set to write and read in tests."""
+"""A small TFDS data set for tests."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ def tiny_config(folder, **fields):
 
 
 def encoded(index):
-    """A colour JPEG or grey PNG of noise, of several sizes."""
+    """Returns a noise image, a colour JPEG or a grey PNG, of varying size."""
     rng = np.random.default_rng(index)
     shape = (12 + index % 3, 16) if index % 5 == 0 else (12 + index % 3, 16, 3)
     image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
@@ -40,13 +40,13 @@ def to_bytes(image, kind="JPEG", **options):
 
 
 def write(folder, splits: Mapping[str, Sequence[bytes]] | None = None):
-    """Writes the splits' encoded images, labelled 0, 1, 2, 3, 0, ..., as a TFDS data set."""
+    """Writes a TFDS data set of encoded images by split, labelled 0, 1, 2, 3, 0, ..."""
     import tensorflow_datasets as tfds
 
     if splits is None:
         splits = {"train": [*map(encoded, range(37))], "test": [*map(encoded, range(11))]}
 
-    # Unregistered: read as a user's own data set is, from its files alone.
+    # Unregistered, so that it is read only from its files, like a user's own data set.
     with tfds.core.registered.skip_registration():
 
         class TinyImages(tfds.core.GeneratorBasedBuilder):
@@ -82,7 +82,7 @@ def write(folder, splits: Mapping[str, Sequence[bytes]] | None = None):
 
 
 def listed_split(examples, transform, **fields):
-    """A streamed split of examples in a list."""
+    """Returns a streamed split of a list of examples."""
 
     class Records(list):
         def __getitems__(self, indices):

@@ -1,4 +1,4 @@
-"""A small network on random digits, in a state from which training and evaluation can start."""
+"""A small network on random digits, ready for training and evaluation."""
 
 import jax
 import jax.numpy as jnp
@@ -6,19 +6,30 @@ import numpy as np
 from flax import traverse_util
 
 from configs import digits
-from metamix_jax.selection.phases import PHASES, Span
+from metamix_jax.selection import phases
+from metamix_jax.selection.searchers import asga, joint
 from metamix_jax.training import setup
 from metamix_jax.training.calibrate import calibrations, make_calibrate
+from metamix_jax.training.schedule import Span
 from metamix_jax.training.step.optimizer import label
 from metamix_jax.training.step.state import enter_phase
 
 BATCH = 16
 STEPS = 10  # length of every phase
-BITS = (8, 2)  # candidates; index 1 is the narrower one
+BITS = (8, 2)  # candidates; index 1 is the narrower
+
+
+ROWS = {
+    row.__name__: row
+    for row in (
+        phases.full_precision, phases.bit_meta, phases.bit_search, joint.joint_search,
+        asga.sharpness_search, *phases.FINE_TUNING,
+    )
+}  # fmt: skip
 
 
 def compiled(function, *, jit=jax.jit, **options):
-    """Returns `function` jitted with little optimization: compiling is most of the time here."""
+    """Returns `function` jitted with little optimization: compilation dominates test time."""
     return jit(function, **options | {"compiler_options": {"xla_backend_optimization_level": 0}})
 
 
@@ -44,7 +55,7 @@ def make_batch(seed=0, number=0):
 
 
 def make_branches(network):
-    """Returns a policy in which the searched layers take turns with the branches."""
+    """Returns a policy that cycles through the branches over the searched layers."""
     searched = [path for path, cost in network.costs.items() if cost.searched]
     numbers = [len(network.costs[path].candidates) for path in searched]
     return {
@@ -58,7 +69,7 @@ def fresh_state(config, network):
 
 
 def calibrated_state(config, network, batch):
-    """Returns a state with calibrated steps and with logits apart enough to be no tie."""
+    """Returns a state with calibrated steps and logits far enough apart to avoid ties."""
     passes = calibrations(config, acts=True, weights=True)
     calibrate = make_calibrate(network.model, passes, config, train=True)
     state = compiled(calibrate)(fresh_state(config, network), batch)
@@ -69,17 +80,21 @@ def calibrated_state(config, network, batch):
     return state.replace(quant=traverse_util.unflatten_dict(flat, sep="/"))
 
 
-def span_of(name):
-    phase = PHASES[name]
+def phase_of(name, config=None):
+    return ROWS[name](make_config() if config is None else config)
+
+
+def span_of(name, config=None):
+    phase = phase_of(name, config)
     return Span(phase, 0, STEPS, calibrates_acts=True, calibrates_weights=phase.quantizes_weights)
 
 
 def entered(state, name, config):
-    return enter_phase(state.replace(opt_states={}), span_of(name), config)
+    return enter_phase(state.replace(opt_states={}), span_of(name, config), config)
 
 
 def leaves(state):
-    """Path -> array of params, batch_stats and quant."""
+    """Returns path -> array of params, batch_stats and quant."""
     return {
         path: np.asarray(leaf)
         for path, leaf in traverse_util.flatten_dict(state.variables, sep="/").items()
@@ -87,7 +102,7 @@ def leaves(state):
 
 
 def moved_labels(before, after):
-    """Returns what kinds of leaves are not bitwise as they were."""
+    """Returns the labels of the leaves that changed bitwise."""
     old, new = leaves(before), leaves(after)
     assert old.keys() == new.keys()
     return {

@@ -1,4 +1,4 @@
-"""Layers on bfloat16 operands: exact where integers are multiplied, close elsewhere."""
+"""Layers with bfloat16 operands: exact for integer products, close elsewhere."""
 
 import dataclasses
 import functools
@@ -11,23 +11,23 @@ import numpy as np
 import pytest
 from jax import export
 
-from metamix_jax.exporters import wiring
 from metamix_jax.exporters.stablehlo import stablehlo
+from metamix_jax.networks import registry
 from metamix_jax.networks.kernels import bfloat16
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 from metamix_jax.networks.quantizers import int_range
-from metamix_jax.networks.registry import CifarResNet
+from metamix_jax.networks.zoo.resnet import CifarResNet
 from metamix_jax.training import setup
 from metamix_jax.training.step.batch_step import make_train_step
 from tests.helpers import tiny_network
-from tests.helpers.export_networks import Pieces, draw_pieces, graph_of, quantized, random_images
+from tests.helpers.export_networks import PIECES, Pieces, graph_of, quantized, random_images
 from tests.helpers.layer_reference import CONV_INPUT, DENSE_INPUT, KEYS, NAME, apply, init, make_net
 from tests.helpers.layer_reference import reference_conv as convolved
 
 WIDTHS = tuple(range(2, 9))
 SETTINGS = QuantSettings(act_bits=(8, 4, 2), compute_dtype="bfloat16")
-ACT_STEP, WEIGHT_STEP = 2.0**-2, 2.0**-4  # powers of two: nothing is rounded but to levels
+ACT_STEP, WEIGHT_STEP = 2.0**-2, 2.0**-4  # powers of two: only quantization rounds
 KINDS = [
     {"signed": signed, "shift": shift} for signed in (False, True) for shift in (0.0, HSWISH_SHIFT)
 ]
@@ -41,13 +41,13 @@ SHAPES = [
     {"groups": 4, "features": 4},
     {"groups": 4, "features": 4, "stride": 2, "padding": "tf"},
 ]
-# With the shift, which the padding must be spared.
+# With the shift, which must not apply to the padding.
 CASES = [(QuantConv, kind, {}) for kind in KINDS] + [(QuantDense, kind, {}) for kind in KINDS]
 CASES += [(QuantConv, KINDS[1], shape) for shape in SHAPES]
 
 
 def in_float32(net):
-    """Returns the same network of one layer without the lever."""
+    """Returns the same one-layer network in float32."""
     options = dict(net.options)
     settings = dataclasses.replace(options["settings"], compute_dtype="float32")
     return make_net(**options | {"settings": settings, "kind": net.kind})
@@ -63,7 +63,7 @@ def test_quantized_products_are_integer_products(kind, quantizer, shape):
     net = make_net(settings, kind, **quantizer, **shape)
     size = (2, 4) if kind is QuantDense else (2, 8, 8, 4)
     rng = np.random.default_rng(0)
-    # From beyond the clip bounds of every width, ties among them.
+    # Beyond the clip bounds of every width, with ties.
     x = np.float32(rng.integers(-300, 600, size) * ACT_STEP / 2)
     variables = init(net, x)
     quant, params = variables["quant"][NAME], variables["params"][NAME]
@@ -111,10 +111,10 @@ PRECISIONS = [("full", "full"), (0, "quantized"), ("chosen", "full"), ("mixture"
 
 
 def results(net):
-    """Returns outputs of a layer and gradients of a random function of them, by path."""
+    """Returns a layer's outputs and the gradients of a random function of them, by path."""
     x = DENSE_INPUT if net.kind is QuantDense else CONV_INPUT
     variables = init(net, x)
-    # Steps that suit their widths: few values are clipped.
+    # Steps matching their widths, so that few values are clipped.
     variables["quant"][NAME]["act_step"] = jnp.float32([0.011, 0.19, 0.7])
 
     def total(variables, x, acts, weights):
@@ -133,9 +133,9 @@ def results(net):
 
 
 def distances(found, wanted):
-    """Returns the greatest relative distance of arrays, and of sums over them.
+    """Returns the largest relative distance of arrays, and of sums over them.
 
-    The latter, gradients of steps and logits, cancel so far that float32 itself keeps 1e-4.
+    The sums, gradients of steps and logits, cancel so much that float32 itself is off by 1e-4.
     """
     greatest = {"arrays": 0.0, "sums": 0.0}
     for path, leaf in wanted.items():
@@ -155,7 +155,7 @@ def test_gradients_are_those_of_fake_quantization(net, monkeypatch):
     rounded = distances(found, wanted)
     assert 1e-4 < rounded["arrays"] < 1e-2
     assert rounded["sums"] < 5e-2
-    # Taken apart in the same way, but not rounded.
+    # The same decomposition without rounding.
     monkeypatch.setattr(bfloat16, "DTYPE", jnp.float32)
     exact = distances(results(net), wanted)
     assert exact["arrays"] < 2e-6
@@ -163,7 +163,7 @@ def test_gradients_are_those_of_fake_quantization(net, monkeypatch):
 
 
 def operand_types(program):
-    """Returns the types of (operand, operand, result) of every product in a StableHLO text."""
+    """Returns the types (operand, operand, result) of every product in a StableHLO program."""
     found = []
     for line in program.splitlines():
         if "stablehlo.convolution" in line or "stablehlo.dot_general" in line:
@@ -211,12 +211,12 @@ def test_a_quantized_network_evaluates_as_in_float32():
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
     np.testing.assert_array_equal(found.argmax(-1), wanted.argmax(-1))
     assert np.std(wanted, axis=0).min() > 0.01
-    # At full precision they differ: it is another computation.
+    # At full precision they differ, as bfloat16 rounds the operands.
     assert np.abs(scores(model, FULL) - scores(plain, FULL)).max() > 1e-3
 
 
 def test_what_is_exported_does_not_depend_on_it(monkeypatch):
-    monkeypatch.setitem(wiring.NETWORKS, Pieces, draw_pieces)
+    monkeypatch.setattr(registry, "ARCHITECTURES", PIECES)
     shape = (9, 9, 3)
     plain, network = (
         quantized(Pieces(5, dataclasses.replace(SETTINGS, compute_dtype=dtype)), shape)
@@ -234,7 +234,7 @@ def test_what_is_exported_does_not_depend_on_it(monkeypatch):
 
 @pytest.fixture(scope="module")
 def starts():
-    """Type -> configuration, network and state; weights and steps are the same."""
+    """Returns dtype -> configuration, network and state; weights and steps are the same."""
     found = {}
     for dtype in ("float32", "bfloat16"):
         config = tiny_network.make_config(compute_dtype=dtype)

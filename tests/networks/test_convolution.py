@@ -11,8 +11,8 @@ from tests.helpers.tiny_network import compiled
 SAME = ((1, 1), (1, 1))
 # Size of kernel, stride, padding, height, width, channels, features.
 CASES = [
-    (3, 1, SAME, 8, 8, 16, 16),  # as two columns of 32 features, gradients too
-    (3, 1, SAME, 8, 8, 3, 16),  # as four columns of 64
+    (3, 1, SAME, 8, 8, 16, 16),  # folded to two columns of 32 features, also in gradients
+    (3, 1, SAME, 8, 8, 3, 16),  # folded to four columns of 64
     (3, 1, SAME, 9, 9, 3, 16),  # an odd width cannot be folded
     (3, 1, SAME, 6, 10, 32, 40),
     (3, 2, SAME, 8, 12, 16, 32),
@@ -55,8 +55,8 @@ def test_curvature_is_that_of_the_plain_convolution():
     inputs = arrays(3, 8, 8, 3, 16)
 
     def product(form):
-        slopes = jax.grad(lambda x, kernel: (form(x, kernel, 1, SAME) ** 3).mean(), argnums=(0, 1))
-        return jax.jit(lambda *inputs: jax.jvp(slopes, inputs, inputs)[1])(*inputs)
+        grads = jax.grad(lambda x, kernel: (form(x, kernel, 1, SAME) ** 3).mean(), argnums=(0, 1))
+        return jax.jit(lambda *inputs: jax.jvp(grads, inputs, inputs)[1])(*inputs)
 
     for got, wanted in zip(product(convolve), product(plain_convolve), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
@@ -75,7 +75,7 @@ def test_form_is_chosen_by_platform():
 
 
 def test_the_transposed_input_is_not_computed_again():
-    """What makes the form worth having: no fusion with a transposition has more than a copy."""
+    """The purpose of the CPU form: fusions with a transpose do not recompute the input."""
 
     def loss(kernel, x):
         y = jax.nn.relu(x * 2.0 + 1.0)

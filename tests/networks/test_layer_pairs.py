@@ -1,4 +1,4 @@
-"""The quantized layers where each chooses a pair of bit-widths, against references in NumPy."""
+"""Quantized layers that search pairs of bit-widths, against NumPy references."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import pytest
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import Precision, QuantSettings
 from metamix_jax.networks.quantizers import POSITIVE_STEPS, init_step
-from metamix_jax.networks.registry import CifarResNet
+from metamix_jax.networks.zoo.resnet import CifarResNet
 from tests.helpers.layer_reference import (
     CONV_INPUT,
     DENSE_INPUT,
@@ -37,7 +37,7 @@ CASES = ("conv", "depthwise", "dense")
 
 
 def setting_up(case, settings):
-    """Returns the layer as a network, its variables, its input and what its quantizer is told."""
+    """Returns the layer as a network, its variables, its input and its quantizer's options."""
     if case == "dense":
         net = make_net(settings, QuantDense, shift=HSWISH_SHIFT)
         return net, init(net, DENSE_INPUT), DENSE_INPUT, {"signed": False, "shift": HSWISH_SHIFT}
@@ -48,12 +48,12 @@ def setting_up(case, settings):
 
 @functools.cache
 def layer(case, searched):
-    """The same for a case and a key of SETTINGS; not to be written to."""
+    """The same for a case and a key of SETTINGS; shared, do not modify."""
     return setting_up(case, SETTINGS[searched])
 
 
 def reference(case, searched):
-    """Returns multiply, the input at each activation width, and the kernel at each weight width."""
+    """Returns multiply, the input at each activation width and the kernel at each weight width."""
     _, variables, x, options = layer(case, searched)
     settings = SETTINGS[searched]
     quant = {name: np.asarray(leaf) for name, leaf in variables["quant"][NAME].items()}
@@ -167,7 +167,7 @@ def test_chosen_with_traced_index_is_that_branch(case, searched, weights):
 
 
 def total(net, x, activations, weights):
-    """Returns the function (variables, branch) -> number to which every output adds its own."""
+    """Returns the function (variables, branch) -> weighted sum of the outputs."""
 
     def of(variables, branch=None):
         y = apply(net, variables, x, activations, weights, branch)
@@ -183,7 +183,7 @@ def test_gradient_of_the_logits_is_the_softmaxs(searched, weights):
     logits = variables["quant"][NAME]["logits"]
     of_branch = jax.jit(total(net, x, "chosen", weights))
     totals = np.float64([of_branch(variables, jnp.int32(k)) for k in range(len(logits))])
-    # softmax's Jacobian, diag(p) - p p^T, times what the pairs give.
+    # The softmax Jacobian, diag(p) - p p^T, times the totals of the pairs.
     share = shares_of("conv", searched).ravel()
     expected = share * (totals - share @ totals)
     gradient_of = jax.jit(jax.grad(total(net, x, "mixture", weights)))
@@ -192,7 +192,7 @@ def test_gradient_of_the_logits_is_the_softmaxs(searched, weights):
     if weights == "quantized":
         assert np.abs(gradient).min() > 0.01
     elif searched == "weights":
-        np.testing.assert_allclose(gradient, 0, atol=1e-4)  # whatever the widths, the same output
+        np.testing.assert_allclose(gradient, 0, atol=1e-4)  # all widths have the same output
 
 
 @pytest.mark.parametrize("case", ["conv", "dense"])
@@ -214,7 +214,7 @@ def test_gradient_of_all_else_is_the_mixture_of_the_pairs_gradients(case):
         found,
         expected,
     )
-    # A branch moves the steps of its own two widths alone.
+    # A branch only moves the steps of its own two widths.
     for branch, (act, weight) in enumerate(np.ndindex(len(ACT_BITS), len(WEIGHT_BITS))):
         quant = gradients[branch]["quant"][NAME]
         np.testing.assert_array_equal(np.flatnonzero(quant["act_step"]), [act])
@@ -254,7 +254,7 @@ def test_calibrate_writes_the_steps_of_all_weight_widths(searched, positive_step
     np.testing.assert_allclose(steps, by_hand, rtol=1e-5)
     for name in ("act_step", "logits"):
         np.testing.assert_array_equal(after[name], before[name])
-    # What goes on is not quantized.
+    # The output is not quantized.
     np.testing.assert_array_equal(y, apply(net, variables, x))
 
 

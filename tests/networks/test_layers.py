@@ -1,4 +1,4 @@
-"""The quantized layers against references written here with NumPy alone."""
+"""The quantized layers against NumPy references."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ import pytest
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 from metamix_jax.networks.quantizers import POSITIVE_STEPS
-from metamix_jax.networks.registry import CifarResNet
+from metamix_jax.networks.zoo.resnet import CifarResNet
 from tests.helpers.layer_reference import (
     CONV_INPUT,
     DENSE_INPUT,

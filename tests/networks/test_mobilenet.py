@@ -135,7 +135,8 @@ def test_gate_by_hand():
 def torch_names(name):
     shapes = shapes_of(make(name))
     flat = flatten_dict({key: shapes[key] for key in ("params", "batch_stats")})
-    return {torch_name(path) for path in flat}
+    names = registry.ARCHITECTURES[name].torch_names
+    return {torch_name(path, names) for path in flat}
 
 
 def test_torch_names_of_v2_are_the_files():

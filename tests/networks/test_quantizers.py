@@ -38,7 +38,7 @@ LEVELS = [  # bits, signed, input in units of the step, level
 ]  # fmt: skip
 
 
-# Few compilations for many variants; test_traced_bits_equal_static_bits covers the difference.
+# Traced bits save compilations; test_traced_bits_equal_static_bits shows they equal static ones.
 quantize = jax.jit(fake_quant, static_argnames=("signed", "shift"))
 
 
@@ -122,7 +122,7 @@ def test_every_level_is_hit_and_none_outside(bits, signed, shift):
     y = np.asarray(quantize(x, step, bits, signed=signed, shift=shift))
     levels = levels_of(y, step, shift)
     assert set(levels) == set(range(low, high + 1))
-    # Compiled, q * step - shift can be one operation with one rounding.
+    # Compiled, q * step - shift may be fused into one operation with one rounding.
     tolerance = np.spacing(high * step) if shift else 0
     np.testing.assert_allclose(y, levels.astype(np.float32) * step - shift, rtol=0, atol=tolerance)
     assert (np.diff(y) >= 0).all()
@@ -172,7 +172,7 @@ def test_per_channel_steps():
     for channel, step in enumerate(steps):
         part = np.ascontiguousarray(x[..., channel])
         assert bits_equal(y[..., channel], quantize(part, step, 4, signed=True))
-        # N of the gradient scale counts the whole kernel, not the channel.
+        # N in the gradient scale is the size of the whole kernel, not of the channel.
         expected = gradients(np.ones_like(part), part, step, 4, signed=True)[1] / 5**0.5
         np.testing.assert_allclose(dsteps[channel], expected, rtol=1e-5)
 
@@ -265,11 +265,11 @@ def test_step_of_least_squared_error(bits, signed):
 
     step = init_step(values, bits, signed=signed, rule="mse")
     least = min(error(step * 2.0**factor) for factor in np.linspace(-3, 3, 97))
-    assert error(step) <= 1.05 * least  # steps are tried an eighth of an octave apart
+    assert error(step) <= 1.05 * least  # candidate steps are an eighth of an octave apart
 
 
 def test_step_of_least_squared_error_is_exact_on_levels():
-    # All but the step itself, and its halves, cost something.
+    # Only the step itself and its halvings have zero error.
     levels = 0.3 * np.arange(16, dtype=np.float32)
     assert init_step(levels, 4, signed=False, rule="mse") == pytest.approx(0.3, rel=1e-6)
     shifted = init_step(levels - 0.375, 4, signed=False, shift=0.375, rule="mse")

@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from metamix_jax.errors import UserError
 from metamix_jax.networks import torch_weights
+from metamix_jax.networks.zoo.resnet import TORCH_NAMES
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
 PTH = pytest.param(".pth", marks=pytest.mark.torch)
@@ -109,9 +110,8 @@ def error_line(function, *arguments):
 
 
 def load_error(tmp_path, weights):
-    return error_line(
-        torch_weights.load_pretrained, write(tmp_path / "weights.npz", weights), small_variables()
-    )
+    path = write(tmp_path / "weights.npz", weights)
+    return error_line(torch_weights.load_pretrained, path, small_variables(), TORCH_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -129,19 +129,19 @@ def load_error(tmp_path, weights):
     ],
 )
 def test_torch_name(path, name):
-    assert torch_weights.torch_name(tuple(path.split())) == name
+    assert torch_weights.torch_name(tuple(path.split()), TORCH_NAMES) == name
 
 
 def test_torch_name_of_unknown_leaf():
     with pytest.raises(ValueError, match="quant/conv1/act_step has no torch name"):
-        torch_weights.torch_name(("quant", "conv1", "act_step"))
+        torch_weights.torch_name(("quant", "conv1", "act_step"), TORCH_NAMES)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_round_trip(tmp_path, suffix):
     weights, variables = small_weights(), small_variables()
     path = write(tmp_path / f"weights{suffix}", weights)
-    loaded, report = torch_weights.load_pretrained(path, variables)
+    loaded, report = torch_weights.load_pretrained(path, variables, TORCH_NAMES)
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
     assert loaded["quant"] is variables["quant"]
     assert not any(leaf.any() for leaf in jax.tree.leaves(variables["params"]))  # not modified
@@ -173,7 +173,7 @@ def test_convolutions_equal_torch(tmp_path, groups):
     images = rng.normal(size=(2, 7, 9, 4)).astype(np.float32)
     path = write(tmp_path / "weights.npz", {"conv1.weight": kernel})
     variables = zeros({("params", "conv1", "kernel"): (3, 3, 4 // groups, 8)})
-    loaded, _ = torch_weights.load_pretrained(path, variables)
+    loaded, _ = torch_weights.load_pretrained(path, variables, TORCH_NAMES)
     ours = jax.lax.conv_general_dilated(
         images, loaded["params"]["conv1"]["kernel"], (2, 2), [(1, 1), (1, 1)],
         dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups,
@@ -188,7 +188,7 @@ def test_convolutions_equal_torch(tmp_path, groups):
 def test_convolution_and_dense_equal_einsum(tmp_path):
     weights = small_weights()
     path = write(tmp_path / "weights.npz", weights)
-    loaded, _ = torch_weights.load_pretrained(path, small_variables())
+    loaded, _ = torch_weights.load_pretrained(path, small_variables(), TORCH_NAMES)
     images = np.random.default_rng(2).normal(size=(2, 5, 6, 3)).astype(np.float32)
     ours = jax.lax.conv_general_dilated(
         images, loaded["params"]["conv1"]["kernel"], (1, 1), [(1, 1), (1, 1)],
@@ -212,7 +212,7 @@ def test_prefix_counter_and_classifier_names(tmp_path):
     renamed = {f"module.{name}".replace("fc.", "linear."): v for name, v in weights.items()}
     renamed["module.bn1.num_batches_tracked"] = np.array(7)
     path = write(tmp_path / "weights.npz", renamed)
-    loaded, report = torch_weights.load_pretrained(path, small_variables())
+    loaded, report = torch_weights.load_pretrained(path, small_variables(), TORCH_NAMES)
     np.testing.assert_array_equal(loaded["params"]["fc"]["bias"], weights["fc.bias"])
     assert ("module.linear.bias", "params/fc/bias", (5,)) in report
 
@@ -375,7 +375,7 @@ def test_real_resnet20():
     torch = pytest.importorskip("torch", reason="torch is optional")
     path = real_file("resnet20-12fca82f.th")
     shapes = resnet_shapes((16, 32, 64), blocks=3, stem_size=3, classes=10, downsample=False)
-    loaded, report = torch_weights.load_pretrained(path, zeros(shapes))
+    loaded, report = torch_weights.load_pretrained(path, zeros(shapes), TORCH_NAMES)
     original = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     assert {row.source for row in report} == set(original)
     np.testing.assert_array_equal(
@@ -390,7 +390,7 @@ def test_real_resnet20():
 def test_real_resnet18():
     path = real_file("resnet18_ktb_small_decoded.npz")
     shapes = resnet_shapes((64, 128, 256, 512), 2, stem_size=7, classes=1000, downsample=True)
-    loaded, report = torch_weights.load_pretrained(path, zeros(shapes))
+    loaded, report = torch_weights.load_pretrained(path, zeros(shapes), TORCH_NAMES)
     assert len(report) == 102
     norm = loaded["batch_stats"]["layer4_0"]["downsample_bn"]
     with np.load(path) as archive:

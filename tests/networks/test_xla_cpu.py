@@ -23,13 +23,13 @@ def test_a_quantizer_that_keeps_its_arguments_has_the_same_gradients(bits):
     def quantize(x, step, bits):
         return fake_quant(x, step, bits, signed=True)
 
-    def slopes(form):
+    def gradients(form):
         def loss(x, step):
             return (form(x, step, jnp.int32(bits)) * jnp.cos(x)).sum()
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(X, jnp.float32(0.1))
 
-    found, wanted = slopes(keeping_arguments(quantize)), slopes(quantize)
+    found, wanted = gradients(keeping_arguments(quantize)), gradients(quantize)
     for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 

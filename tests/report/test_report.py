@@ -124,8 +124,8 @@ def test_chart_title_names_its_average():
 
 def test_bit_chart_of_odd_networks(tmp_path):
     rows = {
-        "$image$": {"act_bits": 32, "weight_bits": 8, "macs": 10},  # not quantized
-        r"$\nothing{$": {"act_bits": 4, "weight_bits": 4, "macs": 10},  # no formula either
+        "$image$": {"act_bits": 32, "weight_bits": 8, "macs": 10},  # unquantized
+        r"$\nothing{$": {"act_bits": 4, "weight_bits": 4, "macs": 10},  # not math either
     }
     charts.bit_chart({**POLICY, "layers": rows}, tmp_path / "bits.png")
     assert (tmp_path / "bits.png").exists()

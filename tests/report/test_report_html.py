@@ -61,16 +61,17 @@ def test_what_a_page_tells(tmp_path):
         "cifar_resnet8 on digits",
         "97.25\u00a0% top-1 (389 of 400 images) at",
         "Searchermetamix (seed 7)",
-        "Starts fromweights/<resnet>.pth",
+        "Initial weightsweights/<resnet>.pth",
         "Candidate bitsactivations 8, 4, 2; weights 4",
         "Budget0.875 of the BOPs of the uniform 4/4 network",
         "GBOPs, budget 0.2500: 0.",
+        "Spent0.21 of 0.25 GBOPs",
         "below",
         "Top-599.50 %",
         "activations chosen, weights quantized, BN statistics re-estimated",
         "Average bitsactivations 4.62, weights 3.75",
         "Training time1 min 44 s",
-        "Of 4 searched layers, as activation/weight bits: 1 at 8/4, 2 at 4/4, 1 at 2/4.",
+        "4 searched layers, activation/weight bits: 1 at 8/4, 2 at 4/4, 1 at 2/4.",
         "stage0/conv first, fixed88",
         "stage5/conv last, fixed88",
         "weight_trainingchosen95.2597.25quantized60",
@@ -86,6 +87,19 @@ def test_what_a_page_tells(tmp_path):
     assert blocks.count("act") == 8 + 4 + 2 + 8 + 4 + 8
     assert blocks.count("weight") == 8 + 4 * 4 + 8
     assert blocks.count("share") == 6
+
+
+def test_a_budget_in_another_unit_and_one_of_an_earlier_version(tmp_path):
+    workdir = write_run(tmp_path)
+    results = json.loads((workdir / "results.json").read_text())
+    asked = "0.5 MiB of weights"
+    results["budget"] = {"asked": asked, "limit": 0.5, "cost": 0.4875, "unit": "MiB"}
+    (workdir / "results.json").write_text(json.dumps(results))
+    page = report(workdir)
+    assert f"Budget{asked}" in page.text and "Spent0.4875 of 0.5 MiB" in page.text
+    del results["budget"]
+    (workdir / "results.json").write_text(json.dumps(results))
+    assert "Budget0.875 (fraction)" in report(workdir).text
 
 
 def test_names_are_text(tmp_path):
@@ -151,7 +165,7 @@ def test_page_without_a_policy(tmp_path):
     page = report(write_run(tmp_path, searcher="none"))
     assert "nothing was searched or quantized" in page.text
     assert "0.2100 GBOPs, no budget" in page.text
-    assert "No step was spent on a search." in page.text
+    assert "The search took no training steps." in page.text
     titles = {link["href"] for link in page.all("a")}
     assert not titles & {"#bits", "#logits"} and titles >= {"#accuracy", "#curves", "#time"}
     assert "re-estimated" not in page.text
@@ -164,7 +178,7 @@ def test_page_of_a_stopped_search(tmp_path):
     results["phases"]["weight_training"]["seconds"] = 0.0
     (workdir / "results.json").write_text(json.dumps(results))
     text = report(workdir).text
-    assert "nothing is fine-tuned" in text and "weight_training20--" in text
+    assert "the network is not fine-tuned" in text and "weight_training20--" in text
 
 
 @pytest.mark.parametrize(
@@ -178,7 +192,7 @@ def test_logits(tmp_path, weight_bits, winner, candidates):
     labels = [svg["aria-label"] for svg in page.all("svg") if "aria-label" in svg]
     assert len(labels) == 4 and len(page.all("polyline")) == 4 * candidates
     assert labels[0].startswith(f"stage1/conv: {winner}: {start:.0f} to {share:.0f} %")
-    # stage1 runs at 4 bits; stage2 at 2, which is not what won.
+    # stage1 runs at 4 bits; stage2 at 2, which is not its winner.
     assert labels[1].endswith(f", policy 2/{weight_bits[2 % len(weight_bits)]}")
     if weight_bits == (4,):
         assert "policy" not in labels[0]
@@ -214,7 +228,8 @@ def test_mode(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command_line.flags, "FLAGS", flags)
     assert command_line.main([]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        f"error: {tmp_path / 'none'}: no results.json; a run writes it when it ends (--mode=train)"
+        f"error: {tmp_path / 'none'}: no results.json; expected the workdir of a finished run "
+        "(--mode=train)"
     ]
     assert not (tmp_path / "none").exists()
 
@@ -228,7 +243,7 @@ def test_mode(tmp_path, monkeypatch, capsys):
         ("policy.json", None, "not readable"),
         ("policy.json", "{}", "lacks model, image_size"),
         ("config.json", "\xff", "not readable"),
-        ("config.json", "7", "not of this version"),
+        ("config.json", "7", "expected a file of this version"),
         ("metrics.jsonl", None, "not readable"),
         ("metrics.jsonl", "no row\n{}\n{}\n", "line 1 is not a row"),
     ],

@@ -1,4 +1,4 @@
-"""The report in a real browser, where one is installed: does it fit, does it show its pictures?"""
+"""The report in a real browser, if one is installed: page width and images."""
 
 import html
 import json
@@ -17,8 +17,8 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(NAMES)} is installed")
 
 LONG = "stage/" + "block_with_a_name_that_goes_on_and_on" * 4
-# The page lies in a frame, because a window cannot be as narrow as a telephone. Everything folded
-# is opened; what scrolls in a box of its own may be wider than the page, the box may not.
+# The page is in a frame, because windows cannot be as narrow as a phone. All folded blocks are
+# opened; the content of a scrolling box may be wider than the page, the box itself may not.
 FRAME = """<!DOCTYPE html><title>waiting</title><style>body {{ margin: 0 }}</style>
 <iframe style="border: 0; width: {width}px; height: 3000px" srcdoc="{page}"></iframe>
 <script>
@@ -77,7 +77,7 @@ def test_nothing_is_wider_than_the_page(tmp_path, pages, kind, width):
     assert found["width"] == width
     assert found["scripts"] == 0
     [(natural, drawn)] = found["pictures"]
-    assert 0 < drawn <= width and (natural > 600) == (width > 640)  # the other picture on phones
+    assert 0 < drawn <= width and (natural > 600) == (width > 640)  # phones get the narrow picture
     assert found["boxes"] == (3 if kind == "none" else 4)
     assert all(bar > 20 for bar in found["bars"])
 

@@ -8,7 +8,7 @@ from metamix_jax.config import default
 from metamix_jax.errors import UserError
 from metamix_jax.runtime import cpu
 
-# Touches 50 MB of fresh memory again and again, and prints the page faults of the last time.
+# Repeatedly allocates and touches 50 MB, and prints the page faults of the last iteration.
 FAULTS = """
 import resource
 import numpy
@@ -32,12 +32,12 @@ def page_faults(**environment):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-def test_freed_memory_is_used_again():
+def test_freed_memory_is_reused():
     assert page_faults() < 10
-    assert page_faults(MALLOC_MMAP_THRESHOLD_="65536") > 20  # the user's own setting counts
+    assert page_faults(MALLOC_MMAP_THRESHOLD_="65536") > 20  # the user's setting takes precedence
 
 
-def test_memory_is_left_alone_where_there_may_be_an_accelerator(monkeypatch):
+def test_malloc_is_not_tuned_if_jax_may_use_an_accelerator(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setattr(cpu, "_ACCELERATORS", ("jax",))
     assert not cpu.keep_freed_memory()
@@ -51,7 +51,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
         cpu.keep_compiled(config)
 
 
-def test_the_cache_is_set_where_asked_alone(tmp_path, monkeypatch):
+def test_the_cache_is_set_only_if_configured(tmp_path, monkeypatch):
     found = {}
     monkeypatch.setattr(cpu.jax.config, "update", found.__setitem__)
     cpu.keep_compiled(None)
@@ -66,7 +66,7 @@ def test_the_cache_is_set_where_asked_alone(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cores(monkeypatch):
-    """Four cores, nothing set in the environment; returns what JAX is told."""
+    """Simulates four cores and an empty environment; returns the updates of jax.config."""
     found = {}
     monkeypatch.setattr(cpu.jax.config, "update", found.__setitem__)
     monkeypatch.setattr(cpu.sys, "platform", "other")
@@ -81,10 +81,10 @@ def cores(monkeypatch):
     ("devices", "batch_size", "accumulation_steps", "expected"),
     [
         (1, 256, 1, 1),
-        (3, 256, 1, 3),  # what was asked for, which the batch's check refuses later
+        (3, 256, 1, 3),  # as requested; rejected later by the check of the batch size
         (0, 256, 1, 4),
         (0, 96, 1, 3),
-        (0, 64, 1, 2),  # 32 images each
+        (0, 64, 1, 2),  # 32 images per device
         (0, 256, 4, 2),
         (0, 100, 1, 2),
         (0, 101, 1, 1),
@@ -99,11 +99,11 @@ def test_devices_are_those_the_batch_can_be_split_over(
     config.accumulation_steps = accumulation_steps
     assert cpu.use_cores(config) == expected
     assert cores == {"jax_num_cpu_devices": expected}
-    # More threads than devices that may all be waiting.
+    # More threads than devices, which may all be waiting.
     assert os.environ.pop("PJRT_NPROC", None) == (str(4 + expected) if expected > 1 else None)
 
 
-def test_devices_are_left_alone_where_the_user_or_the_machine_has_its_own(cores, monkeypatch):
+def test_devices_set_by_the_user_or_an_accelerator_are_not_changed(cores, monkeypatch):
     config = default()
     config.cpu_devices = 0
     assert cpu.use_cores(None) == 0

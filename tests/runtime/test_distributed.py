@@ -1,4 +1,4 @@
-"""Several processes of one run, and runs that go on with other devices; docs/FAULTS.md.
+"""Multi-process runs, and runs resumed on other devices; see docs/FAULTS.md.
 
 Real processes on the CPU, connected by gloo: `make check-faults`.
 """
@@ -32,7 +32,7 @@ def free_port():
 
 @contextlib.contextmanager
 def two(processes, arguments, folder):
-    """Two processes of one run, and their logs; killed where the block ends."""
+    """Yields two processes of one run and their logs; kills them when the block ends."""
     shared = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
     logs = [folder / f"process{number}.log" for number in range(2)]
     started = []
@@ -55,7 +55,7 @@ def wait_for_step(step, workdir, pair, logs):
 
 
 def numbers_of(workdir):
-    """Returns (step, kind, precision, statistics, name) -> number of all rows."""
+    """Returns (step, kind, precision, statistics, name) -> number, from all rows."""
     return {
         (*(row.get(key) for key in ("step", "kind", "precision", "statistics")), name): value
         for row in rows_of(workdir)
@@ -65,7 +65,7 @@ def numbers_of(workdir):
 
 
 def of_full_precision(numbers):
-    """Only there do sums in another order stay what they are; elsewhere they flip roundings."""
+    """Keeps only these: in quantized phases, another summation order flips roundings."""
     return {key: value for key, value in numbers.items() if key[0] <= 16 and key[1] == "train"}
 
 
@@ -82,7 +82,7 @@ def assert_as_on_two_devices(processes, workdir, reference):
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, rel=1e-5)
     assert (workdir / "policy.json").read_bytes() == (reference / "policy.json").read_bytes()
-    # One process reads what two have written.
+    # One process can read what two have written.
     done = processes.result(command(f"--workdir={workdir}", "--mode=evaluate"))
     assert done["checkpoint_step"] == TOTAL
 
@@ -106,7 +106,7 @@ def test_two_stopped_by_a_signal_to_one(processes, finished, on_two_devices, tmp
 
 
 def test_one_of_two_killed(processes, on_two_devices, tmp_path):
-    """Each of them once, while training: the other ends, and the run can go on."""
+    """Kills each of them once during training: the other exits, and the run can be resumed."""
     workdir = tmp_path / "run"
     arguments = command(f"--workdir={workdir}")
     for victim, step in ((1, 20), (0, 40)):
@@ -118,10 +118,10 @@ def test_one_of_two_killed(processes, on_two_devices, tmp_path):
             print(f"process {victim} killed: the other ended after "
                   f"{time.monotonic() - start:.1f} s with {code}")  # fmt: skip
         text = logs[other].read_text()
-        # JAX itself aborts a process that has lost the first one, if it comes to know before us.
+        # JAX itself aborts a process that has lost process 0, if it notices before us.
         assert code == 1 or (victim == 0 and code == -signal.SIGABRT), text
         if code == 1:
-            assert_one_error_line(text, "another process of this run is gone", "start all of them")
+            assert_one_error_line(text, "lost another process of this run", "restart all processes")
     with two(processes, arguments, tmp_path) as (pair, logs):
         assert [process.wait(TIMEOUT) for process in pair] == [0, 0], logs[0].read_text()
     assert "going on from step" in logs[0].read_text()
@@ -129,7 +129,7 @@ def test_one_of_two_killed(processes, on_two_devices, tmp_path):
 
 
 def test_both_killed_at_random(processes, on_two_devices, tmp_path):
-    """While they set up, and once in each phase, with a save at every step."""
+    """During setup and once in each phase, with a checkpoint at every step."""
     generator, workdir = random.Random(0), tmp_path / "run"
     arguments = command(f"--workdir={workdir}", checkpoint_every_steps=1)
     for start in (None, 0, 16, 32, 48, 64):
@@ -150,7 +150,7 @@ def test_both_killed_at_random(processes, on_two_devices, tmp_path):
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (1, 8), (8, 1)])
 def test_going_on_with_other_devices(first, then, processes, finished, tmp_path):
-    """The same global batches: at full precision the same losses, to 1e-5."""
+    """Global batches are the same, so full-precision losses agree to 1e-5."""
     workdir = tmp_path / "run"
     arguments = command(f"--workdir={workdir}")
     with processes.running(arguments, workdir, 8, devices=first):

@@ -1,6 +1,6 @@
-"""Disks that are full or read-only, and too little memory; docs/FAULTS.md holds what was measured.
+"""Full or read-only disks and exhausted memory; measurements are in docs/FAULTS.md.
 
-Those marked `faults` take long: `make check-faults`.
+Those marked `faults` are slow: `make check-faults`.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from tests.helpers.processes import TOTAL, assert_same_run, command, rows_of, ti
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of one MiB, which takes root to mount."""
+    """A file system of 1 MiB; mounting it requires root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
@@ -46,10 +46,10 @@ def test_full_disk(processes, finished, small_disk):
     arguments = command(f"--workdir={workdir}")
     done = processes.finish(arguments)
     assert done.returncode == 1
-    # What the threads of libraries have printed comes before.
+    # Output of the libraries' threads comes before.
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: {workdir}: the disk is full (0.0 MiB free)"), done.stderr
-    assert "make room" in last
+    assert last.startswith(f"error: {workdir}: disk full (0.0 MiB free)"), done.stderr
+    assert "free some space" in last
     assert rows_of(workdir)[-1]["step"] < TOTAL
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
     processes.result(arguments)

@@ -1,6 +1,6 @@
-"""Runs stopped by signals or killed go on as the same run; docs/FAULTS.md holds what was measured.
+"""Runs resume exactly after signals and kills; measurements are in docs/FAULTS.md.
 
-Those marked `faults` take long: `make check-faults`.
+Those marked `faults` are slow: `make check-faults`.
 """
 
 import os
@@ -27,11 +27,11 @@ def test_stopped_by_signals_it_is_the_same_run(processes, finished, tmp_path):
         assert_one_error_line(other.stderr, f"in use by another run.*process {process.pid} on ")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75
-    assert "once more stops at once" in log.read_text()
+    assert "a second signal stops immediately" in log.read_text()
     last = log.read_text().splitlines()[-1]
     step = rows_of(workdir)[-1]["step"]
     assert last == (
-        f"stopped by SIGTERM at step {step}, which is saved; the same command goes on from there"
+        f"stopped by SIGTERM at step {step}, checkpoint saved; run the same command to resume"
     )
     assert not (workdir / lock.NAME).exists()
 
@@ -49,11 +49,11 @@ def test_second_signal_stops_at_once(processes, tmp_path):
     workdir = tmp_path / "run"
     with processes.running(command(f"--workdir={workdir}"), workdir, 14) as (process, log):
         process.send_signal(signal.SIGTERM)
-        while "once more stops at once" not in log.read_text():
+        while "a second signal stops immediately" not in log.read_text():
             time.sleep(0.001)
         process.send_signal(signal.SIGTERM)
         assert process.wait(1) == 128 + signal.SIGTERM
-    assert "SIGTERM again: stopping at once" in log.read_text()
+    assert "second SIGTERM: stopping immediately" in log.read_text()
 
 
 def last_step(workdir):
@@ -62,17 +62,17 @@ def last_step(workdir):
 
 
 def kill_at_random(processes, folder, reference, kills, seed=0):
-    """Kills runs at random moments; whatever finishes in between must be the reference.
+    """Kills runs at random moments; every run that finishes must equal the reference.
 
-    Every fourth kill comes within 16 seconds of the start, which may be setting up or compiling;
-    the others within 4 seconds of the first step that is new.
+    Every fourth kill comes within 16 seconds of the start, often during setup or compilation; the
+    others within 4 seconds of the first new step.
     """
     generator = random.Random(seed)
     done = finished = 0
     phases = []
     while done < kills:
         workdir = folder / f"run{finished}"
-        # A save at each step, so that many kills fall into one.
+        # A checkpoint at each step, so that many kills hit a save.
         arguments = command(f"--workdir={workdir}", checkpoint_every_steps=1)
         log, before = folder / "killed.log", last_step(workdir)
         process = processes.start(arguments, log)
@@ -99,7 +99,7 @@ def kill_at_random(processes, folder, reference, kills, seed=0):
 
 @pytest.mark.faults
 def test_killed_during_saves(processes, finished, tmp_path):
-    """At the moment that a save shows on the disk, in every phase."""
+    """As soon as a save becomes visible on disk, in every phase."""
     workdir, found = tmp_path / "run", 0
     for step in (2, 14, 21, 37, 53, 70):
         with processes.running(
@@ -108,7 +108,7 @@ def test_killed_during_saves(processes, finished, tmp_path):
             while not (left := list((workdir / DIRECTORY).glob("*tmp*"))):
                 assert process.poll() is None
         found += any(path.exists() for path in left)
-    assert found >= 3  # the others were complete before the signal had come
+    assert found >= 3  # the other saves were complete before the signal arrived
     processes.result(command(f"--workdir={workdir}", checkpoint_every_steps=1))
     assert not list((workdir / DIRECTORY).glob("*tmp*"))
     assert_same_run(workdir, finished[0])

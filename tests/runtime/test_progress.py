@@ -99,7 +99,7 @@ def test_slow_steps_are_not_silent():
     with Progress(2, 0, 1, "bit_meta", interval=0.02, stream=stream) as progress:
         wait_for(lambda: "bit_meta 0/2  next step running for" in stream.getvalue())
         with progress.pause():
-            time.sleep(0.03)  # a beat that saw the loop before its pause may still come
+            time.sleep(0.03)  # a beat from before the pause may still print
             before = stream.getvalue()
             time.sleep(0.1)
             assert stream.getvalue() == before
@@ -150,7 +150,7 @@ def test_failure_inside_does_not_read_the_numbers():
         raise KeyError("mine")
 
 
-def test_waiting_speaks_at_once_and_then_regularly():
+def test_waiting_prints_immediately_and_then_regularly():
     stream = io.StringIO()
     with waiting("compiling bit_meta", interval=0.02, stream=stream):
         assert lines(stream)[:1] == ["compiling bit_meta ..."]
@@ -158,7 +158,7 @@ def test_waiting_speaks_at_once_and_then_regularly():
     assert lines(stream)[-1] == "compiling bit_meta took 0 s"
 
 
-def test_waiting_says_no_more_when_it_was_quick(capsys):
+def test_waiting_prints_no_total_for_short_blocks(capsys):
     with waiting("reading digits"):
         pass
     assert capsys.readouterr().err == "reading digits ...\n"
@@ -184,5 +184,5 @@ def test_duration(seconds, text):
 def wait_for(condition, seconds=10.0):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "nothing came"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)

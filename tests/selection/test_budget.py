@@ -5,12 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError
 from metamix_jax.networks.precision import Bits, LayerCost
 from metamix_jax.selection import cost
-from metamix_jax.selection.budget import Budget, chosen_cost, hard_selection, make_budget
+from metamix_jax.selection.budget import chosen_cost, hard_selection, make_budget
+from metamix_jax.selection.cost_models import CostModel
 from tests.helpers.hand_made_costs import (
     COSTS,
     FIXED,
@@ -27,16 +27,19 @@ SEARCHED = ("activations", "pairs", "weights")
 
 
 def budget_of(value, unit, costs=COSTS):
-    return make_budget(costs, ConfigDict({"value": value, "unit": unit}))
+    return make_budget(costs, value, unit)
 
 
-def one_layer_budget():
-    return Budget({"layer": (12.0, 16.0, 32.0)}, 0.0, limit=10.0, reference=16.0, unit="GBOPs")
+def one_layer_model():
+    candidates = {"layer": (Bits(3, 4), Bits(4, 4), Bits(8, 4))}
+    return CostModel(
+        "bops", "GBOPs", candidates, {"layer": (12.0, 16.0, 32.0)}, 0.0, reference=16.0
+    )
 
 
 def test_regulariser_anchor():
     # op = 1e9, b_w = 4, B = (3, 4, 8), logits 0: a tie goes to the first candidate.
-    value, gradient = jax.value_and_grad(lambda logits: chosen_cost(one_layer_budget(), logits))(
+    value, gradient = jax.value_and_grad(lambda logits: chosen_cost(one_layer_model(), logits))(
         {"layer": jnp.zeros(3)}
     )
     assert value == 12
@@ -46,10 +49,10 @@ def test_regulariser_anchor():
 def test_expected_cost_is_the_mean_over_the_shares():
     logits = jnp.float32([0.3, -1, 2])
     share = np.exp(logits) / np.exp(logits).sum()
-    value = chosen_cost(one_layer_budget(), {"layer": logits}, "expected")
+    value = chosen_cost(one_layer_model(), {"layer": logits}, "expected")
     np.testing.assert_allclose(value, share @ np.float32([12, 16, 32]), rtol=1e-6)
     argmax, expected = (
-        jax.grad(lambda logits, form=form: chosen_cost(one_layer_budget(), logits, form))(
+        jax.grad(lambda logits, form=form: chosen_cost(one_layer_model(), logits, form))(
             {"layer": logits}
         )["layer"]
         for form in ("argmax", "expected")
@@ -63,7 +66,7 @@ def test_chosen_cost_is_the_cost_of_the_argmax_policy(costs, unit):
     budget = budget_of(0.5 if unit == "gbops" else 4.0, unit, costs)
     candidates = costs["a"].candidates
     number = len(candidates)
-    spent_on = jax.jit(lambda logits: chosen_cost(budget, logits))
+    spent_on = jax.jit(lambda logits: chosen_cost(budget.cost_model, logits))
     for picks in itertools.product(range(number), repeat=2):
         chosen = dict(zip("ab", picks, strict=True))
         logits = {path: 3.0 * jax.nn.one_hot(k, number) for path, k in chosen.items()}
@@ -71,7 +74,7 @@ def test_chosen_cost_is_the_cost_of_the_argmax_policy(costs, unit):
         expected = cost.average_act_bits(costs, bits)
         if unit == "gbops":
             expected = cost.bops(costs, bits) / 1e9
-        assert budget.cost(bits, costs) == pytest.approx(expected, rel=1e-12)
+        assert budget.cost(bits) == pytest.approx(expected, rel=1e-12)
         np.testing.assert_allclose(spent_on(logits), expected, rtol=1e-6)
 
 
@@ -84,7 +87,7 @@ def test_expected_cost_of_pairs_by_hand():
         share = np.exp(logits[path]) / np.exp(logits[path]).sum()
         expected += gmacs * (share @ products)
     found = chosen_cost(
-        budget, {path: jnp.asarray(row) for path, row in logits.items()}, "expected"
+        budget.cost_model, {path: jnp.asarray(row) for path, row in logits.items()}, "expected"
     )
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
@@ -111,10 +114,10 @@ def test_hard_selection_has_the_softmaxs_jacobian():
 
 def test_budget_in_gbops():
     budget = budget_of(0.5, "gbops")
-    assert (budget.limit, budget.unit) == (0.5, "GBOPs")
-    assert budget.fixed_cost == pytest.approx(FIXED, rel=1e-12)
-    assert budget.reference == pytest.approx(REFERENCE, rel=1e-12)
-    assert budget.branch_costs == {
+    assert (budget.limit, budget.cost_model.unit) == (0.5, "GBOPs")
+    assert budget.cost_model.fixed_cost == pytest.approx(FIXED, rel=1e-12)
+    assert budget.cost_model.reference == pytest.approx(REFERENCE, rel=1e-12)
+    assert budget.cost_model.branch_costs == {
         "a": pytest.approx((0.32, 0.16, 0.08)),
         "b": pytest.approx((0.96, 0.48, 0.24)),
     }
@@ -123,17 +126,17 @@ def test_budget_in_gbops():
 def test_budget_as_fraction():
     budget = budget_of(0.9, "fraction")
     assert budget.limit == pytest.approx(0.9 * REFERENCE, rel=1e-12)
-    assert budget.branch_costs == budget_of(0.5, "gbops").branch_costs
-    assert budget.fixed_cost == budget_of(0.5, "gbops").fixed_cost
-    assert budget.cost(cost.uniform_bits(COSTS, 4), COSTS) == pytest.approx(REFERENCE, rel=1e-12)
+    assert budget.cost_model == budget_of(0.5, "gbops").cost_model
+    assert budget.cost(cost.uniform_bits(COSTS, 4)) == pytest.approx(REFERENCE, rel=1e-12)
 
 
 def test_budget_in_average_bits():
     budget = budget_of(3.5, "average_act_bits")
-    assert (budget.limit, budget.fixed_cost, budget.unit) == (3.5, 0.0, "average bits")
-    assert budget.branch_costs == {"a": (6.0, 3.0, 1.5), "b": (2.0, 1.0, 0.5)}
+    model = budget.cost_model
+    assert (budget.limit, model.fixed_cost, model.unit) == (3.5, 0.0, "average bits")
+    assert budget.cost_model.branch_costs == {"a": (6.0, 3.0, 1.5), "b": (2.0, 1.0, 0.5)}
     bits = FIXED_BITS | {"a": Bits(8, 4), "b": Bits(2, 4)}
-    assert budget.cost(bits, COSTS) == 6.5
+    assert budget.cost(bits) == 6.5
 
 
 @pytest.mark.parametrize("costs", [PAIR_COSTS, WEIGHT_COSTS], ids=SEARCHED[1:])
@@ -141,36 +144,36 @@ def test_budget_in_mebibytes(costs):
     budget = budget_of(1e-3, "mebibytes", costs)
     unit = 8 * 2**20
     fixed = (27 + 640) * 8 / unit
-    assert (budget.limit, budget.unit) == (1e-3, "MiB")
-    assert budget.fixed_cost == pytest.approx(fixed, rel=1e-12)
-    assert budget.reference == pytest.approx(fixed + 800 * 4 / unit, rel=1e-12)
+    assert (budget.limit, budget.cost_model.unit) == (1e-3, "MiB")
+    assert budget.cost_model.fixed_cost == pytest.approx(fixed, rel=1e-12)
+    assert budget.cost_model.reference == pytest.approx(fixed + 800 * 4 / unit, rel=1e-12)
     for path, elements in (("a", 200), ("b", 600)):
         expected = [elements * bits.weight / unit for bits in costs[path].candidates]
-        assert budget.branch_costs[path] == pytest.approx(expected, rel=1e-12)
-    assert budget.cost(cost.uniform_bits(costs, 4), costs) == pytest.approx(budget.reference)
+        assert budget.cost_model.branch_costs[path] == pytest.approx(expected, rel=1e-12)
+    assert budget.cost(cost.uniform_bits(costs, 4)) == pytest.approx(budget.cost_model.reference)
 
 
 def test_budget_of_pairs_in_gbops():
     budget = budget_of(0.5, "gbops", PAIR_COSTS)
-    assert budget.fixed_cost == pytest.approx(FIXED, rel=1e-12)
-    assert budget.reference == pytest.approx(REFERENCE, rel=1e-12)
-    assert budget.branch_costs == {
+    assert budget.cost_model.fixed_cost == pytest.approx(FIXED, rel=1e-12)
+    assert budget.cost_model.reference == pytest.approx(REFERENCE, rel=1e-12)
+    assert budget.cost_model.branch_costs == {
         "a": pytest.approx((0.64, 0.32, 0.16, 0.32, 0.16, 0.08, 0.16, 0.08, 0.04), rel=1e-12),
         "b": pytest.approx((1.92, 0.96, 0.48, 0.96, 0.48, 0.24, 0.48, 0.24, 0.12), rel=1e-12),
     }
     bits = FIXED_BITS | {"a": Bits(8, 2), "b": Bits(2, 8)}
-    assert budget.cost(bits, PAIR_COSTS) == pytest.approx(FIXED + 0.16 + 0.48, rel=1e-12)
+    assert budget.cost(bits) == pytest.approx(FIXED + 0.16 + 0.48, rel=1e-12)
     fraction = budget_of(0.9, "fraction", PAIR_COSTS)
     assert fraction.limit == pytest.approx(0.9 * REFERENCE, rel=1e-12)
-    assert fraction.branch_costs == budget.branch_costs
+    assert fraction.cost_model.branch_costs == budget.cost_model.branch_costs
     uniform = cost.uniform_bits(PAIR_COSTS, 4)
-    assert fraction.cost(uniform, PAIR_COSTS) == pytest.approx(REFERENCE, rel=1e-12)
+    assert fraction.cost(uniform) == pytest.approx(REFERENCE, rel=1e-12)
 
 
 def test_budget_of_searched_weights_alone():
     budget = budget_of(0.5, "gbops", WEIGHT_COSTS)
-    assert budget.reference == pytest.approx(REFERENCE, rel=1e-12)
-    assert budget.branch_costs == {
+    assert budget.cost_model.reference == pytest.approx(REFERENCE, rel=1e-12)
+    assert budget.cost_model.branch_costs == {
         "a": pytest.approx((0.32, 0.16, 0.08), rel=1e-12),
         "b": pytest.approx((0.96, 0.48, 0.24), rel=1e-12),
     }
@@ -178,20 +181,21 @@ def test_budget_of_searched_weights_alone():
 
 def test_budget_of_pairs_in_average_bits_counts_activations_alone():
     budget = budget_of(3.5, "average_act_bits", PAIR_COSTS)
-    assert (budget.limit, budget.fixed_cost, budget.unit) == (3.5, 0.0, "average bits")
-    assert budget.branch_costs == {
+    model = budget.cost_model
+    assert (budget.limit, model.fixed_cost, model.unit) == (3.5, 0.0, "average bits")
+    assert budget.cost_model.branch_costs == {
         "a": (6.0, 6.0, 6.0, 3.0, 3.0, 3.0, 1.5, 1.5, 1.5),
         "b": (2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5),
     }
     for weight in (8, 4, 2):
         bits = FIXED_BITS | {"a": Bits(8, weight), "b": Bits(2, 4)}
-        assert budget.cost(bits, PAIR_COSTS) == 6.5
+        assert budget.cost(bits) == 6.5
 
 
 def test_a_policy_of_other_bits_has_no_cost():
     budget = budget_of(0.5, "gbops")
     with pytest.raises(ValueError):
-        budget.cost(FIXED_BITS | {"a": Bits(4, 2), "b": Bits(4, 4)}, COSTS)
+        budget.cost(FIXED_BITS | {"a": Bits(4, 2), "b": Bits(4, 4)})
 
 
 @pytest.mark.parametrize(

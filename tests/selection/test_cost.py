@@ -13,7 +13,6 @@ from tests.helpers.hand_made_costs import (
     FIXED,
     FIXED_BITS,
     PAIR_COSTS,
-    PAIRS,
     REFERENCE,
     WEIGHT_COSTS,
 )
@@ -124,15 +123,6 @@ def test_widest_and_narrowest_bits(costs, widest, narrowest):
     for network in (costs, backwards):
         assert cost.widest_bits(network) == FIXED_BITS | {"a": widest, "b": widest}
         assert cost.narrowest_bits(network) == FIXED_BITS | {"a": narrowest, "b": narrowest}
-
-
-def test_branch_costs_of_all_pairs_by_hand():
-    found = cost.branch_gbops(PAIR_COSTS["a"])
-    expected = (0.64, 0.32, 0.16, 0.32, 0.16, 0.08, 0.16, 0.08, 0.04)
-    assert found == pytest.approx(expected, rel=1e-12)
-    assert len(found) == len(PAIRS)
-    assert cost.branch_gbops(COSTS["b"]) == pytest.approx((0.96, 0.48, 0.24), rel=1e-12)
-    assert cost.branch_gbops(COSTS["first"]) == pytest.approx((0.064,), rel=1e-12)
 
 
 @pytest.mark.parametrize("weight_bits", [(2,), (8, 3, 2)])

@@ -172,8 +172,10 @@ def test_costs_are_what_torch_counts(definition, layers, parameters, million_mac
 
     model = registry.make(ConfigDict({"name": definition.__name__}), CLASSES, QuantSettings())
     costs = cost.layer_costs(model, (SIZE, SIZE, 3))
+    names = registry.architecture_of(model).torch_names
+    paths = {path: ("params", *path.split("/"), "kernel") for path in costs}
     ours = [
-        (torch_name(("params", *path.split("/"), "kernel")).removesuffix(".weight"), layer.macs)
+        (torch_name(paths[path], names).removesuffix(".weight"), layer.macs)
         for path, layer in costs.items()
     ]
     assert ours == counted  # by name, in order, exactly

@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from metamix_jax.networks import layers
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, QuantSettings
-from metamix_jax.networks.registry import CifarResNet
+from metamix_jax.networks.zoo.resnet import CifarResNet
 from metamix_jax.selection import cost
 from metamix_jax.selection.budget import make_budget
 from metamix_jax.selection.context import SearchContext
@@ -241,7 +241,7 @@ def test_policy_is_the_best_of_all(monkeypatch):
     layer_costs = cost.layer_costs(model, (2, 2, 1))
     monkeypatch.setattr(hessian, "PROBES", 5)
     config = make_config(**{"budget.value": 0.6})
-    budget = make_budget(layer_costs, config.budget)
+    budget = make_budget(layer_costs, config.budget.value, config.budget.unit)
     variables = model_state(model)
     omegas = {}
     original = hessian.sensitivities
@@ -260,7 +260,7 @@ def test_policy_is_the_best_of_all(monkeypatch):
     feasible = [
         picks
         for picks in itertools.product(range(9), repeat=3)
-        if total(picks, budget.branch_costs) <= budget.limit * (1 + 1e-9)
+        if total(picks, budget.cost_model.branch_costs) <= budget.limit * (1 + 1e-9)
     ]
     assert 1 < len(feasible) < 9**3
     chosen = [layer_costs[path].candidates.index(bits[path]) for path in omegas]

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from scipy.optimize import linprog
 
 from metamix_jax.networks.precision import Bits, QuantSettings
-from metamix_jax.networks.registry import MODELS
+from metamix_jax.networks.zoo.resnet import ResNet18
 from metamix_jax.selection import cost
 from metamix_jax.selection.searchers import ompq
 
@@ -66,7 +66,7 @@ def test_rounding_to_the_nearest():
 
 def test_shortcuts_go_with_the_layer_before():
     paths = ["a/conv1", "a/conv2", "b/conv1", "b/conv2", "b/downsample_conv", "c"]
-    assert ompq.merge_shortcuts(paths) == {
+    assert ompq.merge_shortcuts(paths, "downsample_conv") == {
         "a/conv1": ["a/conv1"],
         "a/conv2": ["a/conv2"],
         "b/conv1": ["b/conv1"],
@@ -89,7 +89,7 @@ PUBLISHED = [
 
 @pytest.fixture(scope="module")
 def resnet18():
-    model = MODELS["resnet18"](num_classes=1000, settings=QuantSettings(weight_bits=(8, 4)))
+    model = ResNet18(num_classes=1000, settings=QuantSettings(weight_bits=(8, 4)))
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
     shapes = jax.eval_shape(lambda: model.init(keys, jnp.zeros((1, 224, 224, 3))))
     return shapes["params"], cost.layer_costs(model, (224, 224, 3))
@@ -97,7 +97,7 @@ def resnet18():
 
 def policy_of(digits, costs, act_bits=8):
     """Returns the bits of every layer; shortcuts have those of the convolution before them."""
-    units = ompq.merge_shortcuts(costs)
+    units = ompq.merge_shortcuts(costs, "downsample_conv")
     assert len(units) == len(digits) == 18
     return {
         path: Bits(act_bits, int(digit))

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
@@ -5,17 +6,11 @@ import pytest
 
 from metamix_jax import config as config_lib
 from metamix_jax.networks.precision import Bits, Precision, bit_candidates
-from metamix_jax.selection.phases import (
-    BIT_META,
-    BIT_SEARCH,
-    BIT_SEARCH_UNFIXED,
-    PHASES,
-    WEIGHT_TRAINING,
-    make_schedule,
-    passes,
-    phase_at,
-)
+from metamix_jax.selection import phases
 from metamix_jax.selection.searchers import SEARCHERS
+from metamix_jax.training.schedule import make_spans, phase_at
+from metamix_jax.training.step.gradient_step import passes
+from tests.helpers.tiny_network import ROWS
 
 SEARCHED = ["first/layer", "second"]
 NAMES = ("full_precision", "bit_meta", "bit_search", "act_training", "weight_training")
@@ -29,7 +24,13 @@ def schedule_of(epochs, steps_per_epoch=10.0, searcher="metamix", **overrides):
         config[section].epochs = float(value)
     config.weight_training.act_epochs = float(epochs[3])
     config.weight_training.epochs = float(epochs[4])
-    return make_schedule(config, SEARCHERS[searcher].PHASES, steps_per_epoch)
+    rows = (phases.full_precision, *SEARCHERS[searcher].phases)
+    return make_spans([row(config) for row in rows], steps_per_epoch)
+
+
+def default_updates(name):
+    """Returns the updates of a row of the default configuration."""
+    return ROWS[name](config_lib.default()).updates
 
 
 def branch_of(run):
@@ -85,7 +86,7 @@ def test_searchers_name_their_rows():
     uniform = names(schedule_of(epochs, searcher="uniform"))
     assert uniform == ["full_precision", "act_training", "weight_training"]
     for searcher in SEARCHERS.values():
-        assert set(searcher.PHASES) <= set(PHASES)
+        assert set(searcher.phases) <= set(ROWS.values())
 
 
 def test_phase_at_boundaries():
@@ -124,14 +125,14 @@ def test_rows_of_the_search_with_searched_weights():
             assert update.budget_term and not update.every_branch
     # The others are as they were.
     for name in ("full_precision", "act_training", "weight_training"):
-        assert spans[name].phase == PHASES[name]
+        assert spans[name].phase.updates == default_updates(name)
     assert not spans["act_training"].phase.quantizes_weights
 
 
 @pytest.mark.parametrize("weight_bits", [(4,), (8,)])
 def test_rows_of_the_search_with_one_weight_width(weight_bits):
     schedule = schedule_of((1, 1, 1, 1, 1), **{"quant.weight_bits": weight_bits})
-    assert [span.phase for span in schedule] == [PHASES[name] for name in NAMES]
+    assert [span.phase.updates for span in schedule] == [default_updates(name) for name in NAMES]
 
 
 @pytest.mark.parametrize("alternate", [True, False])
@@ -183,14 +184,15 @@ def test_searcher_uniform_calibrates_searched_weights_once():
     schedule = schedule_of((1, 1, 1, 1, 1), searcher="uniform", **PAIRS)
     assert [span.phase.name for span in schedule if span.calibrates_acts] == ["act_training"]
     assert [span.phase.name for span in schedule if span.calibrates_weights] == ["weight_training"]
-    assert [span.phase for span in schedule] == [PHASES[name] for name in names(schedule)]
+    found = [span.phase.updates for span in schedule]
+    assert found == [default_updates(name) for name in names(schedule)]
 
 
 @pytest.mark.parametrize("act_bits", [(8, 4, 2), (2, 4, 8), (4, 8, 2, 3)])
 @pytest.mark.parametrize("weight", [4, 2])
 def test_bit_meta_passes_go_from_narrow_to_wide(act_bits, weight):
     candidates = bit_candidates(act_bits, (weight,))
-    runs = passes(BIT_META, candidates, {}, SEARCHED)
+    runs = passes(*default_updates("bit_meta"), candidates, {}, SEARCHED)
     assert [act_bits[branch_of(run)] for run in runs] == sorted(act_bits)
     assert {run.weights for run in runs} == {"full"}
 
@@ -210,16 +212,16 @@ def test_bit_meta_passes_of_pairs_go_from_few_bit_operations_to_many(act_bits, w
 
 def test_bit_meta_passes_of_weights_alone():
     candidates = bit_candidates((4,), (8, 2, 4))
-    runs = passes(BIT_META, candidates, {}, SEARCHED)
+    runs = passes(*default_updates("bit_meta"), candidates, {}, SEARCHED)
     assert [candidates[branch_of(run)] for run in runs] == [(4, 2), (4, 4), (4, 8)]
 
 
 def test_other_updates_make_one_pass():
     branches = {"layer": jnp.int32(1)}
     candidates = (Bits(8, 4), Bits(4, 4))
-    (run,) = passes(WEIGHT_TRAINING, candidates, branches, SEARCHED)
+    (run,) = passes(*default_updates("weight_training"), candidates, branches, SEARCHED)
     assert run == Precision("chosen", "quantized", branches)
-    (run,) = passes(BIT_SEARCH, candidates, {}, SEARCHED)
+    (run,) = passes(default_updates("bit_search")[-1], candidates, {}, SEARCHED)
     assert (run.activations, run.weights) == ("mixture", "full")
     search = schedule_of((0, 0, 1, 0, 0), **PAIRS)[0].phase.updates[-1]
     (run,) = passes(search, bit_candidates((8, 4), (8, 4)), {}, SEARCHED)
@@ -228,9 +230,10 @@ def test_other_updates_make_one_pass():
 
 def test_what_trains_in_each_phase():
     weights = {"kernels", "weights"}
+    rows = {name: row(config_lib.default()) for name, row in ROWS.items()}
     trained = {
         name: [(update.name, set(update.trains), update.budget_term) for update in phase.updates]
-        for name, phase in PHASES.items()
+        for name, phase in rows.items()
     }
     meta = ("bit_meta", weights | {"act_steps"}, False)
     assert trained == {
@@ -242,32 +245,50 @@ def test_what_trains_in_each_phase():
         "act_training": [("act_training", weights | {"act_steps"}, False)],
         "weight_training": [("weight_training", weights | {"act_steps", "weight_steps"}, False)],
     }
-    assert [name for name, phase in PHASES.items() if phase.needs_policy] == list(NAMES[3:])
-    assert [name for name, phase in PHASES.items() if not phase.quantizes] == [NAMES[0]]
-    assert [name for name, phase in PHASES.items() if phase.quantizes_weights] == [NAMES[4]]
+    assert [name for name, phase in rows.items() if phase.needs_policy] == list(NAMES[3:])
+    assert [name for name, phase in rows.items() if not phase.quantizes] == [NAMES[0]]
+    assert [name for name, phase in rows.items() if phase.quantizes_weights] == [NAMES[4]]
+
+
+@pytest.mark.parametrize("alternate", [True, False])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_ablations_change_the_updates_of_the_search_only(alternate, fixed):
+    overrides = {"bit_search.alternate": alternate, "bit_search.fixed_meta_state": fixed}
+    schedule = schedule_of((1, 1, 1, 1, 1), **overrides)
+    found = {span.phase.name: span.phase.updates for span in schedule}
+    (meta,), (*_, search) = default_updates("bit_meta"), default_updates("bit_search")
+    if not fixed:
+        search = dataclasses.replace(search, trains=meta.trains | {"logits"})
+    assert found.pop("bit_search") == ((meta, search) if alternate else (search,))
+    assert found == {name: default_updates(name) for name in found}
 
 
 @pytest.mark.parametrize(
-    ("alternate", "fixed", "updates"),
+    ("field", "name", "expected"),
     [
-        (True, True, (BIT_META, BIT_SEARCH)),
-        (True, False, (BIT_META, BIT_SEARCH_UNFIXED)),
-        (False, True, (BIT_SEARCH,)),
-        (False, False, (BIT_SEARCH_UNFIXED,)),
+        ({"bit_meta.loss": "last"}, "bit_meta", {"gradient": "last"}),
+        ({"bit_meta.learning_rate": 0.5}, "bit_meta", {"learning_rate": 0.5}),
+        ({"bit_search.commit_batch_stats": True}, "bit_search", {"commits_statistics": True}),
+        ({"full_precision.learning_rate": 0.5}, "full_precision", {"learning_rate": 0.5}),
+        ({"weight_training.learning_rate": 0.5}, "act_training", {"learning_rate": 0.5}),
+        ({"weight_training.learning_rate": 0.5}, "weight_training", {"learning_rate": 0.5}),
+        ({"bit_meta.learning_rate": 0.5}, "joint_search", {"learning_rate": 0.5}),
     ],
 )
-def test_ablations_change_the_updates_of_the_search_only(alternate, fixed, updates):
+def test_fields_of_the_configuration_are_fields_of_a_row(field, name, expected):
     config = config_lib.default()
-    config.bit_search.alternate, config.bit_search.fixed_meta_state = alternate, fixed
-    schedule = make_schedule(config, SEARCHERS["metamix"].PHASES, 10.0)
-    found = {span.phase.name: span.phase.updates for span in schedule}
-    assert found.pop("bit_search") == updates
-    assert found == {name: PHASES[name].updates for name in found}
+    config.update_from_flattened_dict(field)
+    (*_, before), (*_, after) = default_updates(name), ROWS[name](config).updates
+    assert after == dataclasses.replace(before, **expected) != before
 
 
-def test_unfixed_search_trains_what_bit_meta_trains_and_the_logits():
-    assert BIT_SEARCH_UNFIXED.trains == BIT_META.trains | {"logits"}
-    assert BIT_SEARCH_UNFIXED.budget_term
+def test_what_commits_statistics_and_how_rates_run():
+    rows = {name: row(config_lib.default()).updates[-1] for name, row in ROWS.items()}
+    assert [name for name, update in rows.items() if not update.commits_statistics] == [
+        "bit_search"
+    ]
+    constant = ["bit_meta", "bit_search", "joint_search", "sharpness_search"]
+    assert [name for name, u in rows.items() if u.schedule == "constant"] == constant
 
 
 def test_searches_without_a_meta_state_make_as_many_passes():

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from metamix_jax.errors import UserError
 from metamix_jax.networks.precision import Bits, LayerCost
 from metamix_jax.selection import policy
+from metamix_jax.selection.budget import make_budget
 
 
 def costs_of(act_bits, weight_bits):
@@ -34,7 +36,7 @@ def make(costs=COSTS, bits=BITS):
 
 def changed(*keys, to, policy_made=None):
     """Returns a policy as JSON with the entry at `keys` changed or deleted."""
-    tree = json.loads(json.dumps(policy_made or make()))
+    tree = json.loads(json.dumps((policy_made or make()).to_json()))
     parent = tree
     for key in keys[:-1]:
         parent = parent[key]
@@ -47,7 +49,7 @@ def changed(*keys, to, policy_made=None):
 
 def test_content_by_hand():
     gbops = (1_000_000 * 64 + 5_000_000 * 8 + 7_000_000 * 16 + 10_000 * 64) / 1e9
-    assert make() == {
+    assert make().to_json() == {
         "format": 1, **FACTS, "gbops": pytest.approx(gbops, rel=1e-12),
         "layers": {
             "conv1": {"act_bits": 8, "weight_bits": 8, "macs": 1_000_000},
@@ -58,11 +60,50 @@ def test_content_by_hand():
     }  # fmt: skip
 
 
+def test_the_file_to_the_byte(tmp_path):
+    costs = {path: COSTS[path] for path in ("conv1", "layer1_0/conv1")}
+    policy.write_policy(tmp_path / "policy.json", make(costs, BITS))
+    assert (
+        (tmp_path / "policy.json").read_text()
+        == """{
+  "format": 1,
+  "model": "tiny",
+  "image_size": 8,
+  "searcher": "metamix",
+  "seed": 3,
+  "budget_gbops": 0.3,
+  "gbops": 0.104,
+  "layers": {
+    "conv1": {
+      "act_bits": 8,
+      "weight_bits": 8,
+      "macs": 1000000
+    },
+    "layer1_0/conv1": {
+      "act_bits": 2,
+      "weight_bits": 4,
+      "macs": 5000000
+    }
+  }
+}
+"""
+    )
+
+
+def test_its_cost_is_the_budgets_and_nothing_of_it_can_be_set():
+    made = make()
+    for unit, expected in (("gbops", made.gbops), ("average_act_bits", 3.0)):
+        budget = make_budget(COSTS, expected, unit)
+        assert made.cost(budget) == budget.cost(BITS) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.gbops = 0.0
+
+
 def test_content_of_pairs_by_hand():
     gbops = (1_000_000 * 64 + 5_000_000 * 16 + 7_000_000 * 16 + 10_000 * 64) / 1e9
     made = make(PAIR_COSTS, PAIR_BITS)
-    assert made["gbops"] == pytest.approx(gbops, rel=1e-12)
-    assert made["layers"] == {
+    assert made.gbops == pytest.approx(gbops, rel=1e-12)
+    assert made.to_json()["layers"] == {
         "conv1": {"act_bits": 8, "weight_bits": 8, "macs": 1_000_000},
         "layer1_0/conv1": {"act_bits": 2, "weight_bits": 8, "macs": 5_000_000},
         "layer1_0/conv2": {"act_bits": 8, "weight_bits": 2, "macs": 7_000_000},
@@ -80,9 +121,9 @@ def test_round_trip(costs, bits, tmp_path):
     policy.write_policy(path, made)
     read = policy.read_policy(path, costs)
     assert read == made
-    assert list(read["layers"]) == list(costs)
-    assert policy.layer_bits(read) == bits
-    assert all(isinstance(pair, Bits) for pair in policy.layer_bits(read).values())
+    assert list(read.layers) == list(costs)
+    assert read.bits == bits
+    assert all(isinstance(pair, Bits) for pair in read.bits.values())
     assert [entry.name for entry in tmp_path.iterdir()] == ["policy.json"]
 
 
@@ -96,7 +137,7 @@ def test_round_trip(costs, bits, tmp_path):
     ids=["activations", "pairs", "weights"],
 )
 def test_branches_are_indices_of_the_searched_layers(costs, bits, first, second):
-    branches = policy.branches(bits, costs)
+    branches = make(costs, bits).branches(costs)
     assert {path: int(index) for path, index in branches.items()} == {
         "layer1_0/conv1": first,
         "layer1_0/conv2": second,

@@ -11,11 +11,10 @@ from metamix_jax.data import batching
 from metamix_jax.errors import UserError
 from metamix_jax.networks.precision import bit_candidates
 from metamix_jax.runtime import sharding
-from metamix_jax.selection.phases import PHASES, passes
 from metamix_jax.training import setup
 from metamix_jax.training.step.batch_step import micro_batch
-from metamix_jax.training.step.gradient_step import make_update
-from metamix_jax.training.step.state import GAP, split_by_label
+from metamix_jax.training.step.gradient_step import make_update, passes
+from metamix_jax.training.step.state import split_by_label
 from tests.helpers.tiny_network import (
     BATCH,
     calibrated_state,
@@ -25,6 +24,7 @@ from tests.helpers.tiny_network import (
     make_branches,
     make_config,
     mesh_of,
+    phase_of,
 )
 
 pytestmark = pytest.mark.usefixtures("optax_arithmetic")
@@ -71,7 +71,7 @@ def recorded(monkeypatch, network, config, update, state, parts, branches):
 
 def test_gradient_is_the_mean_of_the_micro_batches(monkeypatch, config, network, state):
     """Statistics are handed from one to the next, the widths in their order."""
-    (update,), branches = PHASES["bit_meta"].updates, make_branches(network)
+    (update,), branches = phase_of("bit_meta", config).updates, make_branches(network)
     parts = parts_of(config)
     trained, frozen = split_by_label(state, update.trains)
 
@@ -111,7 +111,7 @@ def test_micro_batches_alike_are_one_batch(config, network, state):
     Of the update with everything in it: two gradients, a budget, weights, steps and logits.
     """
     half, found = parts_of(config)[0], []
-    (update,) = PHASES["sharpness_search"].updates
+    (update,) = phase_of("sharpness_search", config).updates
     for parts in (1, PARTS):
         settings = make_config(**{"optimizer.name": "sgd", "accumulation_steps": parts})
         before = entered(state, "sharpness_search", settings)
@@ -120,8 +120,8 @@ def test_micro_batches_alike_are_one_batch(config, network, state):
     (one, numbers_of_one), (several, numbers) = found
     for name, value in numbers_of_one.items():
         assert float(numbers[name]) == pytest.approx(float(value), rel=1e-5), name
-    gap = float(one.opt_states[GAP])
-    assert float(several.opt_states[GAP]) == pytest.approx(gap, rel=1e-3) and gap > 0
+    gap = float(one.surrogate_gap)
+    assert float(several.surrogate_gap) == pytest.approx(gap, rel=1e-3) and gap > 0
     assert one.params["conv1"]["kernel"].tolist() != state.params["conv1"]["kernel"].tolist()
     expected = split_by_label(one, update.trains)[0]
     for path, value in split_by_label(several, update.trains)[0].items():

@@ -11,7 +11,6 @@ from metamix_jax.data import batching
 from metamix_jax.networks.precision import FULL, Precision
 from metamix_jax.networks.quantizers import init_step
 from metamix_jax.runtime import sharding
-from metamix_jax.selection.phases import PHASES
 from metamix_jax.training import setup
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.step import batch_step as train_step
@@ -22,6 +21,7 @@ from metamix_jax.training.step.state import enter_phase, split_by_label
 from tests.helpers.tiny_network import (
     BATCH,
     BITS,
+    ROWS,
     STEPS,
     calibrated_state,
     compiled,
@@ -33,6 +33,7 @@ from tests.helpers.tiny_network import (
     make_config,
     mesh_of,
     moved_labels,
+    phase_of,
     softmax,
     span_of,
 )
@@ -101,7 +102,7 @@ def distance(actual, expected):
 def test_bit_meta_gradient_is_the_mean_of_one_pass_per_width(
     monkeypatch, config, network, state, images, batch, branches
 ):
-    update = PHASES["bit_meta"].updates[0]
+    (update,) = phase_of("bit_meta", config).updates
     trained, frozen = split_by_label(state, update.trains)
 
     def loss_of(trained, batch_stats, branch):
@@ -138,6 +139,7 @@ def test_bit_meta_gradient_is_the_mean_of_one_pass_per_width(
     assert distance(traverse_util.flatten_dict(after.batch_stats, sep="/"), statistics) < 1e-4
 
     last = make_config(**{"bit_meta.loss": "last"})
+    arguments = (*phase_of("bit_meta", last).updates, *arguments[1:])
     found, after, metrics = recorded_gradient(monkeypatch, network, last, *arguments)
     assert distance(found, gradients[-1]) < 1e-2
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
@@ -154,7 +156,7 @@ def apply_updates(network):
     config = make_config(**{"bit_meta.learning_rate": 1e-2})
     return {
         update.name: compiled(make_update(network.model, update, STEPS, config, network.budget))
-        for update in PHASES["bit_search"].updates
+        for update in phase_of("bit_search", config).updates
     }
 
 
@@ -165,14 +167,14 @@ def test_bit_search_moves_logits_only(
     config = make_config(**{"bit_search.commit_batch_stats": commit})
     before = entered(state, "bit_search", config)
     if commit:
-        update = PHASES["bit_search"].updates[-1]
+        update = phase_of("bit_search", config).updates[-1]
         apply_update = compiled(make_update(network.model, update, STEPS, config, network.budget))
     else:
         apply_update = apply_updates["bit_search"]
     after, metrics = apply_update(before, [(images, batch["label"], None)], branches)
     assert moved_labels(before, after) == ({"logits", "batch_stats"} if commit else {"logits"})
     assert metrics["cost"] > 0
-    gap = abs(float(metrics["cost"]) - network.budget.limit) / network.budget.reference
+    gap = abs(float(metrics["cost"]) - network.budget.limit) / network.budget.cost_model.reference
     expected = config.bit_search.budget_weight * gap
     assert metrics["budget_term"] == pytest.approx(expected, rel=1e-5)
 
@@ -204,9 +206,9 @@ def test_frozen_weights_cost_no_gradient(network, state, images, batch, branches
 
     layers = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
     # Each is run, and differentiated for its input (not the first's, the image) and its kernel.
-    (full_precision,) = PHASES["full_precision"].updates
+    (full_precision,) = phase_of("full_precision").updates
     assert convolutions(full_precision, "full_precision") == 3 * layers - 1
-    assert convolutions(PHASES["bit_search"].updates[1], "bit_search") == 2 * layers - 1
+    assert convolutions(phase_of("bit_search").updates[1], "bit_search") == 2 * layers - 1
 
 
 def test_bit_search_sees_the_weights_after_bit_metas_step(
@@ -214,7 +216,9 @@ def test_bit_search_sees_the_weights_after_bit_metas_step(
 ):
     config = make_config(**{"data.augment": "none", "bit_meta.learning_rate": 1e-2})
     before = entered(state, "bit_search", config)
-    step = make_train_step(network.model, span_of("bit_search"), config, network.budget, None)
+    step = make_train_step(
+        network.model, span_of("bit_search", config), config, network.budget, None
+    )
     after, metrics = compiled(step)(before, batch, branches, {})
 
     arguments = ([(images, batch["label"], None)], branches)
@@ -257,7 +261,9 @@ def test_distillation_learns_from_the_teacher_in_evaluation_mode(
     # Other weights than the student's. Its step sizes are not read at full precision.
     louder = jax.tree.map(lambda leaf: 1.5 * leaf + 0.1, state.params)
     teacher = state.variables | {"params": louder}
-    step = make_train_step(network.model, span_of("full_precision"), config, None, network.model)
+    step = make_train_step(
+        network.model, span_of("full_precision", config), config, None, network.model
+    )
     before = entered(state, "full_precision", config)
     after, metrics = compiled(step)(before, batch, branches, teacher)
 
@@ -343,7 +349,9 @@ def run_three_steps(name, devices, config, network, state, branches):
         if step is None:
             # Compiled once, as a run does it: from then on other shapes, types or placements of
             # what a step returns would be an error, not a second compilation.
-            function = make_train_step(network.model, span_of(name), config, network.budget, None)
+            function = make_train_step(
+                network.model, span_of(name, config), config, network.budget, None
+            )
             step = compiled(function).lower(*arguments).compile()
         state, metrics = step(*arguments)
         states.append(state)
@@ -351,7 +359,7 @@ def run_three_steps(name, devices, config, network, state, branches):
     return states, rows
 
 
-@pytest.mark.parametrize("name", list(PHASES))
+@pytest.mark.parametrize("name", list(ROWS))
 def test_one_and_two_devices_agree_with_one_compilation(name, network, state, branches):
     # Not Adam: it makes a whole step of the sign of a gradient that is 0 but for rounding.
     config = make_config(**{"optimizer.name": "sgd"})
@@ -360,7 +368,7 @@ def test_one_and_two_devices_agree_with_one_compilation(name, network, state, br
     one, two = states_of_one[-1], states_of_two[-1]
     assert two.params["conv1"]["kernel"].sharding.num_devices == 2
     assert int(one.step) == int(two.step) == 3
-    moving = set().union({"batch_stats"}, *(update.trains for update in PHASES[name].updates))
+    moving = set().union({"batch_stats"}, *(update.trains for update in phase_of(name).updates))
     assert moved_labels(state, one) == moved_labels(state, two) == moving
 
     # Sums over the batch are rounded differently on two devices, by 1e-7, and stay so until that

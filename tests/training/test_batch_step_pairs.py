@@ -172,9 +172,9 @@ def test_bit_search_moves_logits_only(config, network, span, state, images, batc
         bits[path] = PAIRS[int(np.argmax(old[logits]))]
     # The cost is that of the most likely pairs.
     assert len({bits[path] for path in searched}) > 1
-    spent = network.budget.cost(bits, network.costs)
+    spent = network.budget.cost(bits)
     assert metrics["cost"] == pytest.approx(spent, rel=1e-5)
-    gap = abs(spent - network.budget.limit) / network.budget.reference
+    gap = abs(spent - network.budget.limit) / network.budget.cost_model.reference
     expected = config.bit_search.budget_weight * gap
     assert metrics["budget_term"] == pytest.approx(expected, rel=1e-4)
 

@@ -1,6 +1,6 @@
-"""Runs whose checkpoints are damaged; docs/FAULTS.md holds what was measured.
+"""Runs with damaged checkpoints; measurements are in docs/FAULTS.md.
 
-Those marked `faults` take long: `make check-faults`.
+Those marked `faults` are slow: `make check-faults`.
 """
 
 import json
@@ -23,7 +23,7 @@ from tests.helpers.processes import (
 
 
 def flip_bit_of_arrays(checkpoint):
-    """Flips one bit of the weights, which Orbax restores without a word."""
+    """Flips one bit of the weights, which Orbax silently restores."""
     path = array_file(checkpoint / "params")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
@@ -39,18 +39,18 @@ def test_damaged_newest_checkpoint(processes, finished, finished_copy):
     newest = finished_copy / DIRECTORY / str(TOTAL)
     flip_bit_of_arrays(newest)
     damaged, before = files_of(newest), files_of(finished_copy)
-    # Asked for by number it is an error, ...
+    # Requested explicitly it is an error, ...
     evaluate = command(f"--workdir={finished_copy}", "--mode=evaluate")
     done = processes.finish([*evaluate, f"--config.checkpoint={newest}"])
     assert done.returncode == 2
-    assert_one_error_line(done.stderr, f"{newest}: .*not what was saved.*others there: 75")
-    # ... a reader takes the one before it and changes nothing, ...
+    assert_one_error_line(done.stderr, f"{newest}: .*digest mismatch.*other steps: 75")
+    # ... a reader falls back to the previous one and changes nothing, ...
     done = processes.finish(evaluate)
     assert done.returncode == 0
     assert json.loads(done.stdout.removeprefix("RESULT "))["checkpoint_step"] == 75
-    assert f"DAMAGED CHECKPOINT, trying the one before it: {newest}" in done.stderr
+    assert f"DAMAGED CHECKPOINT, falling back to the previous one: {newest}" in done.stderr
     assert files_of(finished_copy) == before
-    # ... and a run sets it aside and goes on from there.
+    # ... and a run sets it aside and resumes from the previous one.
     done = processes.finish(command(f"--workdir={finished_copy}"))
     assert done.returncode == 0, done.stderr
     aside = newest.with_name(f"{TOTAL}.damaged")
@@ -73,7 +73,7 @@ def test_all_checkpoints_damaged(processes, finished_copy):
 
 
 def damage_at_random(folder, count, seed=0):
-    """Returns kind -> outcome -> how often; see damage.py."""
+    """Returns kind -> outcome -> count; see helpers/damage.py."""
     done = subprocess.run(
         [sys.executable, ROOT / "tests/helpers/damage.py", folder, str(count), str(seed)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
@@ -83,7 +83,7 @@ def damage_at_random(folder, count, seed=0):
 
 
 def assert_none_silent(table, count):
-    """Asserts that all damage was caught, or of files that do not matter."""
+    """Asserts that all damage was detected or harmless."""
     print(json.dumps(table, indent=2))
     assert sum(sum(outcomes.values()) for outcomes in table.values()) == count
     outcomes = {name for outcomes in table.values() for name in outcomes}

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: a run stops at the first, or skips so many steps."""
+"""Non-finite values: a run stops at the first or skips a limited number of steps."""
 
 import json
 import sys
@@ -11,8 +11,8 @@ import pytest
 from metamix_jax.data import batching
 from metamix_jax.training import nonfinite, setup
 from metamix_jax.training.checkpoints import DIRECTORY
+from metamix_jax.training.step import gradient_step
 from metamix_jax.training.step.batch_step import _skipping, make_train_step
-from metamix_jax.training.step.state import SKIPPED
 from tests.helpers.inject import poisoned
 from tests.helpers.processes import (
     TOTAL,
@@ -47,7 +47,7 @@ def test_numbers_that_are_not_finite(processes, tmp_path):
     assert report["examples"] == indices.tolist()
     assert report["largest"]["params/conv1/kernel"].keys() == {"largest", "not_finite"}
     assert any(row["largest"] > 1e20 or row["not_finite"] for row in report["largest"].values())
-    # The newest checkpoint is from before, and good.
+    # The newest checkpoint is from the step before, and intact.
     steps = [int(path.name) for path in (workdir / DIRECTORY).iterdir()]
     assert max(steps) == step - 1
     evaluate = command(f"--workdir={workdir}", "--mode=evaluate", **settings)
@@ -63,7 +63,7 @@ def test_broken_leaves():
 
 
 def injected(arguments, *steps):
-    """Returns a command with one number of a gradient not finite at some steps, from 0 on."""
+    """Returns a command with one NaN in a gradient at some steps, counted from 0."""
     return [sys.executable, "-m", "tests.helpers.inject", ",".join(map(str, steps)), *arguments[2:]]
 
 
@@ -82,16 +82,15 @@ def test_one_number_of_one_gradient(allowed, processes, tmp_path):
 
 
 def test_a_skipped_step_changes_nothing(monkeypatch):
-    """In the alternation, whose first update is a good one where the second is not."""
+    """In the alternation, where the first update is finite but the second is not."""
     bad = {**make_batch(), "label": np.zeros(BATCH, np.int32)}
-    monkeypatch.setattr(
-        jax, "value_and_grad", poisoned(jax.value_and_grad, bad["label"][None], "logits")
-    )
+    hook = poisoned(gradient_step.pass_gradient, bad["label"][None], "logits")
+    monkeypatch.setattr(gradient_step, "pass_gradient", hook)
     config, network = make_config(max_skipped_steps=1), setup.make_network(make_config())
     with jax.numpy_dtype_promotion("standard"):
         state = entered(calibrated_state(config, network, make_batch()), "bit_search", config)
         span, branches = span_of("bit_search"), make_branches(network)
-        # The same compiled parts with and without.
+        # The same compiled step with and without skipping.
         plain = compiled(make_train_step(network.model, span, make_config(), network.budget, None))
         train_step = _skipping(plain)
 
@@ -99,14 +98,14 @@ def test_a_skipped_step_changes_nothing(monkeypatch):
             return step(jax.tree.map(jnp.copy, state), batch, branches, None)
 
         skipped, numbers = after(train_step, state, bad)
-        assert not np.isfinite(numbers["gradient_norm"]) and numbers[SKIPPED] == 1
+        assert not np.isfinite(numbers["gradient_norm"]) and numbers["skipped_steps"] == 1
         assert np.isfinite(numbers["bit_meta_gradient_norm"])
-        assert skipped.step == state.step + 1 and skipped.opt_states[SKIPPED] == 1
+        assert skipped.step == state.step + 1 and skipped.skipped_steps == 1
         assert_same_arrays(skipped, state)
-        # The next one is as if nothing had been, ...
+        # The next step is as if nothing had happened, ...
         good, numbers = after(train_step, skipped, make_batch())
-        assert numbers[SKIPPED] == 1
-        # ... and as without skipping.
+        assert numbers["skipped_steps"] == 1
+        # ... and the same as without skipping.
         expected, _ = after(plain, state, make_batch())
         assert_same_arrays(good, expected)
         with pytest.raises(AssertionError):
@@ -114,11 +113,10 @@ def test_a_skipped_step_changes_nothing(monkeypatch):
 
 
 def assert_same_arrays(first, second):
-    """Asserts that all that is trained or counted is bitwise the same, steps apart."""
+    """Asserts that all variables and optimizer states are bitwise equal; steps may differ."""
 
     def leaves(state):
-        optimizers = {k: v for k, v in state.opt_states.items() if k != SKIPPED}
-        found = jax.tree_util.tree_leaves_with_path((state.variables, optimizers))
+        found = jax.tree_util.tree_leaves_with_path((state.variables, state.opt_states))
         return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in found}
 
     assert leaves(first) == leaves(second)
@@ -126,7 +124,7 @@ def assert_same_arrays(first, second):
 
 @pytest.mark.faults
 def test_skipped_steps_when_killed(processes, tmp_path):
-    """In three phases: a run that is killed after each ends as one that is not."""
+    """In three phases: a run killed after each ends like an uninterrupted one."""
     steps, settings = (3, 35, 70), {"max_skipped_steps": 3}
     reference, workdir = tmp_path / "reference", tmp_path / "run"
     done = processes.finish(injected(command(f"--workdir={reference}", **settings), *steps))

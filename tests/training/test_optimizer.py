@@ -1,6 +1,7 @@
 """What the optimizers do with known gradients, without a network."""
 
 import collections.abc
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from metamix_jax.selection.phases import PHASES, Phase, Update
+from metamix_jax.selection.phases import Phase, Update
 from metamix_jax.training.step.optimizer import label, make_optimizer
-from tests.helpers.tiny_network import STEPS, make_config
+from tests.helpers.tiny_network import ROWS, STEPS, make_config, phase_of
 
 pytestmark = pytest.mark.usefixtures("optax_arithmetic")
 
@@ -83,10 +84,9 @@ def test_weights_and_steps_take_adam_steps(path):
         **{
             "optimizer.weight_decay": decay,
             "optimizer.clip_norm": 1e9,
-            "bit_meta.learning_rate": 0.1,
         }
     )
-    (first, second) = optimize(Update("bit_meta", one_label(path), None), [path], config, steps=2)
+    (first, second) = optimize(Update("any", one_label(path), None, 0.1), [path], config, steps=2)
     decayed = decay if path == KERNEL else 0.0
     options = {"rate": lambda _: 0.1, "b1": 0.9, "b2": 0.999, "eps": 1e-8}
     gradient = GRADIENTS[path] + decayed * TRAINED[path]
@@ -99,7 +99,7 @@ def test_weights_and_steps_take_adam_steps(path):
 
 def test_logits_take_adam_steps_with_their_own_rates_and_are_not_clipped():
     config = make_config(**{"bit_search.learning_rate": 0.1, "optimizer.clip_norm": 1e-3})
-    update = PHASES["bit_search"].updates[-1]
+    update = phase_of("bit_search", config).updates[-1]
     (first, second) = optimize(update, [LOGITS], config, steps=2)
     options = {"rate": lambda _: 0.1, "b1": 0.5, "b2": 0.999, "eps": 1e-8}
     decay = 1e-3
@@ -125,12 +125,11 @@ def test_gradient_is_clipped_over_all_weights_and_steps_at_once():
             "optimizer.name": "sgd",
             "optimizer.b1": 0.0,
             "optimizer.weight_decay": 0.5,
-            "bit_meta.learning_rate": 0.1,
         }
     )
     paths = [KERNEL, DENSE, SCALE, ACT_STEP, WEIGHT_STEP]
     update = Update(
-        "bit_meta", frozenset({"kernels", "weights", "act_steps", "weight_steps"}), None
+        "any", frozenset({"kernels", "weights", "act_steps", "weight_steps"}), None, 0.1
     )
     (after,) = optimize(update, paths, config)
     norm = np.sqrt(sum(np.sum(GRADIENTS[path].astype(np.float64) ** 2) for path in paths))
@@ -142,18 +141,16 @@ def test_gradient_is_clipped_over_all_weights_and_steps_at_once():
 
 
 def test_short_gradient_is_not_clipped():
-    config = make_config(
-        **{"optimizer.name": "sgd", "optimizer.b1": 0.0, "bit_meta.learning_rate": 0.1}
-    )
-    (after,) = optimize(Update("bit_meta", one_label(ACT_STEP), None), [ACT_STEP], config)
+    config = make_config(**{"optimizer.name": "sgd", "optimizer.b1": 0.0})
+    (after,) = optimize(Update("any", one_label(ACT_STEP), None, 0.1), [ACT_STEP], config)
     np.testing.assert_allclose(
         after[ACT_STEP], TRAINED[ACT_STEP] - 0.1 * GRADIENTS[ACT_STEP], rtol=1e-6
     )
 
 
 def test_sgd_uses_nesterov_momentum():
-    config = make_config(**{"optimizer.name": "sgd", "bit_meta.learning_rate": 0.1})
-    rows = optimize(Update("bit_meta", one_label(ACT_STEP), None), [ACT_STEP], config, steps=2)
+    config = make_config(**{"optimizer.name": "sgd"})
+    rows = optimize(Update("any", one_label(ACT_STEP), None, 0.1), [ACT_STEP], config, steps=2)
     gradient, value, momentum = GRADIENTS[ACT_STEP], np.float64(TRAINED[ACT_STEP]), 0.0
     for row in rows:
         momentum = 0.9 * momentum + gradient
@@ -173,7 +170,9 @@ def test_rate_falls_along_a_cosine_in_each_training_phase(name, section):
             "optimizer.b1": 0.0,
         }
     )
-    rows = optimize(Update(name, one_label(ACT_STEP), None), [ACT_STEP], config, steps=STEPS)
+    (update,) = phase_of(name, config).updates
+    update = dataclasses.replace(update, trains=one_label(ACT_STEP))
+    rows = optimize(update, [ACT_STEP], config, steps=STEPS)
     values = [TRAINED[ACT_STEP], *(row[ACT_STEP] for row in rows)]
     rates = [np.mean((values[k] - values[k + 1]) / GRADIENTS[ACT_STEP]) for k in range(STEPS)]
     cosine = [0.1 * 0.5 * (1 + np.cos(np.pi * k / STEPS)) for k in range(STEPS)]
@@ -184,9 +183,8 @@ def test_rate_falls_along_a_cosine_in_each_training_phase(name, section):
 @pytest.mark.parametrize("name", ["bit_meta", "bit_search"])
 def test_rate_stays_in_the_search_phases(name):
     config = make_config(**{f"{name}.learning_rate": 0.01})
-    update = {"bit_meta": Update(name, one_label(ACT_STEP), None),
-              "bit_search": PHASES["bit_search"].updates[-1]}[name]  # fmt: skip
     path = {"bit_meta": ACT_STEP, "bit_search": LOGITS}[name]
+    update = dataclasses.replace(phase_of(name, config).updates[-1], trains=one_label(path))
     rows = optimize(update, [path], config, steps=STEPS)
     # With the same gradient every time Adam moves by the rate.
     moves = np.diff([TRAINED[path], *(row[path] for row in rows)], axis=0)
@@ -217,7 +215,7 @@ def test_compiled_program_does_not_depend_on_the_order_of_a_set():
     labels = sorted({label(path, leaf) for path, leaf in trained.items()})
     for order in (labels, labels[::-1]):
         optimizer = make_optimizer(
-            Update("bit_meta", OrderedLabels(order), None), STEPS, make_config()
+            Update("any", OrderedLabels(order), None, 0.1), STEPS, make_config()
         )
         programs.add(
             str(jax.make_jaxpr(optimizer.update)(trained, optimizer.init(trained), trained))
@@ -227,7 +225,8 @@ def test_compiled_program_does_not_depend_on_the_order_of_a_set():
 
 def test_phase_rows_name_known_labels():
     known = {label(path, leaf) for path, leaf in TRAINED.items()}
-    for phase in PHASES.values():
-        assert isinstance(phase, Phase)
+    for name in ROWS:
+        phase = phase_of(name)
+        assert isinstance(phase, Phase) and phase.name == name
         for update in phase.updates:
             assert update.trains <= known

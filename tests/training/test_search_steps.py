@@ -6,21 +6,19 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import unflatten_dict
-from ml_collections import ConfigDict
 
 from metamix_jax.data import batching
 from metamix_jax.networks.precision import Precision
 from metamix_jax.selection.budget import make_budget
-from metamix_jax.selection.phases import PHASES, Span
 from metamix_jax.training.setup import make_network
 from metamix_jax.training.step.batch_step import make_train_step
 from metamix_jax.training.step.gradient_step import make_update
 from metamix_jax.training.step.state import (
-    GAP,
     enter_phase,
     further_searches,
     split_by_label,
     swap_search,
+    with_logits,
 )
 from tests.helpers.tiny_network import (
     BATCH,
@@ -31,6 +29,8 @@ from tests.helpers.tiny_network import (
     make_batch,
     make_config,
     moved_labels,
+    phase_of,
+    span_of,
 )
 
 OTHERS = (0.7, 1.6)
@@ -57,12 +57,9 @@ def copied(state):
 
 def searched(network, state, config, budgets):
     """Returns the state after two steps of bit-search with the first of `budgets` and the rest."""
-    first, *others = (
-        make_budget(network.costs, ConfigDict({"value": value, "unit": "fraction"}))
-        for value in budgets
-    )
+    first, *others = (make_budget(network.costs, value, "fraction") for value in budgets)
     further = dict(zip(further_searches(config), others, strict=True))
-    span = Span(PHASES["bit_search"], 0, STEPS, calibrates_acts=False, calibrates_weights=False)
+    span = span_of("bit_search", config)
     state = enter_phase(copied(state), span, config)
     step = make_train_step(network.model, span, config, first, None, further)
     for number in range(2):
@@ -78,7 +75,9 @@ def test_budgets_searched_at_once_end_bitwise_as_each_alone(network, state):
     keys = [f"budget_{value:g}" for value in OTHERS]
     for value, key in ((0.9, None), *zip(OTHERS, keys, strict=True)):
         alone, own = searched(network, state, make_config(**rate), (value,))
-        state_there = together if key is None else swap_search(together, key)
+        state_there = (
+            together if key is None else with_logits(together, together.searches[key].logits)
+        )
         expected, found = search_logits(alone), search_logits(state_there)
         assert {path: row.tobytes() for path, row in found.items()} == {
             path: row.tobytes() for path, row in expected.items()
@@ -86,23 +85,23 @@ def test_budgets_searched_at_once_end_bitwise_as_each_alone(network, state):
         assert metrics["cost" if key is None else f"cost_{key}"] == own["cost"]
         assert moved_labels(alone, together) <= {"logits"}  # one meta-state for all
     distinct = {
-        np.concatenate(list(search_logits(swap_search(together, key)).values())).tobytes()
-        for key in keys
+        np.concatenate(list(together.searches[key].logits.values())).tobytes() for key in keys
     }
     assert len(distinct) == len(keys)
 
 
 def test_swapping_a_search_twice_changes_nothing(network, state):
     config = make_config(**{"search.budgets": OTHERS})
-    span = Span(PHASES["bit_search"], 0, STEPS, calibrates_acts=False, calibrates_weights=False)
+    span = span_of("bit_search", config)
     entered = enter_phase(state, span, config)
-    there_and_back = swap_search(swap_search(entered, "budget_0.7"), "budget_0.7")
+    update = span.phase.updates[-1]
+    there_and_back = swap_search(swap_search(entered, "budget_0.7", update), "budget_0.7", update)
     assert jax.tree.structure(there_and_back) == jax.tree.structure(entered)
     assert moved_labels(entered, there_and_back) == set()
 
 
 def entered(state, name, config):
-    span = Span(PHASES[name], 0, STEPS, calibrates_acts=False, calibrates_weights=False)
+    span = span_of(name, config)
     return enter_phase(copied(state), span, config), span
 
 
@@ -121,7 +120,7 @@ def test_sharpness_aware_gradient_is_the_mean_of_two_at_different_weights(
     monkeypatch, network, state
 ):
     config = make_config()
-    (update,) = PHASES["sharpness_search"].updates
+    (update,) = phase_of("sharpness_search", config).updates
     radius, alignment = config.asga.start_radius, config.asga.alignment
     batch = make_batch()
     images = batching.preprocess(batch["image"], mean=config.data.mean, std=config.data.std)
@@ -155,7 +154,7 @@ def test_sharpness_aware_gradient_is_the_mean_of_two_at_different_weights(
     )
     apply_update = make_update(network.model, update, STEPS, config, network.budget)
     before = copied(state).replace(
-        opt_states={update.name: None, GAP: jnp.expm1(jnp.float32(radius))}
+        opt_states={update.name: None}, surrogate_gap=jnp.expm1(jnp.float32(radius))
     )
     after, metrics = compiled(apply_update)(before, [(images, labels, None)], {})
     found = after.opt_states[update.name]
@@ -164,7 +163,7 @@ def test_sharpness_aware_gradient_is_the_mean_of_two_at_different_weights(
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
     gap = max(float(greatest - loss), 0.0)
     assert gap > 0
-    assert float(after.opt_states[GAP]) == pytest.approx(gap, rel=0.05)
+    assert float(after.surrogate_gap) == pytest.approx(gap, rel=0.05)
     # The weights are where they were: the perturbation is undone.
     assert {p: a.tobytes() for p, a in leaves(after).items() if p.startswith("params")} == {
         p: a.tobytes() for p, a in leaves(state).items() if p.startswith("params")

@@ -1,6 +1,6 @@
-"""Workdirs in a bucket, against a server on this machine (bucket.py); whole runs: test_bucket_runs.
+"""Workdirs in a bucket, on a local server (helpers/bucket.py); whole runs: test_bucket_runs.py.
 
-Never run against Google's.
+Never run against Google's own service.
 """
 
 import importlib.util
@@ -50,7 +50,7 @@ def test_files_are_copied_and_what_changes_goes_back(buckets, folder, monkeypatc
         (workdir / ".hidden").write_bytes(b"")
         written = []
         monkeypatch.setattr(buckets, "changed", lambda name, _: written.append(Path(name).name))
-        bucket.push(workdir / "sub")  # any folder in it will do
+        bucket.push(workdir / "sub")  # any directory inside works
         assert written == ["metrics.jsonl"]
         (workdir / "config.json").write_bytes(b"{}")
     assert not workdir.exists()
@@ -85,7 +85,7 @@ def test_errors_name_the_bucket_and_what_is_new_is_kept(buckets, folder):
 
 def test_a_bucket_that_cannot_be_written_to(buckets, folder, monkeypatch):
     with (
-        pytest.raises(RunError, match=f"{folder}/a: cannot be written .*the same command goes on"),
+        pytest.raises(RunError, match=f"{folder}/a: cannot be written .*same command to resume"),
         bucket.opened(folder, alone=False) as workdir,
     ):
         (workdir / "a").write_text("a")
@@ -134,7 +134,7 @@ def test_a_folder_that_is_fetched(buckets, folder, tmp_path):
 def quick(monkeypatch):
     monkeypatch.setattr(lock, "_OBJECT_REFRESH_SECONDS", 0.05)
     monkeypatch.setattr(lock, "_OBJECT_STALE_SECONDS", 0.5)
-    monkeypatch.setattr(lock, "_OBJECT_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(lock, "_OBJECT_POLL_SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("quick")
@@ -180,7 +180,7 @@ def test_a_stale_lock_is_taken_over_by_one(buckets, folder, caplog):
 
 
 @pytest.mark.usefixtures("quick")
-def test_who_has_lost_the_lock_ends_at_once(buckets, folder, monkeypatch, capsys):
+def test_a_run_that_lost_its_lock_exits(buckets, folder, monkeypatch, capsys):
     ended = threading.Event()
     monkeypatch.setattr(lock.os, "_exit", lambda code: ended.set() if code == 1 else None)
     with lock.hold_object(folder):
@@ -194,7 +194,7 @@ def test_an_own_write_whose_answer_was_lost(buckets, folder):
     own = lock._ObjectLock(folder)
     own.take(lambda: None)
     content = buckets.under(folder)[lock.NAME]
-    buckets.put(f"{folder}/{lock.NAME}", content)  # another generation, as after a write again
+    buckets.put(f"{folder}/{lock.NAME}", content)  # another generation, as after another write
     assert own.write() and own.write()
     own.release()
     assert not buckets.under(folder)
@@ -204,7 +204,7 @@ def test_an_own_write_whose_answer_was_lost(buckets, folder):
 
 
 def small_state():
-    """Returns a state whose arrays do not compress, so that a flipped bit is in one of them."""
+    """Returns a state of incompressible arrays, so that a flipped bit hits one of them."""
     numbers = np.random.default_rng(0).normal(size=(4, 1000)).astype(np.float32)
     arrays = {name: {"a": jnp.asarray(row)} for name, row in zip("pbqo", numbers, strict=True)}
     return TrainState(
@@ -234,7 +234,7 @@ def test_damaged_and_half_written_checkpoints(buckets, folder):
     content = bytearray(files[largest])
     content[len(content) // 2] ^= 4
     buckets.put(f"{folder}/{largest}", bytes(content))
-    # What a kill leaves of a save: everything but what is written last.
+    # As left by a kill during a save: everything except the commit file, which is written last.
     for name, content in files.items():
         if name.startswith("checkpoints/3/") and name != "checkpoints/3/commit_success.txt":
             buckets.put(f"{folder}/{name.replace('/3/', '/4/', 1)}", content)
@@ -252,7 +252,7 @@ def test_damaged_and_half_written_checkpoints(buckets, folder):
     assert half_written()
     with Checkpoints(directory, create=True) as checkpoints:
         deadline = time.monotonic() + 20
-        while half_written():  # Orbax removes it in the background, before it saves anything
+        while half_written():  # Orbax removes it in the background, before any save
             assert time.monotonic() < deadline
             time.sleep(0.05)
         checkpoints.set_aside(3)

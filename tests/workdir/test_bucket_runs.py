@@ -1,7 +1,7 @@
-"""Whole runs in a bucket, on a server on this machine (bucket.py): `make check-faults`.
+"""Whole runs in a bucket, on a local server (helpers/bucket.py): `make check-faults`.
 
-Never run against Google's. That nothing is left of a killed process but what is in the bucket is
-as with a machine that is gone: each start has a local folder of its own.
+Never run against Google's own service. Each start has a new local directory, so a killed process
+leaves nothing but the bucket, like a lost machine.
 """
 
 import json
@@ -33,7 +33,7 @@ def url(buckets, request, tmp_path, monkeypatch):
 
 
 def copy_of(buckets, url, folder):
-    """Copies a workdir out of the bucket."""
+    """Downloads a workdir from the bucket to `folder`."""
     for name, content in buckets.under(url).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -93,22 +93,22 @@ def test_a_run_and_what_reads_it(processes, buckets, finished, url, tmp_path):
     assert not list(tmp_path.glob("metamix_jax_*"))
 
 
-# What the bucket is told to do when the process is killed: the pattern of an object, whether it is
-# written (or removed), which of those.
+# The bucket operation at which to kill: pattern of the object, whether it is written (or deleted),
+# and which match.
 MOMENTS = {
-    "one of the first small files sent": ("config.json$", True, 1),
-    "rows of step 5 sent, its save not begun": ("metrics.jsonl$", True, 2),
+    "one of the first small files uploaded": ("config.json$", True, 1),
+    "rows of step 5 uploaded, its save not started": ("metrics.jsonl$", True, 2),
     "in the middle of a save": (r"checkpoints/10/params/.*manifest.ocdbt$", True, 1),
-    "all of a save but its last file": (r"checkpoints/20/_CHECKPOINT_METADATA$", True, 2),
+    "a save without its last file": (r"checkpoints/20/_CHECKPOINT_METADATA$", True, 2),
     "a save just complete": (r"checkpoints/35/commit_success.txt$", True, 1),
-    "policy sent, its checkpoint not begun": ("policy.json$", True, 1),
-    "an old one half removed": (r"checkpoints/\d+/training/", False, 3),
-    "its mark removed": (r"checkpoints/\d+/commit_success.txt$", False, 1),
+    "policy uploaded, its checkpoint not started": ("policy.json$", True, 1),
+    "an old one half deleted": (r"checkpoints/\d+/training/", False, 3),
+    "its commit file removed": (r"checkpoints/\d+/commit_success.txt$", False, 1),
 }
 
 
 def killer(victims, pattern, written, number):
-    """Returns what kills `victims` at a change of the bucket, before they hear that it is made."""
+    """Returns a hook that kills `victims` at a change of the bucket, before its response."""
     seen = []
 
     def changed(name, content):
@@ -133,7 +133,7 @@ def test_killed_at_moments(processes, buckets, finished, url, tmp_path):
         there = {name.split("/")[1] for name in buckets.under(url) if "checkpoints/" in name}
         print(f"{title}: {code}, {last_step(buckets, url)}, there: {sorted(map(int, there))}")
         assert code == -signal.SIGKILL, log.read_text()
-        buckets.put(f"{url}/{lock.NAME}", None)  # or the next start would wait for a minute
+        buckets.put(f"{url}/{lock.NAME}", None)  # otherwise the next start waits over a minute
     processes.result(arguments)
     copy = copy_of(buckets, url, tmp_path / "copy")
     assert_same_run(copy, finished[0])
@@ -162,7 +162,7 @@ def test_stopped_killed_and_taken_over(processes, buckets, finished, url, tmp_pa
 
 
 def test_damaged_newest_checkpoint(processes, buckets, finished, url, tmp_path):
-    """In a workdir that was copied there from a disk."""
+    """In a workdir copied to the bucket from a disk."""
     put_copy(buckets, finished[0], url)
     objects = buckets.under(url)
     arrays = [name for name in objects if name.startswith(f"checkpoints/{TOTAL}/params/ocdbt")]
@@ -172,7 +172,8 @@ def test_damaged_newest_checkpoint(processes, buckets, finished, url, tmp_path):
     buckets.put(f"{url}/{name}", bytes(content))
     done = processes.finish(command(f"--workdir={url}", "--mode=evaluate"))
     assert json.loads(done.stdout.removeprefix("RESULT "))["checkpoint_step"] == 75
-    assert f"DAMAGED CHECKPOINT, trying the one before it: {url}/checkpoints/80" in done.stderr
+    fallback = "DAMAGED CHECKPOINT, falling back to the previous one"
+    assert f"{fallback}: {url}/checkpoints/80" in done.stderr
     done = processes.finish(command(f"--workdir={url}"))
     assert done.returncode == 0, done.stderr
     assert f"set aside as {url}/checkpoints/{TOTAL}.damaged" in done.stderr
@@ -188,7 +189,7 @@ def test_a_bucket_that_goes_away(processes, buckets, finished, url, tmp_path):
     wait_for_step(buckets, url, 20, [process], log)
     buckets.broken = True
     assert process.wait(TIMEOUT) == 1, log.read_text()
-    # What the threads of libraries have printed comes before.
+    # Output of the libraries' threads comes before.
     last = log.read_text().splitlines()[-1]
     assert re.match(f"error: {url}/.* cannot be written .*Forbidden", last), log.read_text()
     buckets.broken = False
@@ -198,7 +199,7 @@ def test_a_bucket_that_goes_away(processes, buckets, finished, url, tmp_path):
 
 
 def test_two_processes(processes, buckets, on_two_devices, url, tmp_path):  # noqa: F811
-    """Killed once; only the first of them has a local copy."""
+    """Killed once; only process 0 has a local mirror of the workdir."""
     arguments = command(f"--workdir={url}")
     with two(processes, arguments, tmp_path) as (pair, logs):
         wait_for_step(buckets, url, 20, pair, logs[0])

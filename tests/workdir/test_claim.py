@@ -1,4 +1,4 @@
-"""The lock of a workdir, and what a run asks of the data set and the code that left it."""
+"""The lock of a workdir, and the checks that it is resumed with the same data set and code."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_another_data_set(processes, finished_copy):
     done = processes.finish(command(f"--workdir={finished_copy}"))
     assert done.returncode == 2
     assert_one_error_line(
-        done.stderr, "another data set .train.examples: 1438 there, 1437 now.", "another --workdir"
+        done.stderr, "another data set .train.examples: was 1438, now 1437.", "another --workdir"
     )
     assert files_of(finished_copy) == before
 
@@ -63,11 +63,11 @@ def test_another_data_set(processes, finished_copy):
 def test_another_configuration(tmp_path):
     claim.check_same_run(tiny_config(), tmp_path, {}, ())
     harmless, changed = tiny_config(log_every_steps=7), tiny_config(seed=7, log_every_steps=7)
-    with pytest.raises(UserError, match="log_every_steps: 1 there, 7 now"):
+    with pytest.raises(UserError, match="log_every_steps: was 1, now 7"):
         claim.check_same_run(harmless, tmp_path, {}, ())
     claim.check_same_run(harmless, tmp_path, {}, {"log_every_steps"})
     assert json.loads((tmp_path / "config.json").read_text())["log_every_steps"] == 7
-    with pytest.raises(UserError, match="another configuration .seed: 0 there, 7 now.;"):
+    with pytest.raises(UserError, match="another configuration .seed: was 0, now 7.;"):
         claim.check_same_run(changed, tmp_path, {}, {"log_every_steps"})
     with pytest.raises(UserError, match="another data set .log_every_steps"):
         claim.check_same_run(harmless, tmp_path, {"log_every_steps": 1}, {"log_every_steps"})
@@ -81,10 +81,10 @@ def test_another_version_of_the_code(tmp_path, monkeypatch):
     assert found == digests.of_code() and {"metamix_jax", "jax", "optax"} < found.keys()
     claim.check_same_run(config, tmp_path, {}, ())
     path.write_text(json.dumps(found | {"jax": "0.1"}))
-    with pytest.raises(UserError, match="another version of the code .jax: '0.1' there, .*remove"):
+    with pytest.raises(UserError, match="another version of the code .jax: was '0.1', .*remove"):
         claim.check_same_run(config, tmp_path, {}, ())
     assert json.loads(path.read_text())["jax"] == "0.1"
-    # A finished run stays what it is; removing the file is how to go on.
+    # A finished run is not changed; an unfinished one is resumed by removing the file.
     (tmp_path / "results.json").write_text('{"mode": "train"}')
     claim.check_same_run(config, tmp_path, {}, ())
     assert json.loads(path.read_text())["jax"] == "0.1"
@@ -94,7 +94,7 @@ def test_another_version_of_the_code(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == found
 
 
-def test_code_is_told_apart_by_what_trains(monkeypatch, tmp_path):
+def test_code_digest_covers_training_only(monkeypatch, tmp_path):
     before = digests.of_code()
     package = shutil.copytree(ROOT / "metamix_jax", tmp_path / "metamix_jax")
     monkeypatch.setattr(digests, "__file__", str(package / "workdir" / "digests.py"))

@@ -26,7 +26,7 @@ def write_rows(workdir, rows, resume_step=-1):
 
 
 def read_events(workdir):
-    """Returns every event of every event file, read as TFRecords without the writer's code."""
+    """Returns all events of all event files, parsed as TFRecords without the writer's code."""
     from tensorboardX.proto.event_pb2 import Event
 
     events = []

@@ -1,4 +1,4 @@
-"""--mode=diagnose: activation statistics before and after bit-meta, what the chosen bits follow."""
+"""--mode=diagnose: activation statistics around bit-meta, and what explains the chosen bits."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,6 @@ from metamix_jax.report.html import write_report
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Writes diagnostics.json and charts; returns the RESULT line's content."""
     result = measure(config, workdir)
-    if (workdir / "results.json").exists():  # of a run, whose report gets a part on this
+    if (workdir / "results.json").exists():  # add the diagnosis to the run's report
         write_report(workdir)
     return result

@@ -1,4 +1,4 @@
-"""A whole diagnosis: states, numbers, diagnostics.json, charts, tables."""
+"""Runs a diagnosis: loads the states, measures, writes diagnostics.json, charts and tables."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from metamix_jax.errors import UserError
 from metamix_jax.report import diagnostic_charts, diagnostic_tables
 from metamix_jax.runtime import sharding
 from metamix_jax.runtime.progress import waiting
-from metamix_jax.selection import policy as policy_lib
+from metamix_jax.selection.policy import read_policy
 from metamix_jax.selection.searchers import hessian
 from metamix_jax.training import setup
 from metamix_jax.training.step.batch_step import training_images
@@ -26,16 +26,18 @@ Batches = Sequence[Mapping[str, jax.Array]]
 
 
 def measure(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Measures, writes diagnostics.json and charts into `workdir`, prints tables; the RESULT.
+    """Writes diagnostics.json and charts to `workdir`, prints tables; returns the RESULT content.
 
     Raises:
-      UserError: no weights to look at, or a layer that cannot be drawn.
+      UserError: no weights to diagnose, or config.diagnose.layer is not usable.
     """
     network = setup.make_network(config)
     layer = probes.pick_layer(config.diagnose.layer, network.costs)
     norm = probes.norm_after(layer, setup.abstract_variables(network)["batch_stats"])
     if norm is None:
-        raise UserError(f"config.diagnose.layer={layer!r}: no batch norm follows it; name another")
+        raise UserError(
+            f"config.diagnose.layer={layer!r}: not followed by batch norm; choose another layer"
+        )
     mesh = sharding.make_mesh()
     dataset = setup.load_dataset(config, mesh)
     schedule = setup.make_schedule(config, len(dataset.train))
@@ -50,7 +52,7 @@ def measure(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         for kind in probes.STATISTICS
     }
     with waiting("comparing activations"):
-        # Not the batch that step sizes were calibrated on.
+        # Not the batch used to calibrate step sizes.
         activations = probes.activation_distances(samplers, variables, second, network.costs, layer)
     with waiting(f"tracing the variance after {layer}"):
         traces = probes.variance_traces(
@@ -95,11 +97,11 @@ def _searched(network: setup.Network) -> list[str]:
 def _sensitivity(
     config: ConfigDict, workdir: Path, network: setup.Network, state: State, batches: Batches
 ) -> dict[str, Any] | None:
-    """Returns the rank correlations of the workdir's policy; None where it has none."""
+    """Returns the rank correlations of the workdir's policy; None without a policy."""
     path = workdir / "policy.json"
     if not path.exists():
         return None
-    bits = policy_lib.layer_bits(policy_lib.read_policy(path, network.costs))
+    bits = read_policy(path, network.costs).bits
     searched, traces = _searched(network), None
     if config.diagnose.hessian:
         weights = {name: state.variables[name] for name in ("params", "batch_stats")}

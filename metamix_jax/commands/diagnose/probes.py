@@ -1,4 +1,4 @@
-"""Forward passes that look inside a network: inputs of its quantizers, variances after a layer."""
+"""Forward passes that record quantizer inputs and the variance after a layer."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -15,22 +15,22 @@ from metamix_jax.commands.diagnose import statistics
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.networks.precision import FULL, Precision
 from metamix_jax.selection import cost
-from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.cost import LayerCosts
+from metamix_jax.selection.policy import branches
 from metamix_jax.training.step.batch_step import training_images
 
-SAMPLES = 2**14  # values kept of each layer's input, drawn once and the same at every width
-BINS = 40  # of the histograms
-STATISTICS = ("running", "batch")  # what batch norm normalises with: as evaluated, as trained
+SAMPLES = 2**14  # sampled values per layer input; the same positions at every width
+BINS = 40  # histogram bins
+STATISTICS = ("running", "batch")  # batch norm's statistics: as in evaluation, as in training
 
 Sampler = Callable[..., dict[str, jax.Array]]
 
 
 def pick_layer(name: str, costs: LayerCosts) -> str:
-    """Returns the layer to draw: `name`, or the middle one of those with several widths.
+    """Returns the layer to plot: `name`, or the middle one of the searched layers.
 
     Raises:
-      UserError: no such layer, or activations are not searched.
+      UserError: `name` is not a searched layer, or activations are not searched.
     """
     several = [path for path, layer in costs.items() if len(layer.act_bits) > 1]
     if not several:
@@ -43,20 +43,20 @@ def pick_layer(name: str, costs: LayerCosts) -> str:
 
 
 def weight_rows(costs: LayerCosts, layer: str) -> dict[str, int | None]:
-    """Returns how weights can run: not quantized, and at each candidate width."""
+    """Returns row name -> weight bits: None (full precision) and each candidate width."""
     return {"full": None} | {f"{bits}-bit": bits for bits in costs[layer].weight_bits}
 
 
 def precision_at(
     costs: LayerCosts, act: int, weight: int | None, own: tuple[str, int] | None = None
 ) -> Precision:
-    """Returns a forward pass at uniform widths.
+    """Returns the precision of a forward pass at uniform widths.
 
     Args:
       costs: the network's layers.
       act: activation bits.
-      weight: weight bits, None for full precision.
-      own: a layer and the activation bits that it alone runs at.
+      weight: weight bits; None for full precision.
+      own: a layer and its activation bits, different from all others.
     """
     narrowest = min(min(layer.weight_bits) for layer in costs.values() if layer.searched)
     bits = cost.uniform_bits(costs, act, weight or narrowest)
@@ -64,7 +64,7 @@ def precision_at(
         layer, own_act = own
         bits[layer] = bits[layer]._replace(act=own_act)
     kind = "full" if weight is None else "quantized"
-    return Precision("chosen", kind, policy_lib.branches(bits, costs))
+    return Precision("chosen", kind, branches(bits, costs))
 
 
 def make_sampler(
@@ -72,7 +72,7 @@ def make_sampler(
 ) -> Sampler:
     """Returns `sample(variables, batch, precision) -> {layer: [SAMPLES or fewer]}`.
 
-    They are values of the layers' inputs just before the quantizer, real units.
+    These are sampled values of the layers' inputs before the quantizer, real units.
     """
 
     @jax.jit
@@ -88,7 +88,7 @@ def make_sampler(
 
 
 def _subsample(x: jax.Array) -> jax.Array:
-    # Drawn, not evenly spaced: a spacing that the number of channels divides sees only one.
+    # Random, because a spacing divisible by the number of channels would sample only one.
     generator = np.random.default_rng(0)
     places = generator.choice(x.size, min(SAMPLES, x.size), replace=False, shuffle=False)
     return x.reshape(-1)[places]
@@ -101,19 +101,19 @@ def activation_distances(
     costs: LayerCosts,
     layer: str,
 ) -> dict[str, Any]:
-    """Returns how far apart the inputs of quantizers are at different uniform widths (Fig. 1, 6).
+    """Returns distances between quantizer inputs at different uniform widths (Fig. 1, 6).
 
     Args:
       samplers: a sampler for each of STATISTICS.
       states: "before" and "after" -> variables.
       batch: images.
       costs: the network's layers.
-      layer: the one to draw.
+      layer: the one to plot histograms of.
 
     Returns:
       {"distances": {statistics: {state: {weights: {layer: {full_deviation, "8-4", ..., mean}}}}},
       "histograms": {"edges": {state: [BINS + 1]}, "density": {state: {weights: {width: [BINS]}}}}}.
-      Distances are in standard deviations of the same state's input at full precision.
+      Distances are in standard deviations of the layer's full-precision input in the same state.
     """
     widths = costs[layer].act_bits
     distances: dict[str, Any] = {kind: {} for kind in samplers}
@@ -141,7 +141,7 @@ def activation_distances(
 
 
 def _histograms(drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns densities over bins that all rows and widths of a state share."""
+    """Returns densities over bins shared by all rows and widths of a state."""
     edges, density = {}, {}
     for state, rows in drawn.items():
         values = np.concatenate([sample for row in rows.values() for sample in row.values()])
@@ -158,10 +158,10 @@ def _histograms(drawn: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def norm_after(layer: str, batch_stats: Any) -> str | None:
-    """Returns the path of the batch norm that takes a layer's output; None if there is none."""
+    """Returns the path of the batch norm that follows a layer, or None."""
     *parents, name = layer.split("/")
     known = {path.rpartition("/")[0] for path in flatten_dict(batch_stats, sep="/")}
-    # The networks' naming: conv1 and bn1, expand and expand_bn, head_conv and head_bn.
+    # The networks' naming scheme: conv1 and bn1, expand and expand_bn, head_conv and head_bn.
     for norm in (name.replace("conv", "bn"), f"{name}_bn"):
         path = "/".join((*parents, norm))
         if norm != name and path in known:
@@ -172,14 +172,14 @@ def norm_after(layer: str, batch_stats: Any) -> str | None:
 def make_batch_variance(
     model: nn.Module, config: ConfigDict, norm: str
 ) -> Callable[..., jax.Array]:
-    """Returns `variance(variables, batch, precision) -> [channels]`, what batch norm `norm` sees.
+    """Returns `variance(variables, batch, precision) -> [channels]`, the input variance of `norm`.
 
-    Layers behind it are not computed, as nothing is asked of them.
+    Later layers are not computed: XLA removes them as dead code.
     """
 
     @jax.jit
     def variance(variables, batch, precision):
-        # From statistics of zero, a training pass leaves (1 - momentum) * those of the batch.
+        # Starting from zeros, a training pass yields (1 - momentum) * the batch's statistics.
         zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
         _, moved = model.apply(
             {**variables, "batch_stats": zeros}, training_images(batch, config), train=True,
@@ -202,10 +202,10 @@ def variance_traces(
 ) -> dict[str, Any]:
     """Returns {state: {weights: statistics.trace_summary}} of the batch norm after `layer`.
 
-    The layer's activation width is drawn anew at every step, the same in all rows; the other
-    layers stay at the widest, and weights as they are. What a training pass computes does not
-    depend on the running variance, so each batch is run at all widths, and the trace put together
-    from those drawn.
+    The layer's activation width is redrawn at every step, identically in all rows; the other
+    layers stay at the widest, and the weights do not change. A training pass does not depend on
+    the running variance, so each batch runs at all widths, and the trace is assembled from the
+    drawn ones.
     """
     widths = costs[layer].act_bits
     rows = {

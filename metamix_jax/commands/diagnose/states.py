@@ -1,4 +1,4 @@
-"""The two states that a diagnosis compares: weights before bit-meta, and what it made of them."""
+"""The two states compared by a diagnosis: the weights before and after bit-meta."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError
 from metamix_jax.runtime import sharding
-from metamix_jax.selection.phases import Span
 from metamix_jax.training import setup, start_weights
 from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints, locate
+from metamix_jax.training.schedule import Span
 from metamix_jax.workdir import bucket
 
 
 class State(NamedTuple):
-    """Variables with step sizes for activations and weights, and where they come from."""
+    """Variables with step sizes for activations and weights, and their origin."""
 
     variables: dict[str, Any]
-    facts: dict[str, Any]  # source; of a checkpoint, step and phase too
+    facts: dict[str, Any]  # source; for a checkpoint also step and phase
 
 
 def load_states(
@@ -33,25 +33,24 @@ def load_states(
     batch: Mapping[str, jax.Array],
     mesh: Mesh,
 ) -> dict[str, State]:
-    """Returns "before" and "after", or the one of them that there is.
+    """Returns the states "before" and "after", or the only one available.
 
     Args:
-      config: diagnose.before, or else pretrained, names the weights before; checkpoint, or else
-        the workdir, what came after.
+      config: "before" comes from diagnose.before, else pretrained; "after" from checkpoint, else
+        the workdir.
       workdir: of the run.
-      network: what the weights belong to.
+      network: the network of the weights.
       schedule: the run's phases.
-      batch: what missing step sizes are calibrated on.
+      batch: for calibrating missing step sizes.
       mesh: devices.
 
     Raises:
-      UserError: neither is there, or one cannot be read.
+      UserError: neither state exists, or one cannot be read.
     """
     found = {}
     before = config.diagnose.before or config.pretrained
     if before:
-        shapes = setup.abstract_variables(network)
-        weights, step = start_weights.load_weights(before, shapes, mesh)
+        weights, step = start_weights.load_weights(before, network, mesh)
         facts = {"source": before} | ({} if step is None else {"step": step})
         found["before"] = _calibrated(config, network, weights, facts, batch, mesh, True, True)
     after = bucket.path_of(config.checkpoint) if config.checkpoint else workdir
@@ -61,7 +60,7 @@ def load_states(
     if not found:
         raise UserError(
             f"config.pretrained='' and no checkpoints in {workdir}: expected trained weights, a "
-            "workdir with a run, or both, with --mode=diagnose"
+            "workdir with a run, or both, for --mode=diagnose"
         )
     for name, state in found.items():
         logging.info("%s: %s", name, ", ".join(f"{k} {v}" for k, v in state.facts.items()))
@@ -82,7 +81,10 @@ def _after(
         step = newest_of_search(checkpoints.steps, schedule) if step is None else step
         model = checkpoints.read_facts(step)["model"]
         if model != network.label:
-            raise UserError(f"{directory}/{step} holds {model}, not {network.label}")
+            raise UserError(
+                f"{directory}/{step}: holds {model}; expected {network.label} as configured; use "
+                "the run's configuration or another config.checkpoint"
+            )
         variables = checkpoints.restore_items(step, setup.abstract_variables(network), mesh)
     phase = phase_of(step, schedule)
     anew = config.diagnose.recalibrate
@@ -96,20 +98,20 @@ def _after(
 
 
 def newest_of_search(steps: Sequence[int], schedule: Sequence[Span]) -> int:
-    """Returns the last of `steps` made by bit-meta or bit-search; the last of all if none was."""
+    """Returns the last of `steps` inside bit-meta or bit-search, or else the last of all."""
     spans = [span for span in schedule if span.phase.quantizes and not span.phase.needs_policy]
     inside = [step for step in steps if any(span.start < step <= span.stop for span in spans)]
     if inside:
         return max(inside)
     logging.info(
-        "the meta-state is not among the checkpoints kept (steps %s), so \"after\" is the newest; "
+        "no checkpoint of the meta-state is kept (steps %s), using the newest one as \"after\"; "
         "diagnose after --mode=search to see the meta-state", ", ".join(map(str, steps)),
     )  # fmt: skip
     return max(steps)
 
 
 def phase_of(step: int, schedule: Sequence[Span]) -> str:
-    """Returns the phase that made the last of `step` steps; "start" of none."""
+    """Returns the phase of the last of `step` steps; "start" for step 0."""
     return next((span.phase.name for span in schedule if span.start < step <= span.stop), "start")
 
 
@@ -123,7 +125,7 @@ def _calibrated(
     acts: bool,
     weights: bool,
 ) -> State:
-    """Returns the state; step sizes of `acts` and of `weights` are calibrated on `batch`."""
+    """Returns the state, with step sizes of `acts` and `weights` calibrated on `batch` if true."""
     state = setup.init_state(config, network, variables)
     state = sharding.replicate(state.replace(quant=variables.get("quant", state.quant)), mesh)
     passes = calibrations(config, acts=acts, weights=weights)

@@ -1,4 +1,4 @@
-"""The numbers of a diagnosis as pure functions of samples: distances, traces, variances, ranks."""
+"""Pure functions of a diagnosis: distances, variance traces and rank correlations."""
 
 import itertools
 import math
@@ -18,18 +18,18 @@ STEP_SAMPLES = 2**16
 
 
 def distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the 1-Wasserstein distance of two samples of the same size, in their unit."""
+    """Returns the 1-Wasserstein distance between two samples of equal size, in their unit."""
     return float(np.mean(np.abs(np.sort(first) - np.sort(second))))
 
 
 def pairwise_distances(samples: Mapping[int, np.ndarray], deviation: float) -> dict[str, float]:
-    """Returns the distance of each pair of widths, {"8-4": ..., ...}, and their "mean".
+    """Returns the distance between each pair of widths, {"8-4": ..., ...}, and their "mean".
 
     Args:
-      samples: bit-width -> sample; all of the same size.
-      deviation: the unit that distances come in, a standard deviation.
+      samples: bit-width -> sample, all of equal size.
+      deviation: the standard deviation used as the unit of distances.
     """
-    # Constant activations (a dead layer) have no unit; those at every width are then alike.
+    # A dead layer's constant activations have zero deviation, and are equal at every width.
     unit = deviation if deviation > 0 else 1.0
     found = {
         f"{a}-{b}": distance(samples[a], samples[b]) / unit
@@ -41,15 +41,15 @@ def pairwise_distances(samples: Mapping[int, np.ndarray], deviation: float) -> d
 def summarise(
     distances: Mapping[str, Mapping[str, Any]], layers: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Returns the mean distance over `layers`, a row per statistics and weights.
+    """Returns the mean distance over `layers`, one row per statistics and weights.
 
     Args:
       distances: {statistics: {state: {weights: {layer: {"mean": ...}}}}}.
       layers: the searched ones.
 
     Returns:
-      Rows {statistics, weights, before, after, closer, layers}: `closer` of the layers have a
-      smaller distance after than before, of the `layers` that have any; None without both states.
+      Rows {statistics, weights, before, after, closer, layers}: `closer` of the `layers` layers
+      with a nonzero distance have a smaller one after than before; None without both states.
     """
     rows = []
     for kind, states in distances.items():
@@ -62,7 +62,7 @@ def summarise(
             for state in ("before", "after"):
                 row[state] = float(np.mean(means[state])) if state in means else None
             if len(means) == 2:
-                # The first searched layer, whose input is that of all widths, says nothing.
+                # Skip the first searched layer: its input is the same at every width.
                 moved = [(a, b) for a, b in zip(*means.values(), strict=True) if a or b]
                 row["layers"] = len(moved)
                 row["closer"] = sum(after < before for before, after in moved)
@@ -74,9 +74,9 @@ def running_trace(variances: np.ndarray, momentum: float, start: np.ndarray) -> 
     """Returns batch norm's running variance after each step, [steps, channels].
 
     Args:
-      variances: of the batches, [steps, channels].
-      momentum: the share of the running variance that a step keeps.
-      start: running variance before the first step, [channels].
+      variances: batch variances, [steps, channels].
+      momentum: the fraction of the running variance kept at each step.
+      start: the running variance before the first step, [channels].
     """
     trace, running = [], start
     for variance in variances:
@@ -91,18 +91,18 @@ def trace_summary(
     """Returns how the variance after a layer follows the layer's bit-width (Fig. 2).
 
     Args:
-      variances: bit-width -> batch variance if the layer runs at it, [steps, channels].
+      variances: bit-width -> batch variance with the layer at that width, [steps, channels].
       drawn: the width of each step.
       momentum: batch norm's.
 
     Returns:
-      drawn; batch_variance and running_variance of each step (mean over channels); correlation_*
-      with the drawn width (None where one of the two is constant); variation_* (standard deviation
-      over mean); variation_widest and mean_widest, of the batch variance with the widest width all
-      along, in which only the images vary; and ratio, {width: its variance over mean_widest}.
+      drawn; batch_variance and running_variance at each step (mean over channels); correlation_*
+      with the drawn width (None if either is constant); variation_* (standard deviation / mean);
+      variation_widest and mean_widest, of the batch variance at the widest width throughout, where
+      only the images vary; and ratio, {width: its mean variance / mean_widest}.
     """
     batch = np.stack([variances[bits][step] for step, bits in enumerate(drawn)])
-    # From where the trace will hover, so that it needs no time to settle.
+    # Start at the expected level, so that the trace needs no burn-in.
     start = np.mean([values.mean(axis=0) for values in variances.values()], axis=0)
     batch_mean = batch.mean(axis=1)
     running_mean = running_trace(batch, momentum, start).mean(axis=1)
@@ -129,7 +129,7 @@ def _correlation(first: Sequence[float], second: Sequence[float]) -> float | Non
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Returns Spearman's rho, ties averaged; None where one of the two is constant."""
+    """Returns Spearman's rho with ties averaged; None if either is constant."""
     return _coefficient(scipy.stats.spearmanr, first, second)
 
 
@@ -137,7 +137,7 @@ def _coefficient(function, first: Sequence[float], second: Sequence[float]) -> f
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SciPy's about nearly constant input; NaN tells it too
+        warnings.simplefilter("ignore")  # SciPy warns of nearly constant input; handled as NaN
         value = float(function(first, second).statistic)
     return value if math.isfinite(value) else None
 
@@ -147,13 +147,13 @@ def _variation(values: np.ndarray) -> float:
 
 
 def quantized_variances(sample: np.ndarray) -> list[dict[str, Any]]:
-    """Returns what quantization does to the variance of a sample, by clip rule (Fig. 8).
+    """Returns the variance of a sample after quantization, by clip rule (Fig. 8).
 
     Args:
-      sample: of N(0, 1), any size.
+      sample: from N(0, 1), any size.
 
     Returns:
-      A row a rule: {rule, reference (variance unquantized), variance: {bits: after quantization}}.
+      One row per rule: {rule, reference (unquantized variance), variance: {bits: quantized}}.
     """
     x = jnp.asarray(sample, jnp.float32)
 
@@ -163,7 +163,7 @@ def quantized_variances(sample: np.ndarray) -> list[dict[str, Any]]:
         return jnp.round((x - low) / step) * step + low
 
     def lsq(x: jax.Array, bits: int, *, signed: bool, rule: str) -> jax.Array:
-        # A step of least error is a search, for which a part of the sample is enough.
+        # "mse" searches for the step; a part of the sample is enough for that.
         part = x[:STEP_SAMPLES] if rule == "mse" else x
         step = init_step(part, bits, signed=signed, rule=rule)
         return fake_quant(x, step, bits, signed=signed)
@@ -196,12 +196,12 @@ def _variance(x: jax.Array) -> float:
 def sensitivity(
     bits: Mapping[str, int], macs: Mapping[str, int], traces: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """Returns Spearman's rho of the bits against what may explain them (Fig. 7 and 9).
+    """Returns Spearman's rho between the bits and possible explanations (Fig. 7 and 9).
 
     Args:
       bits: searched layer -> chosen activation bits.
       macs: layer -> multiply-accumulates.
-      traces: layer -> trace of the Hessian; None where it was not computed.
+      traces: layer -> trace of the Hessian; None if not computed.
 
     Returns:
       {"layers": {path: {act_bits, macs, trace, trace_per_mac}}, "spearman": {macs, trace,

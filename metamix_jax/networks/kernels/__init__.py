@@ -1,1 +1,1 @@
-"""Products of layers, in the form that is fast on the platform at hand."""
+"""Platform-specific kernels for the layers' convolutions and matrix products."""

@@ -1,13 +1,13 @@
-"""Products on bfloat16 operands with float32 sums (config.compute_dtype), for tensor cores.
+"""Products of bfloat16 operands with float32 accumulation (config.compute_dtype), for matrix units.
 
-What is quantized at one width is multiplied as integer levels, which bfloat16 holds exactly up to
-256, and scaled afterwards: such a product is exact as long as float32 sums are, up to 2^24. What is
-not (weights and images at full precision, mixtures of widths) is rounded to 8 bits of mantissa.
-The gradient's products run on bfloat16 too, of cotangents rounded so.
+Operands quantized at a single width are multiplied as integer levels, which bfloat16 represents
+exactly up to 256, and scaled afterwards: the product is exact while float32 accumulation is, up to
+2^24. Other operands (full-precision weights and images, mixtures of widths) are rounded to
+bfloat16's 8-bit significand. The backward products also run in bfloat16, on rounded cotangents.
 
-TPUs multiply so. XLA for NVIDIA GPUs, by its source (not run here), has no convolution of bfloat16
-with a float32 result and widens the operands of the forward one, which changes no number; dense
-layers and the gradient's convolutions stay bfloat16 there.
+This is native on TPU. According to its source (not run here), XLA on NVIDIA GPUs has no bfloat16
+convolution with a float32 result and upcasts the operands of the forward one, which changes no
+value; dense layers and the backward convolutions stay in bfloat16.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ DTYPE = jnp.bfloat16
 
 
 class Operand(NamedTuple):
-    """What a layer multiplies: real = levels * step - shift.
+    """An operand of a layer's product: real = levels * step - shift.
 
-    real: float32; takes the gradient.
-    levels: float32 whole numbers of the same shape; None: not taken apart.
-    step: of the levels, real units, broadcasts against `real`.
+    real: float32; receives the gradient.
+    levels: integers as float32, same shape; None: not decomposed.
+    step: real units per level, broadcasts against `real`.
     shift: real units.
     """
 
@@ -45,52 +45,52 @@ def take_apart(
     signed: bool,
     shift: float = 0.0,
 ) -> Operand:
-    """Returns `real`, which is fake_quant of the other arguments, with its levels."""
+    """Returns the operand `real`, the fake_quant of the other arguments, with its levels."""
     levels = integer_levels(x, step, bits, signed=signed, shift=shift)
     return Operand(real, levels, along_last_axis(step, x.ndim), shift)
 
 
 def product(multiply: Callable[..., jax.Array], x: Operand, kernel: Operand) -> jax.Array:
-    """Returns multiply(x.real, kernel.real) as the module describes it, in float32.
+    """Returns multiply(x.real, kernel.real) in float32, computed as the module describes.
 
-    Gradients go to both `real` alone, and from there to step sizes as `fake_quant` has it: through
-    levels and steps they would be differences of large sums, which rounding drowns. They are of
-    first order where there are levels.
+    Gradients flow only to the two `real`, and from there to the step sizes through `fake_quant`:
+    through levels and steps they would be differences of large sums, dominated by rounding. With
+    levels, only first-order gradients are supported.
 
     Args:
-      multiply: bilinear, in any floating type; takes `preferred_element_type`.
-      x: [n, ...], its step a scalar.
-      kernel: [..., features], without shift; its step's last axis is that of the result.
+      multiply: bilinear, for any floating dtype; takes `preferred_element_type`.
+      x: [n, ...], with a scalar step.
+      kernel: [..., features], without shift; its step's last axis is the result's.
     """
 
     @jax.custom_vjp
     def run(*arguments: jax.Array) -> jax.Array:
         return forward(*arguments)[0]
 
-    places = 1, *x.real.shape[1:]
+    ones_shape = 1, *x.real.shape[1:]
 
-    def of_places(levels: jax.Array) -> jax.Array:
-        # What a shift of 1 adds: nothing where the input is padded with zeros.
-        return multiply(jnp.ones(places, jnp.float32), levels.astype(jnp.float32))
+    def of_ones(levels: jax.Array) -> jax.Array:
+        # The contribution of a unit shift, which excludes the zero padding.
+        return multiply(jnp.ones(ones_shape, jnp.float32), levels.astype(jnp.float32))
 
     def forward(x_real, kernel_real, x_levels, kernel_levels, x_step, kernel_step):
         operands = x_levels.astype(DTYPE), kernel_levels.astype(DTYPE)
         y = multiply(*operands, preferred_element_type=jnp.float32) * x_step
         if x.shift:
-            y = y - x.shift * of_places(operands[1])
+            y = y - x.shift * of_ones(operands[1])
         return y * kernel_step, (*operands, x_step, kernel_step)
 
-    def backward(residuals, slope):
+    def backward(residuals, cotangent):
         x_levels, kernel_levels, x_step, kernel_step = residuals
-        slope = (slope * kernel_step).astype(DTYPE)
-        slopes = jax.vjp(multiply, x_levels, kernel_levels)[1](slope)
-        x_slope, kernel_slope = (each.astype(jnp.float32) for each in slopes)
-        kernel_slope = kernel_slope * x_step
+        cotangent = (cotangent * kernel_step).astype(DTYPE)
+        grads = jax.vjp(multiply, x_levels, kernel_levels)[1](cotangent)
+        x_grad, kernel_grad = (each.astype(jnp.float32) for each in grads)
+        kernel_grad = kernel_grad * x_step
         if x.shift:
-            total = slope.astype(jnp.float32).sum(axis=0, keepdims=True)
-            of_shift = jax.vjp(of_places, kernel_levels.astype(jnp.float32))[1](total)[0]
-            kernel_slope = kernel_slope - x.shift * of_shift
-        return x_slope, kernel_slope / kernel_step, None, None, None, None
+            total = cotangent.astype(jnp.float32).sum(axis=0, keepdims=True)
+            of_shift = jax.vjp(of_ones, kernel_levels.astype(jnp.float32))[1](total)[0]
+            kernel_grad = kernel_grad - x.shift * of_shift
+        return x_grad, kernel_grad / kernel_step, None, None, None, None
 
     run.defvjp(forward, backward)
     levels = (each.real if each.levels is None else each.levels for each in (x, kernel))

@@ -1,10 +1,10 @@
-"""Convolution, in the form that is fast on the platform at hand.
+"""Convolution with a CPU-specific implementation.
 
-On CPUs XLA (as of jaxlib 0.10) loses half its time around convolutions: it computes a layer's
-input again, element by element, inside the transposition that the kernel's gradient needs; it runs
-narrow convolutions (16 channels) at half the speed of wide ones, and dilates the cotangent with
-zeros for the input's gradient at stride 2. The form for CPUs avoids all three; it is the same
-arithmetic in another order. Accelerators keep the convolution.
+On CPU, XLA (as of jaxlib 0.10) loses half its time around convolutions: it recomputes a layer's
+input elementwise inside the transpose needed for the kernel's gradient, runs narrow convolutions
+(16 channels) at half the speed of wide ones, and dilates the cotangent with zeros for the input's
+gradient at stride 2. The CPU implementation avoids all three; it performs the same arithmetic in
+another order. Accelerators use XLA's convolution.
 """
 
 import functools
@@ -23,7 +23,7 @@ def convolve(
     x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, groups: int = 1
 ) -> jax.Array:
     """Convolves [n, h, w, c] with [kh, kw, c / groups, features] -> [n, h', w', features]."""
-    if groups > 1 or kernel.shape[:2] == (1, 1):  # which is a matrix product
+    if groups > 1 or kernel.shape[:2] == (1, 1):  # 1 x 1 is a matrix product
         return plain_convolve(x, kernel, stride, padding, groups)
     return _convolve(x, kernel, stride, padding)
 
@@ -36,7 +36,7 @@ def plain_convolve(
     groups: int = 1,
     preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
-    """The convolution as XLA has it."""
+    """XLA's convolution; shapes as in `convolve`."""
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -62,29 +62,29 @@ def _forward(
 
 
 def _backward(
-    stride: int, padding: Padding, residuals: tuple[jax.Array, jax.Array], slope: jax.Array
+    stride: int, padding: Padding, residuals: tuple[jax.Array, jax.Array], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    (slope,) = materialised(slope)
+    (cotangent,) = materialised(cotangent)
     options = {"stride": stride, "padding": padding}
 
-    def plain(slope: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.vjp(lambda x: plain_convolve(x, kernel, **options), x)[1](slope)[0]
+    def plain(cotangent: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: plain_convolve(x, kernel, **options), x)[1](cotangent)[0]
 
-    ours = functools.partial(_input_slope, **options)
-    input_slope = jax.lax.platform_dependent(slope, x, kernel, cpu=ours, default=plain)
-    return input_slope, *jax.vjp(lambda k: plain_convolve(x, k, **options), kernel)[1](slope)
+    ours = functools.partial(_input_grad, **options)
+    input_grad = jax.lax.platform_dependent(cotangent, x, kernel, cpu=ours, default=plain)
+    return input_grad, *jax.vjp(lambda k: plain_convolve(x, k, **options), kernel)[1](cotangent)
 
 
-# The platform is chosen inside value and gradient: JAX takes long to differentiate the choice.
+# Forward and backward each select the platform: differentiating platform_dependent traces slowly.
 _convolve = jax.custom_vjp(_value, nondiff_argnums=(2, 3))
 _convolve.defvjp(_forward, _backward)
 
 
 def _folded(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """Convolves few channels as neighbouring columns with as many times the features.
+    """Convolves few channels by computing `fold` neighbouring columns as extra features.
 
-    That multiplies with some zeros, but gives the matrix products a width that suits the processor.
+    The widened kernel contains zeros, but makes the matrix products wide enough for the CPU.
     """
     _, kernel_width, channels, features = kernel.shape
     width = (x.shape[2] + sum(padding[1]) - kernel_width) // stride + 1
@@ -100,26 +100,26 @@ def _folded(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> j
     return y.reshape(*y.shape[:2], width, features)
 
 
-def _input_slope(
-    slope: jax.Array, x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
+def _input_grad(
+    cotangent: jax.Array, x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
 ) -> jax.Array:
     height, width = kernel.shape[:2]
     if stride == 1:
-        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        flipped = kernel[::-1, ::-1].swapaxes(2, 3)
         sides = zip((height, width), padding, strict=True)
         outer = tuple((size - 1 - before, size - 1 - after) for size, (before, after) in sides)
-        return _folded(slope, turned, 1, outer)
+        return _folded(cotangent, flipped, 1, outer)
     if stride == 2 and min(height, width) > 1 and x.shape[1] % 2 == x.shape[2] % 2 == 0:
-        return _input_slope_at_stride_2(slope, x.shape, kernel, padding)
-    return jax.vjp(lambda x: plain_convolve(x, kernel, stride, padding), x)[1](slope)[0]
+        return _input_grad_at_stride_2(cotangent, x.shape, kernel, padding)
+    return jax.vjp(lambda x: plain_convolve(x, kernel, stride, padding), x)[1](cotangent)[0]
 
 
-def _input_slope_at_stride_2(
-    slope: jax.Array, shape: tuple[int, ...], kernel: jax.Array, padding: Padding
+def _input_grad_at_stride_2(
+    cotangent: jax.Array, shape: tuple[int, ...], kernel: jax.Array, padding: Padding
 ) -> jax.Array:
-    """Even and odd places each are a convolution of the cotangent with every second tap.
+    """Computes even and odd positions as convolutions of the cotangent with every second tap.
 
-    Those of the columns are features of one convolution, so that they come out interleaved.
+    Even and odd columns are features of one convolution, so that they come out interleaved.
     """
     n, height, width, channels = shape
     kernel = kernel.swapaxes(2, 3)
@@ -136,18 +136,18 @@ def _input_slope_at_stride_2(
     parts = []
     for taps in rows:
         sides = (
-            (-min(taps), height // 2 + max(taps) - slope.shape[1]),
-            (-first, width // 2 + last - slope.shape[2]),
+            (-min(taps), height // 2 + max(taps) - cotangent.shape[1]),
+            (-first, width // 2 + last - cotangent.shape[2]),
         )
         window = jnp.stack([both[taps[i]] for i in sorted(taps)])
-        parts.append(plain_convolve(slope, window, 1, sides))
+        parts.append(plain_convolve(cotangent, window, 1, sides))
     return jnp.stack(parts, axis=2).reshape(n, height, width, channels)
 
 
 def _taps(size: int, before: int, phase: int) -> dict[int, int]:
-    """Returns the taps that place 2 i + phase has been multiplied with: j - i -> tap, for j' = j.
+    """Returns j - i -> tap for the kernel taps that multiply input position 2 i + phase.
 
-    j is the place of the output, `before` the padding of the input.
+    j is the output position, `before` the padding before the input.
     """
     return {
         (phase + before - tap) // 2: tap for tap in range(size) if (phase + before - tap) % 2 == 0

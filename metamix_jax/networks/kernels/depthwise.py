@@ -1,8 +1,8 @@
-"""Depthwise convolution, in the form that is fast on the platform at hand.
+"""Depthwise convolution with a CPU-specific implementation.
 
-XLA's grouped convolution is slow on CPU, its gradients above all (a training step of MobileNet-v2
-takes minutes); there the sum of the kernel's shifted and strided inputs is taken instead, which is
-the same arithmetic in another order. Accelerators keep the convolution.
+XLA's grouped convolution is slow on CPU, especially its gradients (a training step of MobileNet-v2
+takes minutes). On CPU this sums shifted, strided slices of the input instead: the same arithmetic
+in another order. Accelerators use XLA's convolution.
 """
 
 import jax
@@ -12,7 +12,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # (before, after) of height a
 
 
 def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """Convolves every channel with its own filter: [n, h, w, c] -> [n, h', w', c].
+    """Convolves each channel with its own filter: [n, h, w, c] -> [n, h', w', c].
 
     The kernel is [kh, kw, 1, c].
     """
@@ -34,7 +34,7 @@ def depthwise_conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Paddin
 
 
 def shifted_slices(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """Depthwise convolution as a sum over the kernel's positions."""
+    """Depthwise convolution as a sum over kernel positions; shapes as in `depthwise_conv`."""
     kernel_height, kernel_width, _, channels = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     batch, padded_height, padded_width, _ = x.shape

@@ -1,8 +1,8 @@
-"""Arrays that XLA for CPUs computes once, and gradients that keep no more than they have to.
+"""Barriers against fusion and CSE in XLA:CPU, and rematerialised gradients.
 
-XLA for CPUs fuses cheap producers into all their consumers, however slow that makes these, and
-shares what a gradient computes again with what was computed first, so that it is kept after all.
-It takes an optimization_barrier away before both; a call that is not inlined stays.
+XLA:CPU fuses cheap producers into all their consumers, however slow that makes them, and its CSE
+merges a gradient's recomputation with the original, so that the values are kept after all. It
+removes optimization_barrier before both passes, but not a call that must not be inlined.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def materialised(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the arrays; on a CPU nothing is computed from them before all of them are there."""
+    """Returns the arrays; on CPU, all are computed before any consumer runs."""
     return jax.lax.platform_dependent(*arrays, cpu=_called, default=lambda *same: same)
 
 
@@ -25,11 +25,11 @@ def _called(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 @jax.jit
 def _barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return jax.lax.optimization_barrier(arrays)  # lest JAX passes them on without a call
+    return jax.lax.optimization_barrier(arrays)  # keeps JAX from eliding an identity call
 
 
 def keeping_arguments(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Returns `function` of arrays with a gradient that computes all but its arguments again."""
+    """Returns `function` with a gradient that saves only its arguments and recomputes the rest."""
 
     @jax.custom_vjp
     def run(*arguments: jax.Array) -> jax.Array:
@@ -39,18 +39,18 @@ def keeping_arguments(function: Callable[..., jax.Array]) -> Callable[..., jax.A
         arguments = materialised(*arguments)
         return function(*arguments), arguments
 
-    def backward(arguments: tuple[jax.Array, ...], slope: jax.Array) -> tuple[Any, ...]:
-        *arguments, slope = materialised(*arguments, slope)
-        smooth = [jnp.issubdtype(argument.dtype, jnp.floating) for argument in arguments]
+    def backward(arguments: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[Any, ...]:
+        *arguments, cotangent = materialised(*arguments, cotangent)
+        floating = [jnp.issubdtype(argument.dtype, jnp.floating) for argument in arguments]
 
-        def of_smooth(*chosen: jax.Array) -> jax.Array:
+        def of_floating(*chosen: jax.Array) -> jax.Array:
             rest = iter(chosen)
-            pairs = zip(smooth, arguments, strict=True)
-            return function(*(next(rest) if is_smooth else fixed for is_smooth, fixed in pairs))
+            pairs = zip(floating, arguments, strict=True)
+            return function(*(next(rest) if is_float else fixed for is_float, fixed in pairs))
 
-        chosen = [a for is_smooth, a in zip(smooth, arguments, strict=True) if is_smooth]
-        slopes = iter(jax.vjp(of_smooth, *chosen)[1](slope))
-        return tuple(next(slopes) if is_smooth else None for is_smooth in smooth)
+        chosen = [a for is_float, a in zip(floating, arguments, strict=True) if is_float]
+        grads = iter(jax.vjp(of_floating, *chosen)[1](cotangent))
+        return tuple(next(grads) if is_float else None for is_float in floating)
 
     run.defvjp(forward, backward)
     return run

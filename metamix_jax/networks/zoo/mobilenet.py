@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from metamix_jax.networks.architecture import Architecture, Rules, TorchNames
+from metamix_jax.networks.drawing import IMAGE, Drawing
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 
@@ -208,3 +210,84 @@ def _divisible_by_8(channels: float) -> int:
     rounded = max(8, int(channels + 4) // 8 * 8)
     # Never more than 10 % below, as in the papers' code.
     return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def draw_mobilenet_v2(model: MobileNetV2, drawing: Drawing) -> None:
+    """Adds the nodes of MobileNet-v2."""
+    x = drawing.layer(IMAGE, "stem", "stem_bn", "relu6")
+    for block in range(1, 1 + sum(repeats for _, _, repeats, _ in V2_STAGES)):
+        x = _draw_block(drawing, x, f"block{block}", "relu6")
+    x = drawing.layer(x, "last_conv", "last_bn", "relu6")
+    drawing.layer(drawing.node("flatten", drawing.node("mean", x)), "classifier")
+
+
+def draw_mobilenet_v3_large(model: MobileNetV3Large, drawing: Drawing) -> None:
+    """Adds the nodes of MobileNet-v3-large."""
+    x = drawing.layer(IMAGE, "stem", "stem_bn", "hswish")
+    for i, row in enumerate(V3_LARGE):
+        x = _draw_block(drawing, x, f"bneck{i + 1}", "hswish" if row.hswish else "relu")
+    x = drawing.layer(x, "head_conv", "head_bn", "hswish")
+    x = drawing.node("flatten", drawing.node("mean", x))
+    drawing.layer(drawing.layer(x, "classifier1", activation="hswish"), "classifier2")
+
+
+def _draw_block(drawing: Drawing, x: str, name: str, activation: str) -> str:
+    y = x
+    if drawing.has(f"{name}/expand"):
+        y = drawing.layer(y, f"{name}/expand", f"{name}/expand_bn", activation)
+    y = drawing.layer(y, f"{name}/depthwise", f"{name}/depthwise_bn", activation)
+    if drawing.has(f"{name}/se_fc1"):
+        gate = drawing.layer(drawing.node("mean", y), f"{name}/se_fc1", activation="relu")
+        gate = drawing.layer(gate, f"{name}/se_fc2", activation="hsigmoid")
+        y = drawing.node("multiply", y, gate)
+    y = drawing.layer(y, f"{name}/project", f"{name}/project_bn")
+    return drawing.node("add", x, y) if drawing.shape(x) == drawing.shape(y) else y
+
+
+def _conv_and_norm(ours: str, theirs: str) -> Rules:
+    return (rf"^{ours}$", f"{theirs}.0"), (rf"^{ours}_bn$", f"{theirs}.1")
+
+
+V2_TORCH_NAMES = TorchNames(
+    modules=(
+        # The first block has no expansion, so its layers move up.
+        *_conv_and_norm(r"block1\.depthwise", "features.1.conv.0"),
+        (r"^block1\.project$", "features.1.conv.1"),
+        (r"^block1\.project_bn$", "features.1.conv.2"),
+        *_conv_and_norm(r"block(\d+)\.expand", r"features.\1.conv.0"),
+        *_conv_and_norm(r"block(\d+)\.depthwise", r"features.\1.conv.1"),
+        (r"^block(\d+)\.project$", r"features.\1.conv.2"),
+        (r"^block(\d+)\.project_bn$", r"features.\1.conv.3"),
+        (r"^classifier$", "classifier.1"),
+        (r"^last_conv$", "features.18.0"),
+        (r"^last_bn$", "features.18.1"),
+        *_conv_and_norm("stem", "features.0"),
+    )
+)
+# The same, and the projection follows squeeze-and-excite where there is.
+_SQUEEZING = "|".join(str(i + 1) for i, row in enumerate(V3_LARGE) if row.squeeze)
+V3_TORCH_NAMES = TorchNames(
+    modules=(
+        *_conv_and_norm(r"bneck1\.depthwise", "features.1.block.0"),
+        *_conv_and_norm(r"bneck1\.project", "features.1.block.1"),
+        *_conv_and_norm(r"bneck(\d+)\.expand", r"features.\1.block.0"),
+        *_conv_and_norm(r"bneck(\d+)\.depthwise", r"features.\1.block.1"),
+        (r"^bneck(\d+)\.se_(fc\d)$", r"features.\1.block.2.\2"),
+        *_conv_and_norm(rf"bneck({_SQUEEZING})\.project", r"features.\1.block.3"),
+        *_conv_and_norm(r"bneck(\d+)\.project", r"features.\1.block.2"),
+        (r"^classifier1$", "classifier.0"),
+        (r"^classifier2$", "classifier.3"),
+        (r"^head_conv$", "features.16.0"),
+        (r"^head_bn$", "features.16.1"),
+        *_conv_and_norm("stem", "features.0"),
+    )
+)
+ARCHITECTURES = (
+    Architecture("mobilenet_v2", MobileNetV2, torch_names=V2_TORCH_NAMES, draw=draw_mobilenet_v2),
+    Architecture(
+        "mobilenet_v3_large",
+        MobileNetV3Large,
+        torch_names=V3_TORCH_NAMES,
+        draw=draw_mobilenet_v3_large,
+    ),
+)

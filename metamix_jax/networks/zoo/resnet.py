@@ -1,6 +1,6 @@
 """ResNets with post-activation blocks (He et al., 2016): the CIFAR family, ResNet-18, 50 and 101.
 
-Module names follow PyTorch's, so that weight files map by name (torch_weights.py).
+Module names follow PyTorch's, so that weight files map by name (TORCH_NAMES).
 """
 
 from typing import ClassVar
@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from metamix_jax.errors import UserError
+from metamix_jax.networks.architecture import Architecture, Fields, TorchNames
+from metamix_jax.networks.drawing import IMAGE, Drawing
 from metamix_jax.networks.layers import QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 
@@ -188,3 +191,76 @@ class ResNet101(ImageNetResNet):
 
     stage_sizes = (3, 4, 23, 3)
     bottleneck = True
+
+
+def draw_cifar_resnet(model: CifarResNet, drawing: Drawing) -> None:
+    """Adds the nodes of a CIFAR ResNet."""
+    x = drawing.layer(IMAGE, "conv1", "bn1", "relu")
+    for stage in range(3):
+        for block in range((model.depth - 2) // 6):
+            x = _draw_block(drawing, x, f"layer{stage + 1}_{block}", convolutions=2)
+    drawing.layer(drawing.node("flatten", drawing.node("mean", x)), "fc")
+
+
+def draw_imagenet_resnet(model: ImageNetResNet, drawing: Drawing) -> None:
+    """Adds the nodes of a ResNet for ImageNet."""
+    x = drawing.layer(IMAGE, "conv1", "bn1", "relu")
+    x = drawing.node("max_pool", x, size=3, stride=2, padding=model.padding)
+    for stage, blocks in enumerate(model.stage_sizes):
+        for block in range(blocks):
+            name = f"layer{stage + 1}_{block}"
+            x = _draw_block(drawing, x, name, convolutions=3 if model.bottleneck else 2)
+    drawing.layer(drawing.node("flatten", drawing.node("mean", x)), "fc")
+
+
+def _draw_block(drawing: Drawing, x: str, name: str, convolutions: int) -> str:
+    y = x
+    for i in range(1, convolutions + 1):
+        activation = "relu" if i < convolutions else ""
+        y = drawing.layer(y, f"{name}/conv{i}", f"{name}/bn{i}", activation)
+    if drawing.has(f"{name}/downsample_conv"):
+        x = drawing.layer(x, f"{name}/downsample_conv", f"{name}/downsample_bn")
+    elif drawing.shape(x) != drawing.shape(y):
+        missing = drawing.shape(y)[-1] - drawing.shape(x)[-1]
+        stride = -(-drawing.shape(x)[0] // drawing.shape(y)[0])
+        x = drawing.node(
+            "subsample", x, stride=stride, channels=(missing // 2, missing - missing // 2)
+        )
+    return drawing.node("relu", drawing.node("add", x, y))
+
+
+def check_cifar_resnet(fields: Fields, source: str) -> None:
+    """Raises UserError for a depth, width or shortcut that there is none of."""
+    depth = fields.get("depth", 20)
+    if not 8 <= depth <= 1202 or (depth - 2) % 6:
+        raise UserError(f"{source}.depth={depth}: expected 6 n + 2, such as 8, 20, 32, 56")
+    if not 1 <= fields.get("width", 16) <= 4096:
+        raise UserError(f"{source}.width={fields['width']}: expected at least 1, at most 4096")
+    if fields.get("shortcut", "identity") not in ("identity", "conv"):
+        raise UserError(f"{source}.shortcut={fields['shortcut']!r}: expected identity or conv")
+
+
+TORCH_NAMES = TorchNames(
+    modules=(
+        (r"\blayer(\d+)_(\d+)\b", r"layer\1.\2"),
+        (r"\bdownsample_conv\b", "downsample.0"),
+        (r"\bdownsample_bn\b", "downsample.1"),
+    ),
+    aliases=((r"^linear\.", "fc."),),  # the CIFAR networks' classifier
+)
+_RESNET = {"torch_names": TORCH_NAMES, "shortcut": "downsample_conv"}
+_IMAGENET = {"draw": draw_imagenet_resnet, **_RESNET}
+ARCHITECTURES = (
+    Architecture(
+        "cifar_resnet",
+        CifarResNet,
+        check=check_cifar_resnet,
+        label=lambda fields: f"cifar_resnet{fields.get('depth', '')}",
+        draw=draw_cifar_resnet,
+        ompq_rounds_below=True,
+        **_RESNET,
+    ),
+    Architecture("resnet18", ResNet18, ompq_rounds_below=True, **_IMAGENET),
+    Architecture("resnet50", ResNet50, **_IMAGENET),
+    Architecture("resnet101", ResNet101, **_IMAGENET),
+)

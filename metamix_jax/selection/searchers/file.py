@@ -2,19 +2,33 @@
 
 from pathlib import Path
 
-from metamix_jax.errors import UserError
+from ml_collections import ConfigDict
+
+from metamix_jax.errors import UserError, require
+from metamix_jax.fields import Field
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import LayerCosts
-from metamix_jax.selection.policy import layer_bits, read_policy
-
-PHASES = ("act_training", "weight_training")
+from metamix_jax.selection.phases import FINE_TUNING
+from metamix_jax.selection.policy import read_policy
+from metamix_jax.selection.searcher import Searcher
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
     """Returns the bits in config.search.policy; see `read_bits`."""
     return read_bits(context.config.search.policy, context.costs, context.budget)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError unless a file is named."""
+    path = config.search.policy
+    require(bool(path), "search.policy", path, "a policy.json with searcher file")
+
+
+def check_network(config: ConfigDict, costs: LayerCosts, budget: Budget) -> None:
+    """Raises UserError where the policy cannot be used; see `read_bits`."""
+    read_bits(config.search.policy, costs, budget)
 
 
 def read_bits(path: str, costs: LayerCosts, budget: Budget) -> dict[str, Bits]:
@@ -23,11 +37,30 @@ def read_bits(path: str, costs: LayerCosts, budget: Budget) -> dict[str, Bits]:
     Raises:
       UserError: unreadable, of other layers or widths, or above the budget.
     """
-    bits = layer_bits(read_policy(Path(path), costs))
-    spent = budget.cost(bits, costs)
-    if spent > budget.limit * (1 + 1e-9):
+    bits = read_policy(Path(path), costs).bits
+    if not budget.admits(bits):
         raise UserError(
-            f"config.search.policy={path!r} costs {spent:.6g} {budget.unit} in this network, above "
-            f"the budget of {budget.limit:.6g}; raise config.budget.value"
+            f"config.search.policy={path!r} costs {budget.cost(bits):.6g} {budget.cost_model.unit} "
+            f"in this network, above the budget of {budget.limit:.6g}; raise config.budget.value"
         )
     return bits
+
+
+SEARCHER = Searcher(
+    name="file",
+    summary="`config.search.policy`, a policy.json of the same architecture: another budget's, "
+    "another resolution's, or yours",
+    phases=FINE_TUNING,
+    choose=choose,
+    fields=(
+        Field(
+            "search.policy",
+            "",
+            "Searcher `file`: a `policy.json` of the same network, at any resolution.",
+        ),
+    ),
+    exclusive=("search.policy",),
+    check=check,
+    check_network=check_network,
+    compared=False,
+)

@@ -26,8 +26,9 @@ from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import LayerCosts
+from metamix_jax.selection.phases import FINE_TUNING
+from metamix_jax.selection.searcher import Searcher
 
-PHASES = ("act_training", "weight_training")
 IMAGES = 512  # at least so many, in whole batches
 PROBES = 50  # at most
 FEWEST_PROBES = 5
@@ -170,3 +171,12 @@ def make_probe(model: nn.Module, kind: str) -> Callable[..., dict[str, jax.Array
         }
 
     return probe
+
+
+SEARCHER = Searcher(
+    name="hessian",
+    summary="trace of the Hessian at each layer's input x squared quantization error, exact "
+    "knapsack",
+    phases=FINE_TUNING,
+    choose=choose,
+)

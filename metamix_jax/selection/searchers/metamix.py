@@ -4,12 +4,15 @@ import logging
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
+from metamix_jax.errors import require
 from metamix_jax.networks.precision import Bits
-from metamix_jax.selection import knapsack
+from metamix_jax.selection import knapsack, phases
+from metamix_jax.selection.budget import TOLERANCE
 from metamix_jax.selection.context import SearchContext
-
-PHASES = ("bit_meta", "bit_search", "act_training", "weight_training")
+from metamix_jax.selection.cost import bits_at
+from metamix_jax.selection.searcher import Searcher
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
@@ -21,24 +24,19 @@ def choose(context: SearchContext) -> dict[str, Bits]:
     which is ours.
     """
     logits, costs, budget = context.logits, context.costs, context.budget
-    # Fixed layers have one candidate; the searched ones follow.
-    fixed = {path: cost.candidates[0] for path, cost in costs.items()}
-    argmax = fixed | {
-        path: costs[path].candidates[int(np.argmax(np.asarray(row)))]
-        for path, row in logits.items()
-    }
-    spent, least = budget.cost(argmax, costs), context.config.search.least_spent * budget.limit
-    if least * (1 - 1e-9) <= spent <= budget.limit * (1 + 1e-9):
+    argmax = bits_at(costs, {path: int(np.argmax(row)) for path, row in logits.items()})
+    spent, least = budget.cost(argmax), context.config.search.least_spent * budget.limit
+    if budget.admits(argmax) and spent >= least * (1 - TOLERANCE):
         return argmax
+    branch_costs = budget.cost_model.branch_costs
     log_shares = {path: np.asarray(jax.nn.log_softmax(row), float) for path, row in logits.items()}
-    room = budget.limit - budget.fixed_cost
     if spent > budget.limit and not least:
-        choice = knapsack.maximise(log_shares, budget.branch_costs, room)
+        choice = knapsack.maximise(log_shares, branch_costs, budget.room)
     else:
         # Not every sum is the cost of a policy, so no more is asked than the dearest one's.
-        least = min(least, knapsack.dearest(budget)) - budget.fixed_cost
-        choice = knapsack.spend(log_shares, budget.branch_costs, room, least)
-    projected = fixed | {path: costs[path].candidates[index] for path, index in choice.items()}
+        least = min(least, knapsack.dearest(budget)) - budget.cost_model.fixed_cost
+        choice = knapsack.spend(log_shares, branch_costs, budget.room, least)
+    projected = bits_at(costs, choice)
     changed = [
         f"{path} {argmax[path].act}/{argmax[path].weight}->"
         f"{projected[path].act}/{projected[path].weight}"
@@ -48,7 +46,40 @@ def choose(context: SearchContext) -> dict[str, Bits]:
     logging.info(
         "the search ended at %.4f %s, %s the budget of %.4f; projected to %.4f by changing "
         "%d layers: %s",
-        spent, budget.unit, "above" if spent > budget.limit else "far below", budget.limit,
-        budget.cost(projected, costs), len(changed), ", ".join(changed),
+        spent, budget.cost_model.unit, "above" if spent > budget.limit else "far below",
+        budget.limit, budget.cost(projected), len(changed), ", ".join(changed),
     )  # fmt: skip
     return projected
+
+
+def check_epochs(config: ConfigDict) -> None:
+    """Raises UserError unless logits are searched for a while."""
+    epochs = config.bit_search.epochs
+    expected = f"more than 0 for searcher {config.search.searcher}"
+    require(epochs > 0, "bit_search.epochs", epochs, expected)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError where there is no search, or further ones would disturb it."""
+    check_epochs(config)
+    options, budgets = config.bit_search, tuple(config.search.budgets)
+    require(
+        not budgets or (options.fixed_meta_state and not options.commit_batch_stats),
+        "search.budgets", budgets, "none, but with searcher metamix and a fixed meta-state",
+    )  # fmt: skip
+
+
+SEARCHER = Searcher(
+    name="metamix",
+    summary="the most probable policy on the frozen meta-state",
+    phases=(phases.bit_meta, phases.bit_search, *phases.FINE_TUNING),
+    choose=choose,
+    exclusive=("search.budgets",),
+    check=check,
+    variants={
+        "metamix_spent": {"search.least_spent": 0.99},
+        "metamix_unfixed": {"bit_search.fixed_meta_state": False},
+        "metamix_no_meta": {"bit_meta.epochs": 0.0, "bit_search.alternate": False},
+        "metamix_last_loss": {"bit_meta.loss": "last"},
+    },
+)

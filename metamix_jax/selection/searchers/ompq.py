@@ -18,20 +18,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
+from metamix_jax.errors import require
+from metamix_jax.fields import Field, at_least
+from metamix_jax.networks import registry
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
+from metamix_jax.selection.budget import within
 from metamix_jax.selection.context import SearchContext
-
-PHASES = ("act_training", "weight_training")
-# Rounded to the closest size below; the published code does so for ResNet-18.
-ROUNDED_BELOW = ("cifar_resnet", "resnet18")
+from metamix_jax.selection.cost_models import WEIGHTS
+from metamix_jax.selection.phases import FINE_TUNING
+from metamix_jax.selection.searcher import Searcher
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
     """Returns the policy that gives the bits to the layers where they are worth most."""
     grams = gram_matrices(context)
-    if context.budget.unit == "MiB":
+    if context.budget.cost_model.name == WEIGHTS:
         return _choose_for_size(context, grams)
     values = {}
     for path, worth in zip(grams, _worths(context, grams), strict=True):
@@ -43,21 +47,20 @@ def choose(context: SearchContext) -> dict[str, Bits]:
 
 def _choose_for_size(context: SearchContext, grams: Mapping[str, np.ndarray]) -> dict[str, Bits]:
     """The paper's own setting: a linear program over weight bits, then rounding."""
-    costs, budget = context.costs, context.budget
-    units = merge_shortcuts(grams)
+    costs, budget, room = context.costs, context.budget, context.budget.room
+    architecture = registry.architecture_of(context.model)
+    units = merge_shortcuts(grams, architecture.shortcut)
     worths = _worths(context, {path: grams[path] for path in units})
     widths = costs[next(iter(units))].weight_bits  # everywhere the same
-    sizes = np.array(
-        [sum(budget.branch_costs[path][0] for path in unit) for unit in units.values()]
-    )
+    branch_costs = budget.cost_model.branch_costs
+    sizes = np.array([sum(branch_costs[path][0] for path in unit) for unit in units.values()])
     sizes /= widths[0]
-    room = budget.limit - budget.fixed_cost
     continuous = continuous_bits(worths, sizes, (min(widths), max(widths)), room)
-    if context.config.model.name in ROUNDED_BELOW:
+    if architecture.ompq_rounds_below:
         rounded = round_below(continuous, widths, sizes)
     else:
         rounded = round_nearest(continuous, widths)
-    if sizes @ rounded > room * (1 + 1e-9):
+    if not within(sizes @ rounded, room):
         logging.info("rounded to the nearest widths, the policy is above the budget; projected")
         rounded = _projected(worths, widths, sizes, room)
     fixed = {path: cost.candidates[0] for path, cost in costs.items()}
@@ -68,7 +71,7 @@ def _choose_for_size(context: SearchContext, grams: Mapping[str, np.ndarray]) ->
     }
     logging.info(
         "%.4f MiB of weights; %.4f MiB as the published code counts, with batch norm",
-        budget.cost(bits, costs), published_size(context.variables["params"], bits),
+        budget.cost(bits), published_size(context.variables["params"], bits),
     )  # fmt: skip
     return bits
 
@@ -132,11 +135,11 @@ def suffix_means(theta: np.ndarray) -> np.ndarray:
     return np.cumsum(theta[::-1])[::-1] / np.arange(len(theta), 0, -1)
 
 
-def merge_shortcuts(paths: Iterable[str]) -> dict[str, list[str]]:
+def merge_shortcuts(paths: Iterable[str], shortcut: str | None) -> dict[str, list[str]]:
     """Returns what shares a width: shortcut convolutions go with the layer before them."""
     units = {}
     for path in paths:
-        if path.endswith("downsample_conv"):
+        if path.rsplit("/", 1)[-1] == shortcut:
             units[next(reversed(units))].append(path)
         else:
             units[path] = [path]
@@ -204,3 +207,32 @@ def published_size(params: Mapping[str, Any], bits: Mapping[str, Bits]) -> float
         vectors = 1 if f"{path}/bias" in flat else 2
         total += (kernel.size + vectors * kernel.shape[-1]) * layer.weight
     return total / 8 / 2**20
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError where activation and weight bits are searched together."""
+    act_bits, weight_bits = tuple(config.quant.act_bits), tuple(config.quant.weight_bits)
+    require(
+        min(len(act_bits), len(weight_bits)) == 1,
+        "quant.weight_bits", weight_bits, "one, or one of quant.act_bits, for searcher ompq",
+    )  # fmt: skip
+
+
+SEARCHER = Searcher(
+    name="ompq",
+    summary="layers whose outputs resemble the others' least get the bits (Ma et al., AAAI 2023): "
+    "the paper's linear program over weight bits for a size in `mebibytes`; for BOPs, our "
+    "adaptation by exact knapsack",
+    phases=FINE_TUNING,
+    choose=choose,
+    fields=(
+        Field(
+            "ompq.beta",
+            10.0,
+            "How strongly a layer's likeness to the others counts. Published for ResNet-18: 10, "
+            "after training 100; for ResNet-50: 3.3.",
+            at_least(0),
+        ),
+    ),
+    check=check,
+)

@@ -7,10 +7,12 @@ import numpy as np
 from metamix_jax.errors import UserError
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
-from metamix_jax.selection.budget import Budget
+from metamix_jax.selection.budget import TOLERANCE, Budget
 from metamix_jax.selection.context import SearchContext
+from metamix_jax.selection.cost import bits_at
+from metamix_jax.selection.phases import FINE_TUNING
+from metamix_jax.selection.searcher import Searcher
 
-PHASES = ("act_training", "weight_training")
 WITHIN = 0.01  # of the dearest policy's cost, below it
 DRAWS, ROUNDS = 10_000, 100
 
@@ -25,9 +27,7 @@ def choose(context: SearchContext) -> dict[str, Bits]:
       UserError: none was found.
     """
     rng = np.random.default_rng(context.config.seed)
-    branches = draw(context.budget, rng)
-    fixed = {path: cost.candidates[0] for path, cost in context.costs.items()}
-    return fixed | {path: context.costs[path].candidates[k] for path, k in branches.items()}
+    return bits_at(context.costs, draw(context.budget, rng))
 
 
 def draw(budget: Budget, rng: np.random.Generator) -> dict[str, int]:
@@ -38,20 +38,20 @@ def draw(budget: Budget, rng: np.random.Generator) -> dict[str, int]:
     depends on its cost alone, so that among those of about one cost none is preferred, and a
     policy near a tight budget is found too.
     """
-    tables = [np.asarray(table) for table in budget.branch_costs.values()]
-    low, high = knapsack.dearest(budget) * (1 - WITHIN), budget.limit * (1 + 1e-9)
-    tilt = _tilt(tables, (low + high) / 2 - budget.fixed_cost)
+    model = budget.cost_model
+    tables = [np.asarray(table) for table in model.branch_costs.values()]
+    low, high = knapsack.dearest(budget) * (1 - WITHIN), budget.limit * (1 + TOLERANCE)
+    tilt = _tilt(tables, (low + high) / 2 - model.fixed_cost)
     for _ in range(ROUNDS):
         picks = np.stack([rng.choice(len(t), size=DRAWS, p=_shares(t, tilt)) for t in tables])
-        costs = budget.fixed_cost + sum(t[k] for t, k in zip(tables, picks, strict=True))
+        costs = model.fixed_cost + sum(t[k] for t, k in zip(tables, picks, strict=True))
         inside = np.flatnonzero((costs >= low) & (costs <= high))
         if inside.size:
-            return {
-                p: int(k) for p, k in zip(budget.branch_costs, picks[:, inside[0]], strict=True)
-            }
+            first = picks[:, inside[0]].tolist()
+            return dict(zip(model.branch_costs, first, strict=True))
     raise UserError(
         f"config.search.searcher='random': none of {DRAWS * ROUNDS:,} random policies costs "
-        f"{low:.6g} to {budget.limit:.6g} {budget.unit}; take another config.budget.value"
+        f"{low:.6g} to {budget}; take another config.budget.value"
     )
 
 
@@ -72,3 +72,11 @@ def _tilt(tables: list[np.ndarray], target: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) > target else (low, middle)
     return (low + high) / 2
+
+
+SEARCHER = Searcher(
+    name="random",
+    summary="uniformly drawn, within 1 % below the budget",
+    phases=FINE_TUNING,
+    choose=choose,
+)

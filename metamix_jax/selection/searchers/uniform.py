@@ -1,12 +1,62 @@
 """No search: the same bit-width everywhere. The control for every searcher."""
 
-from metamix_jax.networks.precision import Bits
-from metamix_jax.selection import cost
-from metamix_jax.selection.context import SearchContext
+from typing import Any
 
-PHASES = ("act_training", "weight_training")
+from ml_collections import ConfigDict
+
+from metamix_jax.errors import UserError, require
+from metamix_jax.fields import Field
+from metamix_jax.networks.precision import Bits
+from metamix_jax.selection.budget import Budget
+from metamix_jax.selection.context import SearchContext
+from metamix_jax.selection.cost import LayerCosts, uniform_bits
+from metamix_jax.selection.phases import FINE_TUNING
+from metamix_jax.selection.searcher import Searcher
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
     """Returns config.search.uniform_bits wherever bits are searched, fixed ones as they are."""
-    return cost.uniform_bits(context.costs, context.config.search.uniform_bits)
+    return uniform_bits(context.costs, context.config.search.uniform_bits)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError unless the width is a candidate wherever there are several."""
+    width = config.search.uniform_bits
+    for name in ("act_bits", "weight_bits"):
+        bits = tuple(config.quant[name])
+        require(
+            len(bits) == 1 or width in bits,
+            "search.uniform_bits", width, f"one of quant.{name} {bits}",
+        )  # fmt: skip
+
+
+def check_network(config: ConfigDict, costs: LayerCosts, budget: Budget) -> None:
+    """Raises UserError where the network at that width is above the budget."""
+    width = config.search.uniform_bits
+    bits = uniform_bits(costs, width)
+    if not budget.admits(bits):
+        raise UserError(
+            f"config.search.uniform_bits={width}: {budget.cost(bits):.6g} {budget.cost_model.unit}"
+            f", above the budget of {budget.limit:.6g}; raise config.budget.value or take fewer "
+            "bits"
+        )
+
+
+def fit(config: ConfigDict, costs: LayerCosts, budget: Budget) -> dict[str, Any]:
+    """Returns the widest activation candidate whose uniform network is inside the budget."""
+    for width in sorted(config.quant.act_bits, reverse=True):
+        if budget.admits(uniform_bits(costs, width)):
+            return {"search.uniform_bits": width}
+    raise UserError(f"config.compare.budgets: no uniform network fits {budget}")
+
+
+SEARCHER = Searcher(
+    name="uniform",
+    summary="`config.search.uniform_bits` everywhere",
+    phases=FINE_TUNING,
+    choose=choose,
+    fields=(Field("search.uniform_bits", 4, "The width of searcher `uniform`."),),
+    check=check,
+    check_network=check_network,
+    fit=fit,
+)

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from metamix_jax.data import batching
 from metamix_jax.selection.budget import Budget
-from metamix_jax.selection.phases import Span
+from metamix_jax.training.schedule import Span
 from metamix_jax.training.step.gradient_step import make_update
-from metamix_jax.training.step.state import SKIPPED, Batch, Metrics, TrainState, swap_search
+from metamix_jax.training.step.state import Batch, Metrics, TrainState, swap_search
 
 Part = tuple[jax.Array, jax.Array, jax.Array | None]  # images, labels, soft targets
 
@@ -85,13 +85,13 @@ def make_train_step(
         for update, apply_update in updates:
             state, numbers = apply_update(state, inputs, branches)
             # Of the alternation, the search's numbers are the phase's own.
-            prefix = "" if update.name == span.phase.name else f"{update.name}_"
+            prefix = "" if update is span.phase.updates[-1] else f"{update.name}_"
             metrics |= {prefix + name: value for name, value in numbers.items()}
             for key, other in (further_budgets or {}).items() if update.budget_term else ():
                 state, numbers = apply_update(
-                    swap_search(state, key), inputs, branches, limit=other.limit
+                    swap_search(state, key, update), inputs, branches, limit=other.limit
                 )
-                state = swap_search(state, key)
+                state = swap_search(state, key, update)
                 metrics[f"cost_{key}"] = numbers["cost"]
         return state.replace(step=count(state.step)), metrics
 
@@ -110,12 +110,12 @@ def _skipping(
     def choose(
         before: TrainState, after: TrainState, metrics: Metrics
     ) -> tuple[TrainState, Metrics]:
-        leaves = jax.tree.leaves((metrics, after.variables, after.opt_states))
+        leaves = jax.tree.leaves((metrics, after.replace(rng=None)))
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]).all()
         kept = jax.tree.map(functools.partial(jnp.where, finite), after, before)
-        skipped = before.opt_states[SKIPPED] + (~finite).astype(jnp.int32)
-        opt_states = kept.opt_states | {SKIPPED: skipped}
-        return kept.replace(step=after.step, opt_states=opt_states), metrics | {SKIPPED: skipped}
+        skipped = before.skipped_steps + (~finite).astype(jnp.int32)
+        kept = kept.replace(step=after.step, skipped_steps=skipped)
+        return kept, metrics | {"skipped_steps": skipped}
 
     def step(state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
         before = jax.tree.map(jnp.copy, state)  # the step consumes its own

@@ -1,7 +1,13 @@
-"""One gradient step on a batch, as a row of the phase table describes it."""
+"""One gradient step on a batch, as an `Update` of the phase table describes it.
+
+The step is a sequence of small compiled programs, so that all passes share one of them: a gradient
+is accumulated over passes and micro-batches (`accumulate`), and then applied (`apply_gradient`).
+"""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +17,13 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from metamix_jax.networks.precision import bit_candidates
+from metamix_jax.networks.precision import Bits, Precision, bit_candidates
 from metamix_jax.selection.budget import Budget, chosen_cost
-from metamix_jax.selection.phases import Update, passes
+from metamix_jax.selection.phases import Update
 from metamix_jax.training.step.optimizer import make_optimizer
-from metamix_jax.training.step.state import GAP, Metrics, TrainState, branch_logits, split_by_label
+from metamix_jax.training.step.state import Metrics, TrainState, branch_logits, split_by_label
+
+Gradient = dict[str, jax.Array]  # by path, as split_by_label has it
 
 
 def make_update(
@@ -34,43 +42,21 @@ def make_update(
     """
     optimizer = make_optimizer(update, steps, config)
     candidates = bit_candidates(config.quant.act_bits, config.quant.weight_bits)
-    commit = update.name != "bit_search" or config.bit_search.commit_batch_stats
-    last_only = update.name == "bit_meta" and config.bit_meta.loss == "last"
-
-    def loss_of(trained, frozen, batch_stats, inputs, precision):
-        images, labels, soft_targets, limit, rng = inputs
-        variables = unflatten_dict({**frozen, **trained}, sep="/") | {"batch_stats": batch_stats}
-        scores, moved = model.apply(
-            variables, images, train=True, precision=precision,
-            mutable=["batch_stats"], rngs={"dropout": rng},
-        )  # fmt: skip
-        loss = task_loss(scores, labels, soft_targets, config.loss)
-        metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(scores, -1) == labels)}
-        if update.budget_term:
-            form = config.bit_search.budget_form
-            logits = branch_logits({**frozen, **trained})
-            spent = chosen_cost(budget, logits, form)
-            gap = jnp.abs(spent - limit) / budget.reference
-            metrics |= {"cost": spent, "budget_term": config.bit_search.budget_weight * gap}
-            loss += metrics["budget_term"]
-        return loss, (moved["batch_stats"], metrics)
-
-    gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+    loss = functools.partial(objective, model=model, update=update, config=config, budget=budget)
+    micro_batches = config.accumulation_steps
 
     @jax.jit
-    def zeros(state: TrainState) -> dict[str, jax.Array]:
+    def zeros(state: TrainState) -> Gradient:
         return jax.tree.map(jnp.zeros_like, split_by_label(state, update.trains)[0])
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add_part(gradient, state, batch_stats, inputs, precision, number):
         trained, frozen = split_by_label(state, update.trains)
         rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), number)
-        (_, (batch_stats, metrics)), part = gradient_of(
-            trained, frozen, batch_stats, (*inputs, rng), precision
+        part, batch_stats, metrics = pass_gradient(
+            loss, trained, frozen, batch_stats, (*inputs, rng), precision
         )
-        share = 1 / config.accumulation_steps
-        gradient = jax.tree.map(lambda total, part: total + share * part, gradient, part)
-        return gradient, batch_stats, metrics
+        return accumulate(gradient, part, 1 / micro_batches), batch_stats, metrics
 
     def add_pass(gradient, state, batch_stats, parts, limit, precision, number):
         rows = []
@@ -84,30 +70,13 @@ def make_update(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def descend(state, gradient, rows):
-        count = len(rows) // config.accumulation_steps
-        count = 1 if last_only else 2 if update.sharpness_aware else count
-        gradient = jax.tree.map(lambda total: total / count, gradient)
-        trained, frozen = split_by_label(state, update.trains)
-        changes, opt_state = optimizer.update(gradient, state.opt_states[update.name], trained)
-        tree = unflatten_dict({**frozen, **optax.apply_updates(trained, changes)}, sep="/")
-        state = state.replace(
-            params=tree["params"],
-            quant=tree["quant"],
-            opt_states=state.opt_states | {update.name: opt_state},
-        )
+        count = 1 if update.gradient == "last" else len(rows) // micro_batches
+        gradient = jax.tree.map(lambda total: total / (count + update.sharpness_aware), gradient)
+        state = apply_gradient(state, gradient, update, optimizer)
         metrics = jax.tree.map(lambda *values: sum(values) / len(values), *rows)
         return state, metrics | {"gradient_norm": optax.tree.norm(gradient)}
 
-    @jax.jit
-    def climb(state, gradient):
-        """Returns the state with its weights moved to where the loss is about greatest."""
-        weights = {path: leaf for path, leaf in gradient.items() if path.startswith("params/")}
-        radius = jnp.minimum(config.asga.max_radius, jnp.log1p(state.opt_states[GAP]))
-        # Less a step downhill: aligns the two gradients without ever multiplying them.
-        factor = radius / (optax.tree.norm(weights) + 1e-12) - config.asga.alignment
-        trained, frozen = split_by_label(state, update.trains)
-        moved = {path: trained[path] + factor * weights[path] for path in weights}
-        return state.replace(params=unflatten_dict(frozen | trained | moved, sep="/")["params"])
+    ascend = jax.jit(functools.partial(sharpness_ascent, update=update, config_asga=config.asga))
 
     def apply_update(state, parts, branches, limit=None):
         if limit is None:
@@ -116,7 +85,7 @@ def make_update(
         searched = branch_logits(split_by_label(state, {"logits"})[0])
         gradient, batch_stats, rows = zeros(state), state.batch_stats, []
         for number, precision in enumerate(passes(update, candidates, branches, searched)):
-            if last_only:
+            if update.gradient == "last":
                 gradient = zeros(state)
             gradient, batch_stats, found = add_pass(
                 gradient, state, batch_stats, parts, limit, precision, number
@@ -124,18 +93,90 @@ def make_update(
             rows += found
         if update.sharpness_aware:
             # The second pass moves no running statistics, and its loss is not the step's.
-            copy, perturbed = jax.tree.map(jnp.copy, gradient), climb(state, gradient)
+            copy, perturbed = jax.tree.map(jnp.copy, gradient), ascend(state, gradient)
             gradient, _, above = add_pass(
                 copy, perturbed, state.batch_stats, parts, limit, precision, 0
             )
-            rises = [up["loss"] - row["loss"] for up, row in zip(above, rows, strict=True)]
-            gap = jnp.maximum(sum(rises) / len(rises), 0.0)
-            state = state.replace(opt_states=state.opt_states | {GAP: gap})
-        if commit:
+            state = state.replace(surrogate_gap=mean_rise(above, rows))
+        if update.commits_statistics:
             state = state.replace(batch_stats=batch_stats)
         return descend(state, gradient, rows)
 
     return apply_update
+
+
+def passes(
+    update: Update,
+    candidates: Sequence[Bits],
+    branches: Mapping[str, jax.Array],
+    searched: Iterable[str],
+) -> tuple[Precision, ...]:
+    """Returns how the network runs in each forward and backward pass of an update.
+
+    Args:
+      update: a row's update.
+      candidates: what the branches stand for.
+      branches: the policy's, where there is one.
+      searched: paths of the searched layers.
+
+    Bit-meta goes from the narrowest candidate to the widest, so that the running statistics see
+    the widths in the order of the published code.
+    """
+    if update.every_branch:
+        narrow_first = sorted(
+            range(len(candidates)), key=lambda k: (math.prod(candidates[k]), candidates[k])
+        )
+        return tuple(
+            # As a chosen branch, and not as a fixed one, so that one compiled pass serves all.
+            update.precision.replace(
+                activations="chosen", branches={path: np.int32(k) for path in searched}
+            )
+            for k in narrow_first
+        )
+    return (update.precision.replace(branches=branches),)
+
+
+def objective(
+    trained: Gradient,
+    frozen: Gradient,
+    batch_stats: Any,
+    inputs: tuple[Any, ...],
+    precision: Precision,
+    *,
+    model: nn.Module,
+    update: Update,
+    config: ConfigDict,
+    budget: Budget | None,
+) -> tuple[jax.Array, tuple[Any, Metrics]]:
+    """Returns the loss of one pass (Eq. 3 where there is a budget term), statistics and metrics.
+
+    Args:
+      trained: leaves by path that the gradient is for.
+      frozen: the other leaves.
+      batch_stats: running statistics before the pass.
+      inputs: images, labels, soft targets or None, limit of the budget, key for dropout.
+      precision: how the layers run.
+      model: the network.
+      update: what is done with the gradient.
+      config: loss, and the form and weight of the budget term.
+      budget: what the budget term counts.
+    """
+    images, labels, soft_targets, limit, rng = inputs
+    variables = unflatten_dict({**frozen, **trained}, sep="/") | {"batch_stats": batch_stats}
+    scores, moved = model.apply(
+        variables, images, train=True, precision=precision,
+        mutable=["batch_stats"], rngs={"dropout": rng},
+    )  # fmt: skip
+    loss = task_loss(scores, labels, soft_targets, config.loss)
+    metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(scores, -1) == labels)}
+    if update.budget_term:
+        options = config.bit_search
+        logits = branch_logits({**frozen, **trained})
+        spent = chosen_cost(budget.cost_model, logits, options.budget_form)
+        gap = jnp.abs(spent - limit) / budget.cost_model.reference
+        metrics |= {"cost": spent, "budget_term": options.budget_weight * gap}
+        loss += metrics["budget_term"]
+    return loss, (moved["batch_stats"], metrics)
 
 
 def task_loss(
@@ -148,3 +189,53 @@ def task_loss(
     if kind != "cross_entropy":
         loss += optax.softmax_cross_entropy(scores, soft_targets).mean()
     return loss
+
+
+def pass_gradient(
+    loss: Callable[..., Any], trained: Gradient, *inputs: Any
+) -> tuple[Gradient, Any, Metrics]:
+    """Returns gradient, running statistics and metrics of one pass over a micro-batch."""
+    (_, (batch_stats, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(trained, *inputs)
+    return gradient, batch_stats, metrics
+
+
+def accumulate(total: Gradient, part: Gradient, share: float) -> Gradient:
+    """Returns total + share * part."""
+    return jax.tree.map(lambda total, part: total + share * part, total, part)
+
+
+def apply_gradient(
+    state: TrainState, gradient: Gradient, update: Update, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Returns the state after the optimizer's step; what the update does not train stays as is."""
+    trained, frozen = split_by_label(state, update.trains)
+    changes, opt_state = optimizer.update(gradient, state.opt_states[update.name], trained)
+    tree = unflatten_dict({**frozen, **optax.apply_updates(trained, changes)}, sep="/")
+    return state.replace(
+        params=tree["params"],
+        quant=tree["quant"],
+        opt_states=state.opt_states | {update.name: opt_state},
+    )
+
+
+def sharpness_ascent(
+    state: TrainState, gradient: Gradient, *, update: Update, config_asga: ConfigDict
+) -> TrainState:
+    """Returns the state with its weights moved to where the loss is about greatest (ASGA).
+
+    w + g (radius / |g| - alignment), radius = min(max_radius, ln(surrogate gap + 1)), g the
+    gradient of the weights; step sizes and logits stay as they are.
+    """
+    weights = {path: leaf for path, leaf in gradient.items() if path.startswith("params/")}
+    radius = jnp.minimum(config_asga.max_radius, jnp.log1p(state.surrogate_gap))
+    # Less a step downhill: aligns the two gradients without ever multiplying them.
+    factor = radius / (optax.tree.norm(weights) + 1e-12) - config_asga.alignment
+    trained, frozen = split_by_label(state, update.trains)
+    moved = {path: trained[path] + factor * weights[path] for path in weights}
+    return state.replace(params=unflatten_dict(frozen | trained | moved, sep="/")["params"])
+
+
+def mean_rise(above: Sequence[Metrics], rows: Sequence[Metrics]) -> jax.Array:
+    """Returns the surrogate gap: by how much the loss is higher on average, at least 0."""
+    rises = [up["loss"] - row["loss"] for up, row in zip(above, rows, strict=True)]
+    return jnp.maximum(sum(rises) / len(rises), 0.0)

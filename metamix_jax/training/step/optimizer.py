@@ -6,6 +6,11 @@ from ml_collections import ConfigDict
 
 from metamix_jax.selection.phases import Update
 
+SCHEDULES = {
+    "constant": lambda rate, steps: optax.constant_schedule(rate),
+    "cosine": optax.cosine_decay_schedule,
+}
+
 
 def label(path: str, leaf: jax.Array) -> str:
     """Returns what kind of trained thing lies at `path`, e.g. `params/conv1/kernel`."""
@@ -20,19 +25,18 @@ def make_optimizer(update: Update, steps: int, config: ConfigDict) -> optax.Grad
     """Returns the optimizer of an update: one transformation per label that it trains.
 
     Args:
-      update: a row's update.
-      steps: length of the phase, for the cosine schedules.
-      config: optimizer, and the phase's own section for learning rates.
+      update: what is trained, at which rate.
+      steps: length of the phase, for the cosine schedule.
+      config: optimizer, and bit_search for the logits.
     """
-    options = config.optimizer
-    rate = _learning_rate(update, steps, config)
+    options, search = config.optimizer, config.bit_search
+    rate = SCHEDULES[update.schedule](update.learning_rate, steps)
 
     def base() -> optax.GradientTransformation:
         if options.name == "sgd":
             return optax.sgd(rate, momentum=options.b1, nesterov=True)
         return optax.adam(rate, b1=options.b1, b2=options.b2, eps=options.eps)
 
-    search = config.bit_search
     transforms = {
         "kernels": optax.chain(optax.add_decayed_weights(options.weight_decay), base()),
         "weights": base(),
@@ -53,10 +57,3 @@ def make_optimizer(update: Update, steps: int, config: ConfigDict) -> optax.Grad
         lambda flat: {path: label(path, leaf) != "logits" for path, leaf in flat.items()},
     )
     return optax.chain(clip, split)
-
-
-def _learning_rate(update: Update, steps: int, config: ConfigDict) -> optax.Schedule:
-    if update.name in ("bit_meta", "bit_search", "joint_search", "sharpness_search"):
-        return optax.constant_schedule(config.bit_meta.learning_rate)
-    section = {"act_training": "weight_training"}.get(update.name, update.name)
-    return optax.cosine_decay_schedule(config[section].learning_rate, steps)

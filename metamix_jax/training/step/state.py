@@ -10,14 +10,20 @@ from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from metamix_jax.selection.phases import Span, Update
+from metamix_jax.selection.phases import Update
+from metamix_jax.training.schedule import Span
 from metamix_jax.training.step.optimizer import label, make_optimizer
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-# Beside the optimizer states:
-GAP = "surrogate_gap"  # of the last sharpness-aware step
-SKIPPED = "skipped_steps"  # over all phases, with config.max_skipped_steps
+
+
+@struct.dataclass
+class Search:
+    """Logits that are trained beside the state's own, for a further budget."""
+
+    logits: dict[str, jax.Array]  # path -> [branches]
+    opt_state: optax.OptState
 
 
 @struct.dataclass
@@ -28,13 +34,25 @@ class TrainState:
     params: Any  # kernels, biases, batch norm's scale and bias
     batch_stats: Any  # running mean and variance
     quant: Any  # step sizes and architecture logits, see layers.py
-    opt_states: dict[str, optax.OptState]  # update name -> state, of the current phase
     rng: jax.Array  # key for dropout
+    opt_states: dict[str, optax.OptState] = struct.field(default_factory=dict)  # by update's name
+    # Further budget -> its search, while the phase has one.
+    searches: dict[str, Search] = struct.field(default_factory=dict)
+    # float32 scalar, of the last sharpness-aware step.
+    surrogate_gap: jax.Array = struct.field(default_factory=lambda: jnp.float32(0))
+    # int32 scalar, over all phases; see config.max_skipped_steps.
+    skipped_steps: jax.Array = struct.field(default_factory=lambda: jnp.int32(0))
 
     @property
     def variables(self) -> dict[str, Any]:
         """The collections that `model.apply` takes."""
         return {"params": self.params, "batch_stats": self.batch_stats, "quant": self.quant}
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Everything else, by field."""
+        names = ("step", "rng", "opt_states", "searches", "surrogate_gap", "skipped_steps")
+        return {name: getattr(self, name) for name in names}
 
 
 def split_by_label(state: TrainState, labels: Set[str]) -> tuple[dict, dict]:
@@ -47,26 +65,27 @@ def split_by_label(state: TrainState, labels: Set[str]) -> tuple[dict, dict]:
 def enter_phase(state: TrainState, span: Span, config: ConfigDict) -> TrainState:
     """Returns the state with the optimizer states of a phase.
 
-    An update that the phase before had too (bit-meta in the alternation) goes on with its own.
+    An update that the phase before had, too (bit-meta in the alternation), continues with its own.
     """
-    opt_states = {}
+
+    def new_optimizer_state(update: Update) -> optax.OptState:
+        optimizer = make_optimizer(update, span.steps, config)
+        return optimizer.init(split_by_label(state, update.trains)[0])
+
+    def new_search(update: Update) -> Search:
+        logits = split_by_label(state, update.trains)[0]
+        return Search(jax.tree.map(jnp.copy, logits), new_optimizer_state(update))
+
+    opt_states, searches, gap = {}, {}, state.surrogate_gap
     for update in span.phase.updates:
-
-        def new_optimizer_state(update: Update = update) -> optax.OptState:
-            optimizer = make_optimizer(update, span.steps, config)
-            return optimizer.init(split_by_label(state, update.trains)[0])
-
-        opt_states[update.name] = state.opt_states.get(update.name, new_optimizer_state())
+        opt_states[update.name] = state.opt_states.get(update.name) or new_optimizer_state(update)
+        if update.budget_term:
+            for key in further_searches(config):
+                searches[key] = state.searches.get(key) or new_search(update)
         if update.sharpness_aware:
             # The gap whose radius, ln(gap + 1), is the one to start with.
-            opt_states[GAP] = jnp.expm1(jnp.float32(config.asga.start_radius))
-        for key in further_searches(config) if update.name == "bit_search" else ():
-            logits = split_by_label(state, update.trains)[0]
-            copy = {"logits": jax.tree.map(jnp.copy, logits), "optimizer": new_optimizer_state()}
-            opt_states[key] = state.opt_states.get(key, copy)
-    if config.max_skipped_steps:
-        opt_states[SKIPPED] = state.opt_states.get(SKIPPED, jnp.int32(0))
-    return state.replace(opt_states=opt_states)
+            gap = jnp.expm1(jnp.float32(config.asga.start_radius))
+    return state.replace(opt_states=opt_states, searches=searches, surrogate_gap=gap)
 
 
 def further_searches(config: ConfigDict) -> dict[str, float]:
@@ -83,13 +102,17 @@ def branch_logits(flat: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     }
 
 
-def swap_search(state: TrainState, key: str) -> TrainState:
-    """Exchanges the search's logits and optimizer state for those kept under `key`."""
-    logits, rest = split_by_label(state, {"logits"})
-    kept = state.opt_states[key]
-    return state.replace(
-        quant=unflatten_dict(rest | kept["logits"], sep="/")["quant"],
-        opt_states=state.opt_states
-        | {"bit_search": kept["optimizer"]}
-        | {key: {"logits": logits, "optimizer": state.opt_states["bit_search"]}},
+def with_logits(state: TrainState, logits: Mapping[str, jax.Array]) -> TrainState:
+    """Returns the state with other logits, path -> [branches]."""
+    _, rest = split_by_label(state, {"logits"})
+    return state.replace(quant=unflatten_dict(rest | dict(logits), sep="/")["quant"])
+
+
+def swap_search(state: TrainState, key: str, update: Update) -> TrainState:
+    """Exchanges the logits and optimizer state of a search update for those of a further budget."""
+    logits, _ = split_by_label(state, {"logits"})
+    here, there = Search(logits, state.opt_states[update.name]), state.searches[key]
+    return with_logits(state, there.logits).replace(
+        opt_states=state.opt_states | {update.name: there.opt_state},
+        searches=state.searches | {key: here},
     )

@@ -1,4 +1,4 @@
-"""How many images an exported bundle gets right."""
+"""Accuracy of an exported network, run by the NumPy executor."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ from metamix_jax.data.splits import Split
 from metamix_jax.exporters import executor
 from metamix_jax.exporters.graph import Graph, normalise
 
-BATCH = 50  # images that the executor takes at a time
+BATCH = 50  # images per call of the executor
 
 
-def judge(
+def evaluate_graph(
     graph: Graph,
     split: Split,
     examples: int,
@@ -21,11 +21,11 @@ def judge(
     """Returns top1 and top5 in percent, and counts: correct, correct_top5, examples.
 
     Args:
-      graph: what the executor runs.
+      graph: the network to evaluate.
       split: labelled images.
-      examples: the first so many of them; 0 = all.
-      reference: from uint8 pixels [n, h, w, c] to predicted classes [n]; counted as
-        `reference_correct`, and `differing` where they are not the executor's.
+      examples: how many of them, from the first; 0 = all.
+      reference: maps uint8 pixels [n, h, w, c] to predicted classes [n]; adds the counts
+        `reference_correct` and `differing` (predictions that differ from the executor's).
     """
     count = min(examples or len(split), len(split))
     totals = {"correct": 0, "correct_top5": 0, "examples": count}

@@ -1,0 +1,143 @@
+"""Cost models: what a network costs at each candidate width of each layer, in a unit of its own.
+
+A further one is a function from a network's layers to a `CostModel`, and a row of BUDGET_UNITS.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from metamix_jax.networks.precision import Bits, LayerCost
+from metamix_jax.selection.cost import GIGA, LayerBits, LayerCosts, uniform_4_4
+
+BOPS, AVERAGE_ACT_BITS, WEIGHTS = "bops", "average_act_bits", "weights"  # names of models
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """What a network costs: a sum over its layers.
+
+    name: which model it is.
+    unit: what people read after a number.
+    candidates: searched layer -> the widths it can run at.
+    branch_costs: searched layer -> what it costs at each of them.
+    fixed_cost: of the layers that are not searched.
+    reference: of the network with 4-bit activations and weights in all searched layers.
+    """
+
+    name: str
+    unit: str
+    candidates: Mapping[str, tuple[Bits, ...]]
+    branch_costs: Mapping[str, tuple[float, ...]]
+    fixed_cost: float
+    reference: float
+
+    def cost(self, bits: LayerBits) -> float:
+        """Returns what the network costs at `bits`; raises ValueError where they are no candidates.
+
+        Layers that are not searched may be missing from `bits`.
+        """
+        return self.fixed_cost + sum(
+            table[self.candidates[path].index(bits[path])]
+            for path, table in self.branch_costs.items()
+        )
+
+    def cost_of(self, choice: Mapping[str, int]) -> float:
+        """Returns what the network costs at a branch of every searched layer."""
+        return self.fixed_cost + sum(
+            self.branch_costs[path][index] for path, index in choice.items()
+        )
+
+    @property
+    def least(self) -> float:
+        """What the cheapest candidates cost together."""
+        return self.fixed_cost + sum(map(min, self.branch_costs.values()))
+
+    @property
+    def most(self) -> float:
+        """What the dearest candidates cost together."""
+        return self.fixed_cost + sum(map(max, self.branch_costs.values()))
+
+
+def bops_model(costs: LayerCosts) -> CostModel:
+    """Returns the bit operations of one image, Eq. 6."""
+    operations = sum(cost.macs * math.prod(cost.candidates[0]) for cost in _fixed(costs))
+    return _model(
+        BOPS,
+        "GBOPs",
+        costs,
+        lambda cost, bits: cost.macs * math.prod(bits) / GIGA,
+        fixed_cost=operations / GIGA,
+        reference=uniform_4_4(costs) / GIGA,
+    )
+
+
+def average_act_bits_model(costs: LayerCosts) -> CostModel:
+    """Returns the mean activation bits of the searched layers, weighted by their inputs' sizes."""
+    total = sum(cost.act_elements for cost in costs.values() if cost.searched)
+    return _model(
+        AVERAGE_ACT_BITS,
+        "average bits",
+        costs,
+        lambda cost, bits: cost.act_elements * bits.act / total,
+        fixed_cost=0.0,
+        reference=4.0,
+    )
+
+
+def weights_model(costs: LayerCosts) -> CostModel:
+    """Returns the size of all kernels at their weight bits."""
+    fixed_cost = sum(_mebibytes(cost, cost.candidates[0]) for cost in _fixed(costs))
+    searched = (cost for cost in costs.values() if cost.searched)
+    return _model(
+        WEIGHTS,
+        "MiB",
+        costs,
+        _mebibytes,
+        fixed_cost=fixed_cost,
+        reference=fixed_cost + sum(_mebibytes(cost, Bits(4, 4)) for cost in searched),
+    )
+
+
+class BudgetUnit(NamedTuple):
+    """A unit that config.budget.value can be given in."""
+
+    make_model: Callable[[LayerCosts], CostModel]
+    meaning: str  # what follows the value in a sentence
+    of_reference: bool = False  # whether the value is a share of the model's reference
+    needs_weight_bits: bool = False  # whether nothing but weight bits changes the cost
+
+
+# config.budget.unit -> what it counts.
+BUDGET_UNITS = {
+    "fraction": BudgetUnit(bops_model, "of the BOPs of the uniform 4/4 network", of_reference=True),
+    "gbops": BudgetUnit(bops_model, "GBOPs"),
+    "average_act_bits": BudgetUnit(average_act_bits_model, "activation bits on average"),
+    "mebibytes": BudgetUnit(weights_model, "MiB of weights", needs_weight_bits=True),
+}
+
+
+def _model(
+    name: str,
+    unit: str,
+    costs: LayerCosts,
+    cost_at: Callable[[LayerCost, Bits], float],
+    *,
+    fixed_cost: float,
+    reference: float,
+) -> CostModel:
+    """Returns the model in which a searched layer costs `cost_at` its bits."""
+    candidates = {path: cost.candidates for path, cost in costs.items() if cost.searched}
+    branch_costs = {
+        path: tuple(cost_at(costs[path], bits) for bits in row) for path, row in candidates.items()
+    }
+    return CostModel(name, unit, candidates, branch_costs, fixed_cost, reference)
+
+
+def _fixed(costs: LayerCosts) -> list[LayerCost]:
+    return [cost for cost in costs.values() if not cost.searched]
+
+
+def _mebibytes(cost: LayerCost, bits: Bits) -> float:
+    return cost.weight_elements * bits.weight / 8 / 2**20
