@@ -125,7 +125,7 @@ class Checkpoints:
         """Saves in the background; does nothing if `step` is already saved."""
         if step == self.latest_step:
             return
-        trees = _pytrees(state)
+        trees = state.to_tree()
         own = digests.of_arrays(trees) | {"facts": digests.of_json(facts)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()} | {
             "facts": ocp.args.JsonSave(facts | {_DIGESTS: own})
@@ -144,8 +144,8 @@ class Checkpoints:
 
     def restore(self, step: int, target: TrainState, mesh: Mesh) -> TrainState:
         """Returns the state of `step` replicated over `mesh`; `target` gives the shapes."""
-        restored = self.restore_items(step, _pytrees(target), mesh)
-        return target.replace(**restored.pop("training"), **restored)
+        restored = self.restore_items(step, target.to_tree(), mesh)
+        return target.from_tree(restored)
 
     def restore_items(self, step: int, target: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
         """Returns the items named in `target`, e.g. {"params": shapes}, on every device.
@@ -247,10 +247,6 @@ def _report_unless_abandoned(
 ) -> None:
     if str(event.exc_value) != "Event loop is closed":
         report(event)
-
-
-def _pytrees(state: TrainState) -> dict[str, Any]:
-    return state.variables | {"training": state.training}
 
 
 def _shapes(tree: dict[str, Any]) -> dict[str, tuple[int, ...]]:

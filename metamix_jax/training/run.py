@@ -116,7 +116,7 @@ class Run:
         step, (state, facts), damaged = checkpoints.newest_good(restore)
         for later in damaged:
             checkpoints.set_aside(later)
-        self.seconds, self.guard.skipped = facts["seconds"], int(state.skipped_steps)
+        self.seconds, self.guard.skipped = facts["seconds"], int(state.skipped_steps or 0)
         source = "the checkpoint's policy"
         self.policy = policy_of_checkpoint(facts["policy"], self.network.costs, source)
         if self.policy is not None:

@@ -38,21 +38,46 @@ class TrainState:
     opt_states: dict[str, optax.OptState] = struct.field(default_factory=dict)  # by update's name
     # Further budget -> its search, while the phase has one.
     searches: dict[str, Search] = struct.field(default_factory=dict)
-    # float32 scalar, of the last sharpness-aware step.
-    surrogate_gap: jax.Array = struct.field(default_factory=lambda: jnp.float32(0))
-    # int32 scalar, over all phases; see config.max_skipped_steps.
-    skipped_steps: jax.Array = struct.field(default_factory=lambda: jnp.int32(0))
+    surrogate_gap: jax.Array | None = None  # float32 scalar, of the last sharpness-aware step
+    skipped_steps: jax.Array | None = None  # int32 scalar, with config.max_skipped_steps
 
     @property
     def variables(self) -> dict[str, Any]:
         """The collections that `model.apply` takes."""
         return {"params": self.params, "batch_stats": self.batch_stats, "quant": self.quant}
 
-    @property
-    def training(self) -> dict[str, Any]:
-        """Everything else, by field."""
-        names = ("step", "rng", "opt_states", "searches", "surrogate_gap", "skipped_steps")
-        return {name: getattr(self, name) for name in names}
+    def to_tree(self) -> dict[str, Any]:
+        """Returns the state as checkpoints hold it: the collections, and "training".
+
+        Version 0.1 kept everything beside step and key among the optimizer states; so do files.
+        """
+        others = {
+            key: {"logits": search.logits, "optimizer": search.opt_state}
+            for key, search in self.searches.items()
+        }
+        for name in ("surrogate_gap", "skipped_steps"):
+            if getattr(self, name) is not None:
+                others[name] = getattr(self, name)
+        opt_states = self.opt_states | others
+        training = {"opt_states": opt_states, "step": self.step, "rng": self.rng}
+        return self.variables | {"training": training}
+
+    def from_tree(self, tree: Mapping[str, Any]) -> "TrainState":
+        """Returns a state of this one's structure with the arrays of what `to_tree` returned."""
+        training = tree["training"]
+        saved = training["opt_states"]
+        searches = {
+            key: Search(saved[key]["logits"], saved[key]["optimizer"]) for key in self.searches
+        }
+        return self.replace(
+            **{name: tree[name] for name in self.variables},
+            step=training["step"],
+            rng=training["rng"],
+            opt_states={name: saved[name] for name in self.opt_states},
+            searches=searches,
+            surrogate_gap=saved.get("surrogate_gap"),
+            skipped_steps=saved.get("skipped_steps"),
+        )
 
 
 def split_by_label(state: TrainState, labels: Set[str]) -> tuple[dict, dict]:
@@ -76,7 +101,7 @@ def enter_phase(state: TrainState, span: Span, config: ConfigDict) -> TrainState
         logits = split_by_label(state, update.trains)[0]
         return Search(jax.tree.map(jnp.copy, logits), new_optimizer_state(update))
 
-    opt_states, searches, gap = {}, {}, state.surrogate_gap
+    opt_states, searches, gap, skipped = {}, {}, None, state.skipped_steps
     for update in span.phase.updates:
         opt_states[update.name] = state.opt_states.get(update.name) or new_optimizer_state(update)
         if update.budget_term:
@@ -85,7 +110,11 @@ def enter_phase(state: TrainState, span: Span, config: ConfigDict) -> TrainState
         if update.sharpness_aware:
             # The gap whose radius, ln(gap + 1), is the one to start with.
             gap = jnp.expm1(jnp.float32(config.asga.start_radius))
-    return state.replace(opt_states=opt_states, searches=searches, surrogate_gap=gap)
+    if config.max_skipped_steps and skipped is None:
+        skipped = jnp.int32(0)
+    return state.replace(
+        opt_states=opt_states, searches=searches, surrogate_gap=gap, skipped_steps=skipped
+    )
 
 
 def further_searches(config: ConfigDict) -> dict[str, float]:
