@@ -4,16 +4,16 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALL := $(if $(shell command -v uv),uv pip install -q --python .venv/bin/python,.venv/bin/python -m pip install -q --disable-pip-version-check)
 WORKDIR ?= runs/digits
 
-.PHONY: demo test check-real check-faults lint clean
+.PHONY: demo test check-real check-faults lint config-docs clean
 
 demo: .venv/ready  ## all phases on the embedded digits
-	python main.py --config=configs/digits.py --workdir=$(WORKDIR)
+	python main.py --config=digits --workdir=$(WORKDIR)
 
 test: .venv/dev lint  ## what CI runs
 	python -m pytest -n 2 -m "not real and not faults"
 
-check-real: .venv/torch  ## slow checks on the data and weights of ../shared
-	python -m pytest -m real
+check-real: .venv/torch  ## checks against PyTorch, and on the data and weights of ../shared
+	python -m pytest -m "(real or torch) and not faults"
 
 check-faults: .venv/dev  ## hundreds of kills and damaged checkpoints, half an hour
 	python -m pytest -m faults -s
@@ -22,8 +22,11 @@ lint: .venv/dev
 	ruff check .
 	ruff format --check .
 
+config-docs: .venv/ready  ## docs/CONFIG.md, after a change to metamix_jax/defaults.py
+	python -m metamix_jax.config > docs/CONFIG.md
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build
 
 .venv/ready: requirements.txt constraints.txt
 	@echo "setting up .venv (about a minute) ..."

@@ -30,6 +30,7 @@ from benchmarks.export_forms import (
     qonnx_form,
     stablehlo_form,
 )
+from metamix_jax import recipes
 from metamix_jax.data import batching, datasets
 from metamix_jax.exporters import bundle, card, quantized_network
 from metamix_jax.exporters.graph import normalise
@@ -192,9 +193,7 @@ def main() -> None:
         command.add_argument("--qonnx", type=int, default=0)
     options = parser.parse_args()
     if options.command == "run":
-        network = quantized_network.restore(
-            quantized_network.read_config(options.workdir), options.workdir
-        )
+        network = quantized_network.restore(recipes.from_workdir(options.workdir), options.workdir)
         directory = options.workdir / quantized_network.EXPORT_DIRECTORY
     else:
         network, directory = calibrated(options), options.directory

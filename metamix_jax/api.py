@@ -26,6 +26,8 @@ __all__ = ("evaluate", "export", "load_config", "load_policy", "quantize", "sear
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     """Searches, trains and evaluates a network; resumes what is in `workdir`.
 
+    Runs on the devices that JAX has; config.cpu_devices is for the command line.
+
     Args:
       config: from `load_config`.
       workdir: a folder, or gs://BUCKET/FOLDER; everything is written there.

@@ -1,9 +1,15 @@
-"""Command line of metamix_jax: flags, logging, one call.
+"""MetaMix in JAX: mixed-precision quantization inside a budget.
 
-metamix --config=digits --workdir=DIR [--mode=MODE]
-python main.py --config=configs/digits.py --workdir=DIR [--mode=MODE]
+metamix --config=RECIPE --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE ...]
 
-MODE: train (default), search, cost, evaluate, calibrate, diagnose, compare, export, report.
+--config   a recipe of configs/ by name, or the path of a file with get_config, either with its
+           argument behind a colon (resnet18:weight_bits=3); or the workdir of a run; digits if
+           it is left out
+--workdir  everything the run writes, a folder or gs://BUCKET/FOLDER; given again, it resumes
+--mode     train (default), search, cost, evaluate, calibrate, diagnose, compare, export, report
+
+In a checkout, python main.py and python -m metamix_jax are the same. docs/CONFIG.md lists the
+fields, docs/USAGE.md explains the modes.
 """
 
 import functools
@@ -21,20 +27,13 @@ from ml_collections import config_flags
 
 from metamix_jax import recipes
 from metamix_jax.commands import MODES, RUNNING, run_mode
-from metamix_jax.config import default
-from metamix_jax.errors import (
-    InterruptedRunError,
-    LostProcessError,
-    RunError,
-    UserError,
-    suggestion,
-)
+from metamix_jax.config import section_of
+from metamix_jax.errors import InterruptedRunError, LostProcessError, RunError, UserError
 
 DEFAULT_CONFIG = "digits"
 
 EXIT_CODES = {UserError: 2, RunError: 1, InterruptedRunError: 75}
 
-config_flags.DEFINE_config_file("config", None, f"Configuration file (default: {DEFAULT_CONFIG}).")
 flags.DEFINE_string("workdir", None, "Directory for everything the run writes.")
 flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do; see docs/USAGE.md.")
 
@@ -85,63 +84,35 @@ def main(_: list[str], *, ends_process: bool = False) -> int:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; a mistake in it, or an unknown key, ends as one line."""
-    # Not the flag's own default: that would be loaded before mistakes can be caught.
-    if not any(re.match(r"--?config(=|$)", argument) for argument in argv):
-        argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+    """Parses the command line; a mistake in it, or in the configuration, ends as one line."""
+    if {"--help", "-help", "-h"} & set(argv):
+        print(__doc__.strip())
+        sys.exit(0)
     try:
-        argv = [_with_path_of_recipe(argument) for argument in argv]
-        rest = app.parse_flags_with_usage(argv) if "--help" in argv else flags.FLAGS(argv)
+        recipe, argv = _split_config(argv)
+        config = recipes.load(recipe)
+        for argument in argv:
+            if field := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
+                section_of(config, field[1])
+        config_flags.DEFINE_config_dict("config", config, sys_argv=argv, allow_override=True)
+        rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r}: expected flags only, such as --mode=train")
-        flags.FLAGS.config.get("seed")  # a file that could not be loaded fails on its first use
         return rest
-    except flags.Error as error:
-        # An exception inside the configuration file comes as text: a mistake in its argument as
-        # one line, a bug in the file with its traceback.
-        mistake = re.search(r"UserError: (.*)", str(error))
-        if "Traceback" in str(error) and not mistake:
-            raise
-        sys.exit(_fail(UserError(mistake[1]) if mistake else error))
-    except UserError as error:
+    except (flags.Error, UserError) as error:
         sys.exit(_fail(error))
-    except OSError as error:
-        missing = re.search(r"No such file or directory: '(.*)'", str(error))
-        sys.exit(_fail(UserError(f"--config={missing[1]}: no such file") if missing else error))
-    except AttributeError as error:
-        message = _unknown_key(str(error), argv)
-        if message is None:
-            raise  # a bug in a configuration file keeps its traceback
-        sys.exit(_fail(UserError(message)))
 
 
-def _with_path_of_recipe(argument: str) -> str:
-    """Returns --config=NAME:ARGUMENT with the path of the recipe in place of its name."""
-    found = re.fullmatch(r"(--?config=)([^:]*)(:.*)?", argument)
-    if found is None:
-        return argument
-    return f"{found[1]}{recipes.locate(found[2])}{found[3] or ''}"
-
-
-def _unknown_key(text: str, argv: list[str]) -> str | None:
-    """Returns a readable form of what ml_collections says of a key that is not there."""
-    locked = re.match(r'"?Key "(\w+)" does not exist and cannot be added', text.lstrip("'"))
-    override = re.match(r"[\"'\\]*(\w+)", text)
-    if locked:
-        where, key = "the configuration file sets config", locked[1]
-    else:
-        key = override[1] if override else ""
-        pattern = re.compile(rf"--?config\.((?:\w+\.)*){key}\b")
-        found = next((match for argument in argv if (match := pattern.match(argument))), None)
-        if not key or found is None:
-            return None
-        where = f"--config.{found[1]}".rstrip(".")
-    known = default()
-    for part in where.split(".")[1:]:
-        known = known.get(part, known)
-    close = re.search(r'Did you mean "?(\w+)"?', text)
-    hint = f"did you mean {close[1]!r}?" if close else suggestion(key, known)
-    return f"{where}.{key}: no such configuration key; {hint}"
+def _split_config(argv: list[str]) -> tuple[str, list[str]]:
+    """Returns the value of --config, and the other arguments."""
+    recipe, rest, arguments = DEFAULT_CONFIG, [], iter(argv)
+    for argument in arguments:
+        found = re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL)
+        if found is None:
+            rest.append(argument)
+        else:
+            recipe = next(arguments, "") if found[1] is None else found[1]
+    return recipe, rest
 
 
 def _fail(error: Exception, code: int = 2) -> int:

@@ -1,199 +1,175 @@
-"""Every configuration field with its default and meaning; validate.py checks the values.
+"""The configuration: made from the rows of defaults.py, and checked before any work.
+
+`python -m metamix_jax.config` prints docs/CONFIG.md.
 
 A file in `configs/` starts from `default()` and overrides. The ConfigDict is locked: a key that is
-not here cannot be set, so no key is ever silently unread (tests/test_config_reads.py holds that
-each key here is read somewhere).
+no row cannot be set, so no key is ever silently unread (tests/test_config_reads.py holds that each
+is read somewhere).
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from metamix_jax.defaults import FIELDS, SECTIONS
+from metamix_jax.errors import UserError, require, suggestion
+from metamix_jax.fields import document, is_finite
+from metamix_jax.selection.cost_models import BUDGET_UNITS
+
+INTRODUCTION = """\
+# Configuration
+
+Every field of a configuration. Set one in a file of `configs/`, on the command line
+(`--config.budget.value=0.8`) or from Python
+(`metamix_jax.load_config("digits", **{"budget.value": 0.8})`); an unknown field or a value that is
+not allowed is an error of one line. A field whose last column says yes may change when a run is
+resumed, because nothing that is computed depends on it.
+
+This file is written by `make config-docs`, from `metamix_jax/defaults.py` and the searchers' files.
+
+"""
+
 
 def default() -> ConfigDict:
-    """Returns all fields with their defaults; `model`, `data` and the start are left to fill in.
-
-    Hyper-parameters are those of MetaMix's recipe for MobileNet-v3 where the paper or its code
-    state them.
-    """
+    """Returns all fields with their defaults; `model`, `data` and the start are left to fill in."""
     config = ConfigDict()
-    config.seed = 0  # network init, data order, augmentation, logit init
-    config.batch_size = 256  # global, over all devices and processes
-    # Micro-batches that a batch is split into where it does not fit into memory; batch norm and its
-    # running statistics then go by micro-batches. See batch_step.py.
-    config.accumulation_steps = 1
-    # Devices that a CPU is split into, as XLA uses one core for a convolution; 0 = one a core, if
-    # the batch can be split so. Small networks are faster on 1. Not read where JAX may use others.
-    config.cpu_devices = 1
-    # So many steps whose numbers are not finite change nothing and are passed over; 0 = stop at the
-    # first. The state is kept in memory twice for that.
-    config.max_skipped_steps = 0
-    config.loss = "cross_entropy"  # "distillation": soft targets only; "both": their sum
-    # "bfloat16": operands of convolutions and dense layers, their sums float32; see bfloat16.py.
-    config.compute_dtype = "float32"
-    config.checkpoint = ""  # evaluate, diagnose: checkpoint directory or workdir; "" = the workdir
-    # Start weights: .npz, .safetensors, .pth, or the workdir of another run; "" = train them first.
-    config.pretrained = ""
-    config.log_every_steps = 20
-    config.checkpoint_every_steps = 200
-    # Directory where compiled programs are kept, so that later runs of the same network start in
-    # seconds; many runs may share one. "" = none, or what JAX_COMPILATION_CACHE_DIR says.
-    config.compilation_cache = ""
-
-    # Keyword arguments of metamix_jax.networks.registry.make: `name` and what that network takes.
-    config.model = ConfigDict({"name": ""}, allow_dotted_keys=False)
-    config.data = ConfigDict(
-        {
-            "name": "",  # "digits", or any image-classification TFDS data set
-            "data_dir": "",  # where TFDS data sets lie; "" = TFDS's default
-            "train_split": "train",
-            "eval_split": "test",
-            "image_size": 32,  # height = width; other sizes are resized on reading
-            "channels": 3,
-            "num_classes": 10,
-            "mean": (0.0,),  # per channel (or one for all), of pixels in [0, 1]
-            "std": (1.0,),
-            # "crop_flip": pad by 1/8, random crop, mirror; "crop": no mirror;
-            # "random_resized_crop_flip": ImageNet's, of 8 to 100 % of the image.
-            "augment": "none",
-            # Shorter side before the centre crop to image_size, of all but the random resized
-            # crops; 256 is usual for ImageNet at 224; 0 = resized straight to the square.
-            "eval_resize": 0,
-            "in_memory_gib": 4.0,  # decoded sets up to this size are read once and kept
-            "max_bad_examples": 0,  # training images that may be damaged (each is replaced)
-        }
-    )
-    config.eval = ConfigDict(
-        {
-            "batch_size": 500,
-            "every_steps": 0,  # besides the end of each phase; 0 = only there
-            "bn_reestimate_batches": 0,  # training batches to re-estimate BN statistics; 0 = off
-        }
-    )
-    # Distillation teacher, run at full precision in evaluation mode.
-    config.teacher = ConfigDict({"path": "", "model": ConfigDict({"name": ""})})
-    config.quant = ConfigDict(
-        {
-            "act_bits": (8, 4, 3),  # candidate activation bit-widths
-            "weight_bits": (4,),  # one width, or candidates: then each layer chooses a pair
-            "first_last_bits": 8,  # activations and weights of the first and last layer
-            "image_bits": 8,  # activations of the first layer, the image; 32 = not quantized
-            "init_pass": "full_precision",  # "lowest_bits": each layer sees quantized inputs
-            # LSQ's 2 mean|x| / sqrt(Qp); "unshifted": mean |x| before the hswish shift, and
-            # Qp = 2^b - 1; "mse": least squared error, for --mode=calibrate above all.
-            "init_rule": "shifted",
-            "positive_step": "floor",  # how steps are kept positive
-        }
-    )
-    config.budget = ConfigDict(
-        {
-            "value": 1.0,
-            # "fraction" of the uniform 4/4 network's BOPs; "gbops"; "average_act_bits" weighted by
-            # the number of input activations of each searched layer; "mebibytes" of weights.
-            "unit": "fraction",
-        }
-    )
-    config.search = ConfigDict(
-        {
-            # "metamix", "joint", "asga", "ompq", "hessian"; "uniform", "random": no search; "file":
-            # the policy of another run; "none": full-precision training only.
-            "searcher": "metamix",
-            "uniform_bits": 4,  # of searcher "uniform"
-            # Share of the budget that a policy found by logits spends at least, if the candidates
-            # can; 0.0, the paper's, leaves an argmax below the budget as it is.
-            "least_spent": 0.0,
-            # Further budgets, searched beside budget.value on the same meta-state; their policies
-            # are written for searcher "file".
-            "budgets": (),
-            "policy": "",  # of searcher "file": policy.json of the same network, any resolution
-        }
-    )
-    config.optimizer = ConfigDict(
-        {
-            "name": "adam",
-            "b1": 0.9,  # Adam's first decay; SGD's Nesterov momentum
-            "b2": 0.999,
-            "eps": 1e-8,
-            "weight_decay": 5e-6,  # coupled (added to the gradient), convolution kernels only
-            "clip_norm": 10.0,  # global gradient norm, weights and steps; not the logits
-        }
-    )
-    # Phases. Lengths in epochs of the training split; 0 leaves the phase out.
-    config.full_precision = ConfigDict({"epochs": 0.0, "learning_rate": 1e-3})  # cosine to 0
-    config.bit_meta = ConfigDict(
-        {
-            "epochs": 1.0,
-            "learning_rate": 1e-4,  # constant, also during the alternation
-            "loss": "mean",  # "last": gradient of the widest branch only (a published code's)
-        }
-    )
-    config.bit_search = ConfigDict(
-        {
-            "epochs": 1.0,  # each step follows one of bit-meta on the same batch
-            "learning_rate": 1e-4,  # of the logits, constant
-            "b1": 0.5,
-            "b2": 0.999,
-            "weight_decay": 1e-3,  # coupled, on the logits
-            # lambda times the BOPs of uniform 4/4: the loss adds
-            # budget_weight * |cost - budget| / cost(uniform 4/4).
-            "budget_weight": 13.9,
-            "budget_form": "argmax",  # Eq. 4 and 5; "expected": softmax-weighted cost
-            # Ablations. False: no bit-meta steps between those of the search / the search's loss
-            # trains weights and steps too.
-            "alternate": True,
-            "fixed_meta_state": True,
-            "commit_batch_stats": False,  # True: this pass also moves the running statistics
-        }
-    )
-    # --mode=compare: every method (compare.METHODS) at every budget (in budget.unit), every seed.
-    config.compare = ConfigDict(
-        {
-            "methods": ("metamix", "joint", "random", "uniform"),
-            "budgets": (1.0,),
-            "seeds": (0, 1, 2),
-        }
-    )
-    # Searcher "ompq". Published for ResNet-18: 10; after training 100. For ResNet-50: 3.3.
-    config.ompq = ConfigDict({"beta": 10.0})
-    # Searcher "asga". Reconstructed from descriptions of it: no code has been published.
-    config.asga = ConfigDict(
-        {
-            "start_radius": 0.05,  # of the first perturbation of the weights
-            "max_radius": 0.1,  # afterwards ln(surrogate gap + 1), up to this
-            "alignment": 1e-3,  # of the gradients: a step downhill within the perturbation
-        }
-    )
-    config.weight_training = ConfigDict(
-        {
-            "act_epochs": 18.0,  # stage 1: activations quantized, full-precision weights
-            "epochs": 120.0,  # stage 2: both quantized
-            "learning_rate": 5e-4,  # each stage: cosine to 0
-        }
-    )
-    # Several processes, each started with the same command.
-    config.distributed = ConfigDict(
-        {
-            "initialize": False,  # True: found without help, on TPU pods and under SLURM
-            "coordinator": "",  # elsewhere: HOST:PORT of process 0, ...
-            "processes": 1,  # ... how many there are ...
-            "process": 0,  # ... and which one this is
-        }
-    )
-    config.export = ConfigDict(
-        {
-            "onnx": True,  # write the ONNX files, which needs the package onnx
-            "examples": 0,  # evaluation images that the bundle is judged on; 0 = all
-            "licence": "",  # of the weights, for the model card; "" = not known
-        }
-    )
-    config.diagnose = ConfigDict(
-        {
-            "layer": "",  # the one drawn and traced; "" = the middle searched one
-            "before": "",  # weight file, workdir or checkpoint before bit-meta; "" = pretrained
-            "batches": 40,  # training batches of the trace of the variance
-            # True: step sizes after bit-meta are calibrated like those before, not the trained
-            # ones, so that the two differ in weights alone.
-            "recalibrate": False,
-            # True: traces of the Hessian at the inputs too, to set against the bits; minutes.
-            "hessian": False,
-        }
-    )
+    for field in FIELDS:
+        *sections, key = field.path.split(".")
+        section = config
+        for name in sections:
+            if name not in section:
+                section[name] = ConfigDict()
+            section = section[name]
+        section[key] = field.default
     return config.lock()
+
+
+def may_change() -> frozenset[str]:
+    """Returns the paths of the fields that a resumed run may change."""
+    return frozenset(field.path for field in FIELDS if field.may_change)
+
+
+def section_of(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
+    """Returns the section that holds the field at `path`, and the field's key in it.
+
+    Raises:
+      UserError: there is no such field.
+    """
+    *sections, last = path.split(".")
+    section = config
+    for key in sections:
+        section = _child(section, key, path)
+    _child(section, last, path)
+    return section, last
+
+
+def _child(section: Any, key: str, path: str) -> Any:
+    """Returns what a section holds by a key of `path`."""
+    if not isinstance(section, ConfigDict) or key not in section:
+        hint = suggestion(key, section) if isinstance(section, ConfigDict) else "not a section"
+        raise UserError(f"config.{path}: no such configuration key; {hint}")
+    return section[key]
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for values that cannot work; needs no data and no devices.
+
+    What goes with which searcher is checked by selection/checks.py.
+    """
+    for field in FIELDS:
+        if field.check is not None:
+            section, key = section_of(config, field.path)
+            require(field.check.holds(section[key]), field.path, section[key], field.check.expected)
+    for rule in RULES:
+        rule(config)
+
+
+def validate_start(config: ConfigDict) -> None:
+    """Raises UserError unless training has weights to start from and the teacher it learns from.
+
+    Recipes leave both files to be named on the command line; cost and evaluation need neither.
+    """
+    if not config.pretrained:
+        _require(
+            config, "full_precision.epochs", config.full_precision.epochs > 0,
+            "more than 0, or config.pretrained naming trained weights to start from",
+        )  # fmt: skip
+    needs_teacher = config.loss != "cross_entropy"
+    _require(
+        config, "teacher.path", bool(config.teacher.path) == needs_teacher,
+        f"{'a weight file or a workdir' if needs_teacher else 'nothing'} with loss={config.loss!r}",
+    )  # fmt: skip
+
+
+def _require(config: ConfigDict, path: str, holds: bool, expected: str) -> None:
+    section, key = section_of(config, path)
+    require(holds, path, section[key], expected)
+
+
+# What fields may hold together ------------------------------------------------------------------
+
+
+def _several_candidates(config: ConfigDict) -> None:
+    candidates = len(config.quant.act_bits) * len(config.quant.weight_bits)
+    _require(
+        config, "quant.act_bits", candidates > 1,
+        "two or more, or several quant.weight_bits, to choose from",
+    )  # fmt: skip
+
+
+def _choices_change_the_cost(config: ConfigDict) -> None:
+    unit = config.budget.unit
+    _require(
+        config, "quant.weight_bits",
+        len(config.quant.weight_bits) > 1 or not BUDGET_UNITS[unit].needs_weight_bits,
+        f"two or more with budget.unit={unit!r}",
+    )  # fmt: skip
+
+
+def _budgets_differ(config: ConfigDict) -> None:
+    values = tuple(config.search.budgets)
+    positive = all(is_finite(value) and 0 < value != config.budget.value for value in values)
+    _require(
+        config, "search.budgets",
+        positive and len({f"{value:g}" for value in values}) == len(values),
+        "different numbers above 0, other than budget.value",
+    )  # fmt: skip
+
+
+def _a_number_per_channel(config: ConfigDict) -> None:
+    channels = config.data.channels
+    for name in ("mean", "std"):
+        values = config.data[name]
+        _require(
+            config, f"data.{name}",
+            len(values) in (1, channels) and all(map(is_finite, values)),
+            f"1 or {channels} numbers, one per channel",
+        )  # fmt: skip
+    _require(config, "data.std", min(config.data.std) > 0, "values above 0")
+
+
+def _resized_to_no_less_than_the_crop(config: ConfigDict) -> None:
+    size = config.data.image_size
+    _require(
+        config, "data.eval_resize",
+        config.data.eval_resize == 0 or config.data.eval_resize >= size,
+        f"0, or at least data.image_size={size}",
+    )  # fmt: skip
+
+
+RULES = (
+    _several_candidates,
+    _choices_change_the_cost,
+    _budgets_differ,
+    _a_number_per_channel,
+    _resized_to_no_less_than_the_crop,
+)
+
+
+def documentation() -> str:
+    """Returns the text of docs/CONFIG.md."""
+    return INTRODUCTION + document(FIELDS, SECTIONS) + "\n"
+
+
+if __name__ == "__main__":
+    print(documentation(), end="")

@@ -1,6 +1,8 @@
-"""Fields of the configuration: a row each."""
+"""What a row of the configuration's table is, and what a field may hold."""
 
-from collections.abc import Callable
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -12,10 +14,111 @@ class Check(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A field by its dotted path; `may_change`: in a run that is resumed."""
+    """A field of the configuration.
+
+    path: its sections and name, such as "data.image_size".
+    default: also fixes its type.
+    meaning: for docs/CONFIG.md.
+    check: what it may hold; None: any value of its type.
+    may_change: whether a resumed run may change it; it then has no effect on what is computed.
+    """
 
     path: str
     default: Any
     meaning: str
     check: Check | None = None
     may_change: bool = False
+
+
+def more_than(low: float, *, at_most: float = math.inf) -> Check:
+    """Returns the check of a finite number above `low`, and of `at_most` at the most."""
+    limit = f", at most {at_most}" if at_most < math.inf else ""
+    return Check(
+        f"more than {low}{limit}", lambda value: is_finite(value) and low < value <= at_most
+    )
+
+
+def at_least(low: float, *, at_most: float = math.inf) -> Check:
+    """Returns the check of a finite number that is `low` or more, and at most `at_most`."""
+    limit = f", at most {at_most}" if at_most < math.inf else ""
+    return Check(
+        f"{low} or more{limit}", lambda value: is_finite(value) and low <= value <= at_most
+    )
+
+
+def between(low: float, high: float) -> Check:
+    """Returns the check of a number from `low` to `high`, both included."""
+    return Check(f"{low} to {high}", lambda value: is_finite(value) and low <= value <= high)
+
+
+def below(low: float, high: float) -> Check:
+    """Returns the check of a number from `low`, included, to `high`, excluded."""
+    return Check(
+        f"{low} or more and less than {high}",
+        lambda value: is_finite(value) and low <= value < high,
+    )
+
+
+def one_of(*choices: str) -> Check:
+    """Returns the check of one of several texts."""
+    return Check(f"one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def bit_widths(low: int, high: int) -> Check:
+    """Returns the check of different bit-widths from `low` to `high`."""
+
+    def holds(widths: Sequence[int]) -> bool:
+        each = all(isinstance(width, int) and low <= width <= high for width in widths)
+        return each and 0 < len(widths) == len(set(widths))
+
+    return Check(f"one or more different bit-widths from {low} to {high}, such as (8, 4, 2)", holds)
+
+
+def whole_numbers(low: int, high: int) -> Check:
+    """Returns the check of any number of whole numbers from `low` to `high`."""
+    return Check(
+        f"whole numbers from {low} to {high}",
+        lambda values: all(isinstance(value, int) and low <= value <= high for value in values),
+    )
+
+
+def is_finite(value: Any) -> bool:
+    """Returns whether a value is a number, and one that a float can be."""
+    # A whole number of 400 digits is infinite as a float.
+    return isinstance(value, float | int) and abs(value) <= sys.float_info.max
+
+
+def document(fields: Sequence[Field], sections: Mapping[str, str]) -> str:
+    """Returns Markdown with a table of each section's fields, in their order.
+
+    Args:
+      fields: rows; those of a section may stand apart.
+      sections: what is said of a section above its table; "" is the one without a name.
+    """
+    tables: dict[str, list[Field]] = {}
+    for field in fields:
+        tables.setdefault(field.path.rpartition(".")[0], []).append(field)
+    return "\n\n".join(_section(name, sections.get(name, ""), tables[name]) for name in tables)
+
+
+def _section(name: str, meaning: str, fields: Sequence[Field]) -> str:
+    head = [f"## {name or 'The run'}", "", *([meaning, ""] if meaning else [])]
+    columns = ["field", "default", "meaning", "allowed", "may change"]
+    rows = [columns, ["---"] * len(columns), *map(_row, fields)]
+    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _row(field: Field) -> list[str]:
+    return [
+        f"`{field.path}`",
+        f"`{field.default!r}`",
+        field.meaning,
+        field.check.expected if field.check else _any_value(field.default),
+        "yes" if field.may_change else "",
+    ]
+
+
+def _any_value(default: Any) -> str:
+    """Returns in words what a field without a check may hold."""
+    words = {bool: "True or False", int: "a whole number", str: "text", tuple: "a tuple"}
+    return words[type(default)]

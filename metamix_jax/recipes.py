@@ -1,88 +1,73 @@
-"""Recipes: the files of `configs/` by name, and what they are made with."""
+"""Recipes: the configurations of `configs/` by name, and what those files are made with."""
 
 import importlib.util
-import json
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax.config import default
+from metamix_jax.config import default, section_of
 from metamix_jax.errors import UserError, suggestion
+from metamix_jax.workdir import bucket
+from metamix_jax.workdir.files import read_json
 
-# Installed, they lie inside the package; in a checkout, beside it.
-_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+_INSTALLED = Path(__file__).parent / "configs"  # inside the package; in a checkout, beside it
+FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def names() -> tuple[str, ...]:
-    """Returns the recipes that come with the package, by the names that --config takes."""
-    found = {path.stem for folder in _FOLDERS for path in folder.glob("*.py")}
-    return tuple(sorted(name for name in found if not name.startswith("_")))
-
-
-def locate(recipe: str) -> Path:
-    """Returns the file of a recipe: one of `names()`, or the path of a file.
-
-    Raises:
-      UserError: neither.
-    """
-    if recipe in names():
-        return next(path for folder in _FOLDERS if (path := folder / f"{recipe}.py").is_file())
-    if not Path(recipe).is_file():
-        raise UserError(f"--config={recipe}: no such file or recipe; {suggestion(recipe, names())}")
-    return Path(recipe)
+    """Returns the names of the recipes that come with the package."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("[!_]*.py")))
 
 
 def load_config(recipe: str | Path, *, budget: float | None = None, **fields: Any) -> ConfigDict:
-    """Returns the configuration of a recipe, or of a run.
+    """Returns the configuration of a recipe or of a run, with changes.
 
     Args:
-      recipe: a name, such as "digits"; the path of a file with `get_config`; or a workdir. A name
-        or a file may be followed by its argument: "resnet18:weight_bits=3".
+      recipe: a name, such as "digits"; the path of a Python file with `get_config`; or a workdir.
+        A name or a file may be followed by its argument: "resnet18:weight_bits=3".
       budget: config.budget.value, in config.budget.unit.
-      **fields: any others, by their names or dotted paths: seed=1, **{"bit_meta.epochs": 2}.
+      **fields: any others, by their paths: seed=1, **{"bit_meta.epochs": 2}. A section is given as
+        a dictionary of what changes in it, but `model` as a whole.
 
     Raises:
       UserError: no such recipe or field, or a value of another type.
     """
-    name, _, argument = str(recipe).partition(":")
-    if Path(recipe).is_dir():
-        config = read_config(Path(recipe))
-    else:
-        path = locate(name)
-        spec = importlib.util.spec_from_file_location(f"metamix_recipe_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not hasattr(module, "get_config"):
-            raise UserError(f"{path}: expected a function get_config, which returns the recipe")
-        config = module.get_config(*([argument] if argument else []))
+    config = load(recipe)
     if budget is not None:
-        fields = {"budget.value": float(budget)} | fields
-    for key, value in fields.items():
-        try:
-            config.update_from_flattened_dict({key: value})
-        except (KeyError, AttributeError, TypeError) as error:
-            known = config.to_dict()
-            *sections, last = key.split(".")
-            for section in sections:
-                known = known.get(section, {}) if isinstance(known, dict) else {}
-            if not isinstance(known, dict) or last not in known:
-                hint = suggestion(last, known) if known else "no such section"
-                raise UserError(f"{key}={value!r}: no such field; {hint}") from error
-            kind = type(known[last]).__name__
-            raise UserError(f"{key}={value!r}: expected a value of type {kind}") from error
+        fields = {"budget.value": budget} | fields
+    for path, value in fields.items():
+        _set(config, path, value)
     return config
 
 
-def read_config(workdir: Path) -> ConfigDict:
-    """Returns the configuration of a workdir; raises UserError."""
-    try:
-        fields = json.loads((workdir / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{workdir}: no workdir with a readable config.json ({error})") from error
+def load(recipe: str | Path) -> ConfigDict:
+    """Returns the configuration that --config names; see `load_config`."""
+    text = os.fspath(recipe)
+    name, _, argument = text.partition(":")
+    if name in names():
+        return _from_file(FOLDER / f"{name}.py", argument)
+    if text and (bucket.is_remote(text) or Path(text).is_dir()):
+        return from_workdir(bucket.path_of(text))
+    if not Path(name).is_file():
+        hint = suggestion(Path(name).stem, names())
+        raise UserError(f"configuration {text!r}: no such recipe, file or workdir; {hint}")
+    return _from_file(Path(name), argument)
+
+
+def from_workdir(workdir: Path) -> ConfigDict:
+    """Returns the configuration of the run in a workdir; raises UserError."""
     config = default()
-    with config.unlocked():  # the fields of `model` are the network's
-        config.update(_tuples(fields))
+    try:
+        with config.unlocked():  # the fields of `model` are the network's
+            config.update(_tuples(dict(read_json(workdir / "config.json"))))
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{workdir}: no workdir with a readable config.json ({error})") from error
     return config
 
 
@@ -129,18 +114,74 @@ def parse_argument(argument: str, **fields: tuple[str, ...] | float) -> dict[str
     for part in filter(None, argument.split(",")):
         key, _, text = part.partition("=")
         if key not in fields:
-            raise UserError(f"--config argument {part!r}: {suggestion(key, fields)}")
+            raise UserError(f"recipe argument {part!r}: {suggestion(key, fields)}")
         if isinstance(fields[key], tuple):
             if text not in fields[key]:
                 hint = suggestion(text, fields[key])
-                raise UserError(f"--config argument {part!r}: expected {key}= {hint}")
+                raise UserError(f"recipe argument {part!r}: expected {key}= {hint}")
             values[key] = text
         else:
             try:
                 values[key] = float(text)
             except ValueError:
-                raise UserError(f"--config argument {part!r}: expected a number") from None
+                raise UserError(f"recipe argument {part!r}: expected a number") from None
     return values
+
+
+def _from_file(path: Path, argument: str) -> ConfigDict:
+    """Returns what a file's `get_config` makes; a bug in the file keeps its traceback."""
+    get_config = _get_config(path)
+    arguments = [argument] if argument else []
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        expected = "no argument" if arguments else "an argument, after a colon"
+        raise UserError(f"configuration {path.stem!r}: expected {expected}") from None
+    try:
+        config = get_config(*arguments)
+    except (AttributeError, KeyError) as error:
+        text = str(error)
+        locked = re.search(r'Key "(\w+)" does not exist and cannot be added', text)
+        if not locked:
+            raise
+        close = re.search(r'Did you mean "(\w+)"', text)
+        hint = f"did you mean {close[1]!r}?" if close else "see docs/CONFIG.md"
+        message = f"{path} sets {locked[1]}: no such configuration key; {hint}"
+        raise UserError(message) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"{path}: get_config returned {type(config).__name__}, expected the ConfigDict of "
+            "metamix_jax.config.default() with changes"
+        )
+    return config.lock()
+
+
+def _get_config(path: Path) -> Callable[..., Any]:
+    if path.suffix != ".py":
+        raise UserError(f"configuration {str(path)!r}: expected a recipe, a .py file or a workdir")
+    spec = importlib.util.spec_from_file_location(f"metamix_jax_recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where a dataclass in the file looks for its module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path}: expected a function get_config, which returns a configuration")
+    return module.get_config
+
+
+def _set(config: ConfigDict, path: str, value: Any) -> None:
+    section, key = section_of(config, path)
+    old = section[key]
+    if isinstance(old, ConfigDict) and isinstance(value, Mapping):
+        if key != "model":
+            for name, entry in value.items():
+                _set(config, f"{path}.{name}", entry)
+            return
+        value = ConfigDict(value)
+    try:
+        section[key] = value
+    except TypeError as error:
+        kind = "a dictionary" if isinstance(old, ConfigDict) else f"a value such as {old!r}"
+        raise UserError(f"config.{path}={value!r}: expected {kind}") from error
 
 
 def _tuples(value: Any) -> Any:

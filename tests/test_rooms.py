@@ -18,8 +18,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 # A room imports only from those before it, and within itself without a circle.
 ROOMS = (
-    "errors", "fields", "config", "validate", "recipes", "runtime", "workdir", "data", "networks",
-    "selection", "report", "training", "exporters", "commands", "api", "command_line", "__main__",
+    "errors", "fields", "runtime", "workdir", "data", "networks", "selection", "defaults", "config",
+    "recipes", "report", "training", "exporters", "commands", "api", "command_line", "__main__",
 )  # fmt: skip
 RANK = {name: rank for rank, name in enumerate(ROOMS)}
 MOST_FOLDERS = 9

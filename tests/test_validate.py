@@ -8,16 +8,18 @@ from metamix_jax.selection.checks import check_searcher
 from metamix_jax.selection.cost_models import BUDGET_UNITS
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup, start_weights
-from metamix_jax.validate import CHOICES
-from metamix_jax.validate import validate as check_validate
-from metamix_jax.validate import validate_start as check_validate_start
 from tests.helpers.config_fields import ROOT, change, leaves, load, value_of
 
-# Texts that can be anything, or that a registry knows; what they name is looked up later.
+# Texts that can be anything; what they name is looked up later.
 NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir", "data.train_split",
-         "search.policy", "search.searcher", "budget.unit", "data.eval_split", "teacher.path",
-         "teacher.model.name", "diagnose.layer", "diagnose.before", "distributed.coordinator",
+         "search.policy", "data.eval_split", "teacher.path", "teacher.model.name",
+         "diagnose.layer", "diagnose.before", "distributed.coordinator",
          "compilation_cache", "export.licence"}  # fmt: skip
+CHOICES = {
+    field.path: field.check.expected.removeprefix("one of ").split(", ")
+    for field in config_lib.FIELDS
+    if field.check and field.check.expected.startswith("one of ")
+}
 BIT_WIDTHS = "one or more different bit-widths from 2 to 8, such as (8, 4, 2)"
 
 
@@ -36,9 +38,9 @@ def test_every_text_is_a_choice_that_holds_its_default_or_a_name():
 
 
 def validate(config):
-    check_validate(config)
+    config_lib.validate(config)
     check_searcher(config)
-    check_validate_start(config)
+    config_lib.validate_start(config)
 
 
 def error_of(config):

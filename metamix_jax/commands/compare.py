@@ -11,16 +11,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from metamix_jax.config import default
+from metamix_jax.config import default, validate
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.report import charts, tables
 from metamix_jax.selection.budget import make_budget
-from metamix_jax.selection.checks import check_budget
 from metamix_jax.selection.policy import load_policy
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup
 from metamix_jax.training.loop import train_and_evaluate
-from metamix_jax.validate import validate
 from metamix_jax.workdir import bucket
 from metamix_jax.workdir.files import write_json
 
@@ -83,7 +81,6 @@ def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> Con
     searcher = SEARCHERS[own.search.searcher]
     if searcher.fit is not None:
         validate(own)
-        check_budget(own)
         _, costs = setup.make_model(own)
         budget = make_budget(costs, own.budget.value, own.budget.unit)
         own.update_from_flattened_dict(searcher.fit(own, costs, budget))

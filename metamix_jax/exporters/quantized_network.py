@@ -131,7 +131,7 @@ def _network(source: Source) -> QuantizedNetwork:
     if isinstance(source, QuantizedNetwork):
         return source
     workdir = bucket.path_of(source)
-    return restore(recipes.read_config(workdir), workdir)
+    return restore(recipes.from_workdir(workdir), workdir)
 
 
 def evaluate(source: Source) -> dict[str, Any]:

@@ -1,20 +1,17 @@
 """What a searcher is; each file of searchers/ defines one."""
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax.fields import Check, Field
+from metamix_jax.fields import Field
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import LayerCosts
 from metamix_jax.selection.phases import FINE_TUNING, Row
-
-ZERO_OR_MORE = Check("0 or more", lambda value: 0 <= value <= sys.float_info.max)
 
 
 def _accept(*_: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from metamix_jax.config import may_change
 from metamix_jax.data import datasets
 from metamix_jax.runtime import distributed, failures
 from metamix_jax.runtime.interruption import Interruption
@@ -46,7 +47,8 @@ def train_and_evaluate(
         distributed.files_of(workdir) as files,
     ):
         run = Run.prepare(config, files)
-        with claim_workdir(config, files, datasets.fingerprint(run.dataset)):
+        facts = datasets.fingerprint(run.dataset)
+        with claim_workdir(config, files, facts, may_change()):
             return _train(run, workdir, interruption, stop_after_search)
 
 

@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from metamix_jax.config import validate_start
 from metamix_jax.data import datasets
 from metamix_jax.networks.precision import FULL, Precision
 from metamix_jax.report import tables
@@ -34,7 +35,6 @@ from metamix_jax.training.nonfinite import FiniteGuard
 from metamix_jax.training.schedule import Span, phase_at
 from metamix_jax.training.step.batch_step import make_train_step
 from metamix_jax.training.step.state import TrainState, enter_phase, with_logits
-from metamix_jax.validate import validate_start
 from metamix_jax.workdir.metrics import MetricWriter
 
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from metamix_jax.config import validate
 from metamix_jax.data import batching, datasets
 from metamix_jax.networks import registry
 from metamix_jax.networks.precision import QuantSettings
@@ -21,7 +22,6 @@ from metamix_jax.selection.cost import LayerCosts
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training.schedule import Span, make_spans
 from metamix_jax.training.step.state import TrainState, enter_phase, further_searches
-from metamix_jax.validate import validate
 
 
 @dataclasses.dataclass(frozen=True)

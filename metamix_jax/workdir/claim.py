@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,6 @@ from metamix_jax.runtime import distributed
 from metamix_jax.workdir import digests, lock
 from metamix_jax.workdir.files import read_json, write_json
 
-# Fields that may change on resume because they do not affect the result. README lists them.
-HARMLESS = (
-    "checkpoint",
-    "checkpoint_every_steps",
-    "compilation_cache",
-    "cpu_devices",
-    "log_every_steps",
-    "eval.batch_size",
-    "eval.every_steps",
-    "data.data_dir",
-    "data.in_memory_gib",
-    "data.max_bad_examples",
-    "diagnose.batches",
-    "diagnose.before",
-    "diagnose.hessian",
-    "diagnose.layer",
-    "diagnose.recalibrate",
-    "distributed.coordinator",
-    "distributed.initialize",
-    "distributed.process",
-    "distributed.processes",
-    "export.examples",
-    "export.licence",
-    "export.onnx",
-)
-
-
 _MISMATCHES = {
     "config.json": "another configuration",
     "dataset.json": "another data set",
@@ -49,12 +22,21 @@ _MISMATCHES = {
 
 @contextlib.contextmanager
 def claim_workdir(
-    config: ConfigDict, workdir: Path, dataset_facts: dict[str, Any]
+    config: ConfigDict,
+    workdir: Path,
+    dataset_facts: dict[str, Any],
+    may_change: Collection[str],
 ) -> Iterator[None]:
     """Locks the workdir, new or of the same run, for the duration of the block.
 
     Writes config.json, dataset.json and code.json, or checks that they match. A finished run may
     come from another version of the code.
+
+    Args:
+      config: of the run.
+      workdir: made if it is not there.
+      dataset_facts: what identifies the data set.
+      may_change: paths of the fields of `config` that may say something else there.
 
     Raises:
       UserError: the workdir is not writable, is in use, or holds a run with another configuration,
@@ -70,14 +52,16 @@ def claim_workdir(
                 raise UserError(
                     f"{workdir}: not usable as --workdir ({reason}); use a writable directory"
                 ) from reason
-            check_same_run(config, workdir, dataset_facts)
+            check_same_run(config, workdir, dataset_facts, may_change)
         except UserError as found:
             error = found
         distributed.agree(error)
         yield
 
 
-def check_same_run(config: ConfigDict, workdir: Path, dataset_facts: dict[str, Any]) -> None:
+def check_same_run(
+    config: ConfigDict, workdir: Path, dataset_facts: dict[str, Any], may_change: Collection[str]
+) -> None:
     """Writes the files that identify a run; raises UserError if the workdir holds another run."""
     wanted = {"config.json": json.loads(config.to_json()), "dataset.json": dataset_facts}
     if not is_finished(workdir):
@@ -91,7 +75,7 @@ def check_same_run(config: ConfigDict, workdir: Path, dataset_facts: dict[str, A
             except (OSError, TypeError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it if you are sure that "
                                 "the workdir holds this run") from error  # fmt: skip
-        changed = _differences(old, new)
+        changed = _differences(old, new, may_change if name == "config.json" else ())
         if changed:
             raise UserError(
                 f"{workdir} holds a run with {_MISMATCHES[name]} ({'; '.join(changed)}); use the "
@@ -114,13 +98,15 @@ def is_finished(workdir: Path) -> bool:
     return isinstance(results, dict) and results.get("mode") == "train"
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], may_change: Collection[str]
+) -> list[str]:
     """Returns the changed fields that affect the result, each with both values."""
     old, new = _flat(old), _flat(new)
     return [
         f"{key}: was {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in HARMLESS
+        if old.get(key) != new.get(key) and key not in may_change
     ]
 
 

@@ -17,7 +17,9 @@ import numpy as np
 
 _LENGTH = 32  # hexadecimal characters
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
-_NOT_TRAINING = ("report", "exporters", "commands")  # subpackages that cannot affect training
+# Subpackages that cannot affect training. The recipes are one only once installed, and what they
+# say is in config.json.
+_NOT_TRAINING = ("report", "exporters", "commands", "configs")
 
 
 def host_leaves(tree: Any) -> dict[str, np.ndarray]:

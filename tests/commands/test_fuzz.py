@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import struct
-import sys
 import zipfile
 
 import numpy as np
@@ -22,14 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metamix_jax import command_line
-from metamix_jax.config import default
+from metamix_jax.config import default, validate_start
 from metamix_jax.data import images
 from metamix_jax.errors import UserError
 from metamix_jax.networks import torch_weights
 from metamix_jax.selection import policy
 from metamix_jax.selection.cost import widest_bits
 from metamix_jax.training import setup
-from metamix_jax.validate import validate_start
 from metamix_jax.workdir import claim, files
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny_images import to_bytes
@@ -81,15 +79,13 @@ def run_command_line(arguments):
     return network
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # of config_flags
 @counts
-def test_command_lines(count, monkeypatch):
+def test_command_lines(count):
     """Any field set to any text."""
     start = ["main.py", f"--config={ROOT}/configs/digits.py", "--workdir=nowhere"]
 
     def check(changes):
         arguments = [*start, *(f"--config.{path}={text}" for path, text in changes)]
-        monkeypatch.setattr(sys, "argv", arguments)  # where config_flags looks
         stderr = io.StringIO()
         try:
             with contextlib.redirect_stderr(stderr):
@@ -205,7 +201,9 @@ def weight_files(kind):
 
 
 @counts
-@pytest.mark.parametrize("kind", ["npz", "safetensors", "pth"])
+@pytest.mark.parametrize(
+    "kind", ["npz", "safetensors", pytest.param("pth", marks=pytest.mark.torch)]
+)
 def test_weight_files(count, kind, tmp_path):
     path = tmp_path / f"weights.{kind}"
 
@@ -251,6 +249,7 @@ def test_small_files_that_unfold_to_large_ones(tmp_path, monkeypatch):
     assert memory() - before < 100
 
 
+@pytest.mark.torch
 def test_one_number_that_stands_for_many(tmp_path):
     torch = pytest.importorskip("torch")
     path = tmp_path / "weights.pth"
@@ -317,4 +316,4 @@ def test_files_of_a_workdir(count, tmp_path):
     for content in (b"[1]", b"1", b'"text"', b"null", b"[" * 100_000, b"\xff"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="cannot be read .*remove it if you are sure"):
-            claim.check_same_run(config, tmp_path, {})
+            claim.check_same_run(config, tmp_path, {}, ())

@@ -144,7 +144,7 @@ def test_what_is_no_workdir_or_policy(tmp_path):
 
 def test_a_configuration_comes_back_from_its_workdir(run):
     config, _, workdir = run
-    found = recipes.read_config(workdir)
+    found = recipes.from_workdir(workdir)
     assert json.loads(found.to_json()) == json.loads(config.to_json())
     assert found.is_locked and found.quant.act_bits == config.quant.act_bits
 

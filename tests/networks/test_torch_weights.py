@@ -16,7 +16,8 @@ from metamix_jax.networks import torch_weights
 from metamix_jax.networks.zoo.resnet import TORCH_NAMES
 
 SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
-SUFFIXES = (".npz", ".safetensors", ".pth")
+PTH = pytest.param(".pth", marks=pytest.mark.torch)
+SUFFIXES = (".npz", ".safetensors", PTH)
 
 
 class Malicious:
@@ -163,6 +164,7 @@ def test_round_trip(tmp_path, suffix):
     assert "3x3x4x6" in table and "32 entries, 1,115 values" in table
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_convolutions_equal_torch(tmp_path, groups):
     torch = pytest.importorskip("torch", reason="torch is optional")
@@ -296,7 +298,7 @@ def test_truncated_files(tmp_path, suffix, kept):
     assert "damaged" in error_line(torch_weights.read_weights, path)
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".pth"])
+@pytest.mark.parametrize("suffix", [".npz", PTH])
 def test_flipped_bit(tmp_path, suffix):
     path = write(tmp_path / f"weights{suffix}", {"fc.bias": np.zeros(4000, np.float32)})
     content = bytearray(path.read_bytes())
@@ -315,6 +317,7 @@ def test_pickled_npz_runs_nothing(tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickled_pth_runs_nothing(tmp_path, zipped):
     torch = pytest.importorskip("torch", reason="torch is optional")
@@ -331,6 +334,7 @@ def test_pickled_pth_runs_nothing(tmp_path, zipped):
     assert marker.exists()  # the trap does work
 
 
+@pytest.mark.torch
 def test_pth_contents(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is optional")
     path = tmp_path / "weights.th"
@@ -343,6 +347,7 @@ def test_pth_contents(tmp_path):
     assert "holds a list, expected a state_dict" in error_line(torch_weights.read_weights, path)
 
 
+@pytest.mark.torch
 def test_pth_of_another_pickle_protocol_loads_silently(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is optional")
     path = tmp_path / "weights.pt"
@@ -365,6 +370,7 @@ def real_file(name):
     return path
 
 
+@pytest.mark.torch
 def test_real_resnet20():
     torch = pytest.importorskip("torch", reason="torch is optional")
     path = real_file("resnet20-12fca82f.th")

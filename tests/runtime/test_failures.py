@@ -34,7 +34,7 @@ def test_read_only_workdir(small_disk):
     for workdir in (small_disk / "old", small_disk / "new"):
         with (
             pytest.raises(UserError, match=f"{workdir}: not usable as --workdir .*Read-only"),
-            claim.claim_workdir(tiny_config(), workdir, None),
+            claim.claim_workdir(tiny_config(), workdir, None, ()),
         ):
             pass
     assert [path.name for path in small_disk.iterdir()] == ["old"]

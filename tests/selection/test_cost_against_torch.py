@@ -16,6 +16,7 @@ from metamix_jax.selection import cost
 torch = pytest.importorskip("torch", reason="torch is optional")
 flop_counter = pytest.importorskip("torch.utils.flop_counter")
 nn = torch.nn
+pytestmark = pytest.mark.torch
 
 SIZE, CLASSES = 224, 1000
 FLOPS_PER_MAC = 2

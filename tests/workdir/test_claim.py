@@ -60,24 +60,37 @@ def test_another_data_set(processes, finished_copy):
     assert files_of(finished_copy) == before
 
 
+def test_another_configuration(tmp_path):
+    claim.check_same_run(tiny_config(), tmp_path, {}, ())
+    harmless, changed = tiny_config(log_every_steps=7), tiny_config(seed=7, log_every_steps=7)
+    with pytest.raises(UserError, match="log_every_steps: was 1, now 7"):
+        claim.check_same_run(harmless, tmp_path, {}, ())
+    claim.check_same_run(harmless, tmp_path, {}, {"log_every_steps"})
+    assert json.loads((tmp_path / "config.json").read_text())["log_every_steps"] == 7
+    with pytest.raises(UserError, match="another configuration .seed: was 0, now 7.;"):
+        claim.check_same_run(changed, tmp_path, {}, {"log_every_steps"})
+    with pytest.raises(UserError, match="another data set .log_every_steps"):
+        claim.check_same_run(harmless, tmp_path, {"log_every_steps": 1}, {"log_every_steps"})
+
+
 def test_another_version_of_the_code(tmp_path, monkeypatch):
     config = tiny_config()
-    claim.check_same_run(config, tmp_path, {})
+    claim.check_same_run(config, tmp_path, {}, ())
     path = tmp_path / "code.json"
     found = json.loads(path.read_text())
     assert found == digests.of_code() and {"metamix_jax", "jax", "optax"} < found.keys()
-    claim.check_same_run(config, tmp_path, {})
+    claim.check_same_run(config, tmp_path, {}, ())
     path.write_text(json.dumps(found | {"jax": "0.1"}))
     with pytest.raises(UserError, match="another version of the code .jax: was '0.1', .*remove"):
-        claim.check_same_run(config, tmp_path, {})
+        claim.check_same_run(config, tmp_path, {}, ())
     assert json.loads(path.read_text())["jax"] == "0.1"
     # A finished run is not changed; an unfinished one is resumed by removing the file.
     (tmp_path / "results.json").write_text('{"mode": "train"}')
-    claim.check_same_run(config, tmp_path, {})
+    claim.check_same_run(config, tmp_path, {}, ())
     assert json.loads(path.read_text())["jax"] == "0.1"
     (tmp_path / "results.json").write_text('{"mode": "search"}')
     path.unlink()
-    claim.check_same_run(config, tmp_path, {})
+    claim.check_same_run(config, tmp_path, {}, ())
     assert json.loads(path.read_text()) == found
 
 

@@ -11,9 +11,9 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from metamix_jax.fields import Field
+from metamix_jax.fields import Field, at_least
 from metamix_jax.selection import phases
-from metamix_jax.selection.searcher import ZERO_OR_MORE, Searcher
+from metamix_jax.selection.searcher import Searcher
 from metamix_jax.selection.searchers.metamix import check_epochs, choose
 
 
@@ -28,15 +28,13 @@ def sharpness_search(config: ConfigDict) -> phases.Phase:
 
 
 FIELDS = (
-    Field("asga.start_radius", 0.05, "of the first perturbation of the weights", ZERO_OR_MORE),
-    Field("asga.max_radius", 0.1, "afterwards ln(surrogate gap + 1), up to this", ZERO_OR_MORE),
-    Field(
-        "asga.alignment",
-        1e-3,
-        "of the gradients: a step downhill within the perturbation",
-        ZERO_OR_MORE,
-    ),
-)
+    Field("asga.start_radius", 0.05, "Radius of the first perturbation of the weights.",
+          at_least(0)),
+    Field("asga.max_radius", 0.1, "Largest radius; after the first it is ln(surrogate gap + 1).",
+          at_least(0)),
+    Field("asga.alignment", 1e-3, "Alignment of the two gradients: a step downhill within the "
+          "perturbation.", at_least(0)),
+)  # fmt: skip
 SEARCHER = Searcher(
     name="asga",
     summary="sharpness-aware: gradients where the loss near the weights and logits is greatest, "

@@ -56,7 +56,7 @@ SEARCHER = Searcher(
         Field(
             "search.policy",
             "",
-            'of searcher "file": policy.json of the same network, any resolution',
+            "Searcher `file`: a `policy.json` of the same network, at any resolution.",
         ),
     ),
     exclusive=("search.policy",),

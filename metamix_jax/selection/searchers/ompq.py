@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from metamix_jax.errors import require
-from metamix_jax.fields import Field
+from metamix_jax.fields import Field, at_least
 from metamix_jax.networks import registry
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
@@ -29,7 +29,7 @@ from metamix_jax.selection.budget import within
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost_models import WEIGHTS
 from metamix_jax.selection.phases import FINE_TUNING
-from metamix_jax.selection.searcher import ZERO_OR_MORE, Searcher
+from metamix_jax.selection.searcher import Searcher
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
@@ -229,8 +229,9 @@ SEARCHER = Searcher(
         Field(
             "ompq.beta",
             10.0,
-            "published for ResNet-18: 10, after training 100; for ResNet-50: 3.3",
-            ZERO_OR_MORE,
+            "How strongly a layer's likeness to the others counts. Published for ResNet-18: 10, "
+            "after training 100; for ResNet-50: 3.3.",
+            at_least(0),
         ),
     ),
     check=check,
