@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--policies", type=int, default=30)
     parser.add_argument("--budget", type=float, default=0.7)
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING)
 
     import numpy as np
