@@ -169,3 +169,26 @@ def test_sharpness_aware_gradient_is_the_mean_of_two_at_different_weights(
         p: a.tobytes() for p, a in leaves(state).items() if p.startswith("params")
     }
     assert len(images) == BATCH
+
+
+def test_layout_of_checkpoints(network, state):
+    """That of version 0.1, whose runs can be continued."""
+    config = make_config(**{"search.budgets": OTHERS, "max_skipped_steps": 1})
+    state = enter_phase(state, span_of("bit_search", config), config)
+    tree = state.to_tree()
+    assert tree.keys() == {"params", "batch_stats", "quant", "training"}
+    assert tree["training"].keys() == {"opt_states", "step", "rng"}
+    updates, keys = {"bit_meta", "bit_search"}, set(further_searches(config))
+    assert tree["training"]["opt_states"].keys() == updates | keys | {"skipped_steps"}
+    assert all(
+        tree["training"]["opt_states"][key].keys() == {"logits", "optimizer"} for key in keys
+    )
+    again = state.from_tree(tree)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert moved_labels(state, again) == set()
+    sharp = make_config()
+    state = enter_phase(state, span_of("sharpness_search", sharp), sharp)
+    assert state.to_tree()["training"]["opt_states"].keys() == {
+        "sharpness_search", "surrogate_gap", "skipped_steps",
+    }  # fmt: skip
+    assert state.from_tree(state.to_tree()).surrogate_gap == state.surrogate_gap
