@@ -4,7 +4,8 @@ metamix --config=RECIPE --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE ...]
 
 --config   a recipe of configs/ by name, or the path of a file with get_config, either with its
            argument behind a colon (resnet18:weight_bits=3); or the workdir of a run; digits if
-           it is left out
+           it is left out. Modes that read a run (evaluate, diagnose, export, report) take its own
+           configuration; --config.FIELD=VALUE overrides
 --workdir  everything the run writes, a folder or gs://BUCKET/FOLDER; given again, it resumes
 --mode     train (default), search, cost, evaluate, calibrate, diagnose, compare, export, report
 
@@ -23,11 +24,11 @@ import threading
 import warnings
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from metamix_jax import recipes
-from metamix_jax.commands import MODES, RUNNING, run_mode
-from metamix_jax.config import section_of
+from metamix_jax.commands import MODES, READING, RUNNING, run_mode
+from metamix_jax.config import parsed_value, section_of
 from metamix_jax.errors import InterruptedRunError, LostProcessError, RunError, UserError
 
 DEFAULT_CONFIG = "digits"
@@ -90,10 +91,16 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(0)
     try:
         recipe, argv = _split_config(argv)
-        config = recipes.load(recipe)
+        flags.FLAGS(argv, known_only=True)  # workdir and mode decide where the rest comes from
+        checkpoints = (re.fullmatch(r"--?config\.checkpoint=(.+)", text) for text in argv)
+        places = [found[1] for found in checkpoints if found]
+        places += [flags.FLAGS.workdir] if flags.FLAGS.workdir else []
+        config = _configuration(recipe, flags.FLAGS.mode, places)
         for argument in argv:
-            if field := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
+            if field := re.match(r"--?(?:no)?config\.([\w.]+)(?:=(.*))?", argument, re.DOTALL):
                 section_of(config, field[1])
+                if field[2] is not None:
+                    parsed_value(config, field[1], field[2])
         config_flags.DEFINE_config_dict("config", config, sys_argv=argv, allow_override=True)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
@@ -103,9 +110,29 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(_fail(error))
 
 
-def _split_config(argv: list[str]) -> tuple[str, list[str]]:
-    """Returns the value of --config, and the other arguments."""
-    recipe, rest, arguments = DEFAULT_CONFIG, [], iter(argv)
+def _configuration(recipe: str | None, mode: str, places: list[str]) -> ConfigDict:
+    """Returns the configuration that overrides start from: the run's own where a mode reads one.
+
+    Args:
+      recipe: the value of --config, None without one.
+      mode: the value of --mode.
+      places: where the run may lie, the first that holds one counts.
+    """
+    given = recipes.load(recipe) if recipe is not None else None
+    for place in places if mode in READING else ():
+        run = recipes.run_of(place)
+        if run is not None:
+            config = recipes.from_workdir(run)
+            if given is not None and given.to_json() != config.to_json():
+                note = "--config is ignored; override single fields with --config.FIELD=VALUE"
+                print(f"using {run / 'config.json'}: {note}", file=sys.stderr)
+            return config
+    return given or recipes.load(DEFAULT_CONFIG)
+
+
+def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Returns the value of --config, None without one, and the other arguments."""
+    recipe, rest, arguments = None, [], iter(argv)
     for argument in arguments:
         found = re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL)
         if found is None:

@@ -66,9 +66,37 @@ def section_of(config: ConfigDict, path: str) -> tuple[ConfigDict, str]:
 def _child(section: Any, key: str, path: str) -> Any:
     """Returns what a section holds by a key of `path`."""
     if not isinstance(section, ConfigDict) or key not in section:
-        hint = suggestion(key, section) if isinstance(section, ConfigDict) else "not a section"
+        hint = _hint(key, section) if isinstance(section, ConfigDict) else "not a section"
         raise UserError(f"config.{path}: no such configuration key; {hint}")
     return section[key]
+
+
+def _hint(key: str, section: ConfigDict) -> str:
+    elsewhere = [f.path for f in FIELDS if f.path.endswith(f".{key}")]
+    if elsewhere:
+        return f"did you mean {' or '.join(f'config.{path}' for path in elsewhere)}?"
+    return suggestion(key, section)
+
+
+def parsed_value(config: ConfigDict, path: str, text: str) -> None:
+    """Raises UserError where a text of the command line cannot be the value of a field.
+
+    Only of numbers: what the other types take is checked by `validate`.
+    """
+    section, key = section_of(config, path)
+    old = section[key]
+    if isinstance(old, ConfigDict):
+        raise UserError(
+            f"config.{path} is a section; set its fields, such as "
+            f"--config.{path}.{next(iter(old), 'name')}=..."
+        )
+    if isinstance(old, bool) or not isinstance(old, int | float):
+        return
+    kind = "a whole number" if isinstance(old, int) else "a number"
+    try:
+        type(old)(text)
+    except ValueError:
+        raise UserError(f"config.{path}={text!r}: expected {kind}, such as {old!r}") from None
 
 
 def validate(config: ConfigDict) -> None:
@@ -143,7 +171,7 @@ def _a_number_per_channel(config: ConfigDict) -> None:
         _require(
             config, f"data.{name}",
             len(values) in (1, channels) and all(map(is_finite, values)),
-            f"1 or {channels} numbers, one per channel",
+            "1 number" if channels == 1 else f"1 number, or {channels}, one per channel",
         )  # fmt: skip
     _require(config, "data.std", min(config.data.std) > 0, "values above 0")
 

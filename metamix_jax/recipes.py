@@ -60,6 +60,16 @@ def load(recipe: str | Path) -> ConfigDict:
     return _from_file(Path(name), argument)
 
 
+def run_of(place: str) -> Path | None:
+    """Returns the workdir that holds a run: `place`, or that of the checkpoint there; or None."""
+    path = bucket.path_of(place)
+    for workdir in (path, path.parent, path.parent.parent):
+        inside = path.relative_to(workdir).parts
+        if inside[:1] in ((), (bucket.CHECKPOINTS,)) and (workdir / "config.json").exists():
+            return workdir
+    return None
+
+
 def from_workdir(workdir: Path) -> ConfigDict:
     """Returns the configuration of the run in a workdir; raises UserError."""
     config = default()

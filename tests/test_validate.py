@@ -109,8 +109,8 @@ def test_unknown_names_of_a_registry_name_the_known(path, known, config):
         ("quant.first_last_bits", 16, "2 to 8"),
         ("bit_search.epochs", 0.0, "more than 0 for searcher metamix"),
         ("full_precision.epochs", 0.0, "more than 0, or config.pretrained"),
-        ("data.mean", (0.1, 0.2), "1 or 1 numbers, one per channel"),
-        ("data.std", (0.1, 0.2, 0.3), "1 or 1 numbers, one per channel"),
+        ("data.mean", (0.1, 0.2), "1 number"),
+        ("data.std", (0.1, 0.2, 0.3), "1 number"),
         ("data.std", (0.0,), "values above 0"),
         ("teacher.path", "teacher.npz", "nothing with loss='cross_entropy'"),
         # Values that are not checked would end in a broken run or a traceback.

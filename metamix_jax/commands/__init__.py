@@ -17,6 +17,7 @@ MODES = {  # --mode -> module of this folder
     "export": "export_network",
     "report": "report",
 }
+READING = ("evaluate", "diagnose", "export", "report")  # what a run in the workdir has left
 RUNNING = ("train", "search", "compare")  # what must be alone in its workdir
 
 

@@ -72,6 +72,21 @@ def cost_table(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> 
     )
 
 
+def reachable_table(
+    reachable: Mapping[str, tuple[float, float]], meanings: Mapping[str, str]
+) -> str:
+    """Returns the range of budgets in each unit.
+
+    Args:
+      reachable: config.budget.unit -> least and greatest value.
+      meanings: config.budget.unit -> what is counted.
+    """
+    table = make_table(None, left=2, **dict.fromkeys(("budget.unit", "counts", "least", "most")))
+    for unit, (least, most) in reachable.items():
+        table.add_row(unit, meanings[unit], f"{least:.6g}", f"{most:.6g}")
+    return "\n" + table_text(table)
+
+
 def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns one line per evaluation.
 

@@ -20,10 +20,9 @@ def make_mesh() -> Mesh:
 def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
     """Raises UserError unless each of `parts` micro-batches shards evenly over the devices."""
     if batch_size % (mesh.size * parts):
-        times = f" times config.accumulation_steps={parts}" if parts > 1 else ""
-        raise UserError(
-            f"config.batch_size={batch_size}: expected a multiple of the {mesh.size} devices{times}"
-        )
+        of = [f"{mesh.size} (devices)"] if mesh.size > 1 else []
+        of += [f"{parts} (config.accumulation_steps)"] if parts > 1 else []
+        raise UserError(f"config.batch_size={batch_size}: expected a multiple of {' x '.join(of)}")
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

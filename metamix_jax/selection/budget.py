@@ -46,21 +46,24 @@ class Budget:
 def make_budget(costs: LayerCosts, value: float, unit: str) -> Budget:
     """Returns the budget of config.budget's `value` and `unit`, or of another value.
 
+    What is above the cost of the dearest candidates is brought down to it: all policies fit.
+
     Raises:
-      UserError: no policy can meet it, or every policy does by far (above the reachable maximum).
+      UserError: no policy can meet it.
     """
     kind = BUDGET_UNITS[unit]
     model = kind.make_model(costs)
     scale = model.reference if kind.of_reference else 1.0
     budget = Budget(model, value * scale)
     slack = TOLERANCE * model.most  # a budget given as the rounded figure of a table is meant
-    if model.least - slack <= budget.limit <= model.most + slack:
+    if budget.limit > model.most + slack:
+        return Budget(model, model.most)
+    if budget.limit >= model.least - slack:
         return budget
-    nearest = model.least if budget.limit < model.least else model.most
     raise UserError(
         f"config.budget.value={value} ({unit}) is {budget}, but this network reaches "
         f"{model.least:.6g} to {model.most:.6g} {model.unit} with its candidate bit-widths; "
-        f"nearest feasible value: {nearest / scale:.12g}"
+        f"nearest feasible value: {model.least / scale:.12g}"
     )
 
 

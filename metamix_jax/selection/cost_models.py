@@ -118,6 +118,17 @@ BUDGET_UNITS = {
 }
 
 
+def reachable(costs: LayerCosts) -> dict[str, tuple[float, float]]:
+    """Returns config.budget.unit -> the least and greatest value that a policy can cost."""
+    found = {}
+    for name, unit in BUDGET_UNITS.items():
+        model = unit.make_model(costs)
+        scale = model.reference if unit.of_reference else 1.0
+        if model.least < model.most:  # otherwise nothing that is searched changes it
+            found[name] = (model.least / scale, model.most / scale)
+    return found
+
+
 def _model(
     name: str,
     unit: str,

@@ -37,6 +37,10 @@ class DamagedError(UserError):
     """A checkpoint that cannot be read, or whose content does not match its digests."""
 
 
+class OtherNetworkError(UserError):
+    """A checkpoint whose arrays have other names or shapes than those asked for."""
+
+
 class Checkpoints:
     """The checkpoints of a workdir; a context manager that waits for pending saves."""
 
@@ -90,21 +94,29 @@ class Checkpoints:
           restore: reads a step; on DamagedError the previous step is tried.
 
         Raises:
-          UserError: there is no checkpoint, or all are damaged.
+          UserError: there is no checkpoint, or all are damaged, or of another network.
         """
         self.require_latest_step()
-        damaged: dict[int, DamagedError] = {}
+        failed: dict[int, UserError] = {}
         for step in reversed(self.steps):
             try:
-                return step, restore(step), tuple(damaged)
-            except DamagedError as error:
-                _LOGGER.error("DAMAGED CHECKPOINT, falling back to the previous one: %s", error)
-                damaged[step] = error
-        newest = max(damaged)
+                found = restore(step)
+            except (DamagedError, OtherNetworkError) as error:
+                failed[step] = error
+                if isinstance(error, DamagedError):
+                    _LOGGER.error("DAMAGED CHECKPOINT, falling back to the previous one: %s", error)
+                continue
+            for error in failed.values():
+                if isinstance(error, OtherNetworkError):  # of a run whose others fit
+                    _LOGGER.error("DAMAGED CHECKPOINT, falling back to the previous one: %s", error)
+            return step, found, tuple(failed)
+        newest = failed[max(failed)]
+        if isinstance(newest, OtherNetworkError):
+            raise newest
         raise UserError(
-            f"{damaged[newest]}; none of them can be read: restore the files from a backup, or "
+            f"{newest}; none of them can be read: restore the files from a backup, or "
             "start over in another --workdir"
-        ) from damaged[newest]
+        ) from newest
 
     def set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, so that the newest one is intact.
@@ -176,11 +188,14 @@ class Checkpoints:
             network = [name for name in target if name != "training"]
             saved = _shapes({name: handler.metadata(folder / name).tree for name in network})
         wanted = _shapes({name: target[name] for name in network})
-        different = [path for path in wanted if path in saved and wanted[path] != saved[path]]
-        if different:
-            path = different[0]
-            shapes = f"{path} has shape {saved[path]}; expected {wanted[path]} as configured"
-            raise self._damaged(step, f"{shapes}; {len(different)} arrays differ")
+        different = [path for path in wanted if wanted[path] != saved.get(path)]
+        if different or wanted.keys() != saved.keys():
+            path = different[0] if different else next(iter(saved.keys() - wanted.keys()))
+            raise OtherNetworkError(
+                f"{self._directory / str(step)} holds another network than the configuration: "
+                f"{path} is {saved.get(path, 'missing')} there and {wanted.get(path, 'missing')} "
+                "as configured; configure the network of its run, whose config.json has it"
+            )
 
     def _facts_and_digests(self, step: int) -> tuple[dict[str, Any], dict[str, str] | None]:
         """Returns the facts and path -> digest, None for checkpoints of early versions."""

@@ -1,5 +1,7 @@
 """Evaluation: every example exactly once, on any number of devices."""
 
+import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ from metamix_jax.data import batching, datasets
 from metamix_jax.networks.precision import FULL, Bits, Precision, bit_candidates
 from metamix_jax.runtime import sharding
 from metamix_jax.selection import cost, policy
-from metamix_jax.training import setup
+from metamix_jax.training import nonfinite, setup
 from metamix_jax.training.step.batch_step import training_images
 
 
@@ -48,6 +50,10 @@ class Evaluator:
           variables: params, batch_stats and quant.
           precision: how the layers run, with branches where activations are "chosen".
         """
+        # Not by the scores alone: XLA's fusion of relu and mean on CPUs turns NaN into 0.
+        broken = nonfinite.broken_leaves(variables)
+        if broken:
+            logging.warning("%s not finite: every image counts as wrong", nonfinite.listed(broken))
         totals = {"correct": 0, "correct_top5": 0, "examples": 0, "loss": 0.0}
         batches = batching.eval_batches(
             self._dataset.evaluation,
@@ -59,6 +65,8 @@ class Evaluator:
             counts = self._count(variables, sharding.shard_batch(batch, self._mesh), precision)
             for name, value in counts.items():
                 totals[name] += value.item()
+        if broken:
+            totals |= {"correct": 0, "correct_top5": 0, "loss": math.nan}
         examples = totals["examples"]
         return {
             "top1": 100 * totals["correct"] / examples,

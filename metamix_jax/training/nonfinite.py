@@ -35,6 +35,12 @@ def largest_values(state: Any) -> dict[str, dict[str, Any]]:
     return {path: _summary(leaf) for path, leaf in leaves.items() if leaf.dtype.kind == "f"}
 
 
+def listed(names: list[str], most: int = 3) -> str:
+    """Returns the first names in words: "a, b, c and 4 more are"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
 def _summary(leaf: np.ndarray) -> dict[str, Any]:
     finite = np.isfinite(leaf)
     largest = np.abs(leaf).max(initial=0.0, where=finite)

@@ -17,9 +17,9 @@ from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.runtime import sharding
 from metamix_jax.selection.phases import Phase
 from metamix_jax.selection.policy import Policy, policy_of_checkpoint
-from metamix_jax.training import setup
+from metamix_jax.training import nonfinite, setup
 from metamix_jax.training.calibrate import calibrations, make_calibrate
-from metamix_jax.training.checkpoints import Checkpoints, locate
+from metamix_jax.training.checkpoints import Checkpoints, OtherNetworkError, locate
 from metamix_jax.training.schedule import phase_at
 from metamix_jax.training.setup import Network, abstract_variables
 from metamix_jax.training.step.state import TrainState
@@ -63,7 +63,10 @@ def load_checkpoint(
         def restore(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
             facts = checkpoints.read_facts(step)
             if facts["model"] != network.label:
-                raise UserError(f"{directory}/{step} holds {facts['model']}, not {network.label}")
+                raise OtherNetworkError(
+                    f"{directory}/{step} holds {facts['model']}, not {network.label}; leave out "
+                    "--config to use the run's own"
+                )
             return facts, checkpoints.restore_items(step, abstract_variables(network), mesh)
 
         if step is None:
@@ -105,6 +108,11 @@ def load_weights(
     with Checkpoints(directory, create=False) as checkpoints:
         step = checkpoints.require_latest_step() if step is None else step
         weights = checkpoints.restore_items(step, target, mesh)
+    if broken := nonfinite.broken_leaves(weights):
+        raise UserError(
+            f"{directory / str(step)}: {nonfinite.listed(broken)} not finite; start from another "
+            "checkpoint"
+        )
     logging.info("%s: weights of step %d", path, step)
     return weights, step
 

@@ -96,11 +96,10 @@ def tfds_set(name, **overrides):
         ({"loss": "crossentropy"}, ["config.loss='crossentropy'", "cross_entropy"]),
         ({"model.name": "resnet"}, ["config.model.name='resnet'", "did you mean"]),
         ({"budget.value": 0.01}, ["budget.value=0.01", "nearest feasible value"]),
-        ({"budget.value": 3.0}, ["budget.value=3.0", "nearest feasible value"]),
-        ({"batch_size": 63}, ["batch_size=63", "2 devices"]),
+        ({"batch_size": 63}, ["batch_size=63", "2 .devices."]),
         ({"data.train_split": "trian"}, ["data.train_split='trian'", "'train'"]),
     ],
-    ids=["loss", "model", "budget too low", "budget too high", "batch", "split"],
+    ids=["loss", "model", "budget too low", "batch", "split"],
 )
 def test_bad_values(overrides, parts, mode, run_here, finished_copy):
     config = tiny_config(**overrides)

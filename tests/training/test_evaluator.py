@@ -1,9 +1,12 @@
 """Evaluation: what is counted, and the statistics of batch norm."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from metamix_jax.data import batching, datasets
 from metamix_jax.networks.precision import FULL, Precision
@@ -54,6 +57,26 @@ def dataset():
         generator.integers(0, 10, EXAMPLES, np.int32),
     )
     return datasets.Dataset(split, split)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize(
+    "name", ["params/conv1/kernel", "batch_stats/bn1/mean", "quant/fc/act_step"]
+)
+def test_a_network_with_nan_has_nothing_right(
+    name, batch_size, network, state, dataset, branches, caplog
+):
+    """XLA's fusion of relu and mean turns NaN into 0 on CPUs, so that scores look finite."""
+    flat = traverse_util.flatten_dict(state.variables, sep="/")
+    flat[name] = jnp.full_like(flat[name], jnp.nan)
+    variables = traverse_util.unflatten_dict(flat, sep="/")
+    config = make_config(**{"eval.batch_size": batch_size})
+    evaluator = Evaluator(network.model, dataset, config, mesh_of(1))
+    precision = Precision("chosen", "quantized", branches)
+    found = evaluator(sharding.replicate(variables, mesh_of(1)), precision)
+    assert (found["correct"], found["top1"], found["top5"]) == (0, 0.0, 0.0)
+    assert found["examples"] == EXAMPLES and math.isnan(found["loss"])
+    assert f"{name} is not finite: every image counts as wrong" in caplog.text
 
 
 def test_evaluation_counts_every_example_once(config, network, state, dataset):

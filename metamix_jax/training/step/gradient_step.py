@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from metamix_jax.networks.precision import Bits, Precision, bit_candidates
 from metamix_jax.selection.budget import Budget, chosen_cost
 from metamix_jax.selection.phases import Update
-from metamix_jax.training.step.optimizer import make_optimizer
+from metamix_jax.training.step.optimizer import label, make_optimizer
 from metamix_jax.training.step.state import Metrics, TrainState, branch_logits, split_by_label
 
 Gradient = dict[str, jax.Array]  # by path, as split_by_label has it
@@ -56,6 +56,7 @@ def make_update(
         part, batch_stats, metrics = pass_gradient(
             loss, trained, frozen, batch_stats, (*inputs, rng), precision
         )
+        part = of_whole_batch(part, micro_batches)
         return accumulate(gradient, part, 1 / micro_batches), batch_stats, metrics
 
     def add_pass(gradient, state, batch_stats, parts, limit, precision, number):
@@ -202,6 +203,20 @@ def pass_gradient(
 def accumulate(total: Gradient, part: Gradient, share: float) -> Gradient:
     """Returns total + share * part."""
     return jax.tree.map(lambda total, part: total + share * part, total, part)
+
+
+def of_whole_batch(part: Gradient, micro_batches: int) -> Gradient:
+    """Returns a micro-batch's gradient with LSQ's scale of the whole batch.
+
+    The gradient of an activation's step size is scaled by 1 / sqrt(N * Qp), N the number of
+    quantized elements: those of all micro-batches together.
+    """
+    if micro_batches == 1:
+        return part
+    return {
+        path: leaf / micro_batches**0.5 if label(path, leaf) == "act_steps" else leaf
+        for path, leaf in part.items()
+    }
 
 
 def apply_gradient(
