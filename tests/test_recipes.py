@@ -165,7 +165,7 @@ def test_workdirs_without_a_readable_configuration(content, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "recipe", "rest"),
     [
-        ([], "digits", []),
+        ([], None, []),
         (["--config=mbv2:budget=5"], "mbv2:budget=5", []),
         (
             ["--mode=cost", "-config=mbv2", "--config.seed=3"],
