@@ -193,7 +193,7 @@ def test_calibration_alone_of_another_runs_weights(processes, finished, tmp_path
 def test_calibration_needs_weights(processes, tmp_path):
     done = processes.finish(command(f"--workdir={tmp_path / 'run'}", "--mode=calibrate"))
     assert done.returncode == 2
-    assert "config.pretrained='': expected a file of trained weights" in done.stderr
+    assert "config.pretrained='': expected a weight file or a workdir" in done.stderr
 
 
 def test_searcher_none_and_its_network_as_a_teacher(processes, tmp_path):
