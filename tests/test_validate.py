@@ -183,15 +183,15 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
         ({"search.searcher": "file"}, "config.search.policy='': expected a policy.json with"),
         (
             {"search.searcher": "joint", "search.budgets": (0.8,)},
-            "config.search.budgets=(0.8,): expected nothing with searcher joint",
+            "config.search.budgets=(0.8,): expected no value with searcher joint",
         ),
         (
             {"search.budgets": (0.8,), "bit_search.fixed_meta_state": False},
-            "config.search.budgets=(0.8,): expected none, but with searcher metamix and a fixed",
+            "config.search.budgets=(0.8,): expected none, unless the meta-state is fixed and keeps",
         ),
         (
             {"search.budgets": (0.8,), "bit_search.commit_batch_stats": True},
-            "config.search.budgets=(0.8,): expected none, but with searcher metamix and a fixed",
+            "config.search.budgets=(0.8,): expected none, unless the meta-state is fixed and keeps",
         ),
         (
             {"search.searcher": "asga", "bit_search.epochs": 0.0},
@@ -199,7 +199,7 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
         ),
         (
             {"search.searcher": "ompq", "quant.weight_bits": (8, 4)},
-            "config.quant.weight_bits=(8, 4): expected one, or one of quant.act_bits, for searcher",
+            "config.quant.weight_bits=(8, 4): expected one width, or one in quant.act_bits, for searcher",
         ),
     ],
 )
