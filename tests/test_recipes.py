@@ -102,7 +102,7 @@ def test_what_is_no_configuration(recipe, message, monkeypatch):
     ("text", "message"),
     [
         ("x = 1", "expected a function get_config"),
-        ("def get_config(): pass", "get_config returned NoneType, expected the ConfigDict of"),
+        ("def get_config(): pass", "get_config returned NoneType, expected the ConfigDict from"),
         ("def get_config(size): pass", "'mine': expected an argument, after a colon"),
         (
             FILE.replace("config.checkpoint", "config.batchsize"),

@@ -112,7 +112,7 @@ def test_unknown_names_of_a_registry_name_the_known(path, known, config):
         ("data.mean", (0.1, 0.2), "1 or 1 numbers, one per channel"),
         ("data.std", (0.1, 0.2, 0.3), "1 or 1 numbers, one per channel"),
         ("data.std", (0.0,), "values above 0"),
-        ("teacher.path", "teacher.npz", "nothing with loss='cross_entropy'"),
+        ("teacher.path", "teacher.npz", "none with loss='cross_entropy'"),
         # Values that are not checked would end in a broken run or a traceback.
         ("full_precision.learning_rate", -1.0, ""),
         ("bit_meta.learning_rate", -1.0, ""),
@@ -183,7 +183,7 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
         ({"search.searcher": "file"}, "config.search.policy='': expected a policy.json with"),
         (
             {"search.searcher": "joint", "search.budgets": (0.8,)},
-            "config.search.budgets=(0.8,): expected no value with searcher joint",
+            "config.search.budgets=(0.8,): expected none with searcher joint",
         ),
         (
             {"search.budgets": (0.8,), "bit_search.fixed_meta_state": False},
@@ -199,7 +199,7 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
         ),
         (
             {"search.searcher": "ompq", "quant.weight_bits": (8, 4)},
-            "config.quant.weight_bits=(8, 4): expected one width, or one in quant.act_bits, for searcher",
+            "config.quant.weight_bits=(8, 4): expected one width, or one in quant.act_bits, for",
         ),
     ],
 )

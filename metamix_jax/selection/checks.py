@@ -16,7 +16,7 @@ def check_searcher(config: ConfigDict) -> None:
     for other in SEARCHERS.values():
         for path in other.exclusive if other is not searcher else ():
             value = _value(config, path)
-            require(not value, path, value, f"no value with searcher {name}")
+            require(not value, path, value, f"none with searcher {name}")
     if searcher.choose is not None:
         epochs = config.weight_training.epochs
         require(

@@ -311,7 +311,7 @@ def test_pickled_npz_runs_nothing(tmp_path):
     marker = tmp_path / "code_ran"
     weights = small_weights() | {"fc.bias": np.array([Malicious(marker)], object)}
     message = error_line(torch_weights.read_weights, write(tmp_path / "weights.npz", weights))
-    assert "refused, it holds Python objects" in message
+    assert "refused, contains Python objects" in message
     (tmp_path / "plain.npz").write_bytes(pickle.dumps(Malicious(marker)))
     error_line(torch_weights.read_weights, tmp_path / "plain.npz")
     assert not marker.exists()
@@ -325,7 +325,7 @@ def test_pickled_pth_runs_nothing(tmp_path, zipped):
     content = {"fc.bias": torch.zeros(5), "extra": Malicious(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     message = error_line(torch_weights.read_weights, path)
-    assert "refused, it holds Python objects" in message
+    assert "refused, contains Python objects" in message
     for protocol in (2, 5):
         path.write_bytes(pickle.dumps(content, protocol))
         assert "torch.save(model.state_dict()" in error_line(torch_weights.read_weights, path)
@@ -344,7 +344,7 @@ def test_pth_contents(tmp_path):
     torch.save({"fc.bias": bias, "epoch": 3}, path)
     assert "entry 'epoch' is of type int, expected" in error_line(torch_weights.read_weights, path)
     torch.save([bias], path)
-    assert "holds a list, expected a state_dict" in error_line(torch_weights.read_weights, path)
+    assert "contains a list, expected a state_dict" in error_line(torch_weights.read_weights, path)
 
 
 @pytest.mark.torch
