@@ -1,4 +1,4 @@
-"""--mode=cost: what every layer costs; no data, no training."""
+"""--mode=cost: the cost of every layer; no data, no training."""
 
 from pathlib import Path
 from typing import Any

@@ -78,7 +78,7 @@ def test_mode_evaluate_accepts_a_bundle(run, exported):
     assert found["mode"] == "evaluate" and found["correct"] == exported[0]["correct"]
     config.data.channels = 3
     with pytest.raises(UserError, match="takes images of"):
-        quantized_network.judge_bundle(config, exported[1])
+        quantized_network.evaluate_bundle(config, exported[1])
 
 
 def test_a_damaged_bundle_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, capsys):
