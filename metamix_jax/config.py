@@ -92,7 +92,7 @@ def validate_start(config: ConfigDict) -> None:
     if not config.pretrained:
         _require(
             config, "full_precision.epochs", config.full_precision.epochs > 0,
-            "more than 0, or set config.pretrained to trained weights to start from",
+            "more than 0, or config.pretrained set to trained weights to start from",
         )  # fmt: skip
     needs_teacher = config.loss != "cross_entropy"
     _require(

@@ -182,7 +182,7 @@ def test_where_the_recipe_stands(arguments, recipe, rest):
 
 
 def metamix(*arguments, folder):
-    """Runs the command line in a folder that is not the checkout."""
+    """Runs the command line in a folder outside the checkout."""
     return subprocess.run(
         [sys.executable, "-m", "metamix_jax", f"--workdir={folder}/run", *arguments],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},

@@ -1,4 +1,4 @@
-"""What a configuration may hold, and the message where it holds something else."""
+"""Valid values of a configuration, and the messages for invalid ones."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup, start_weights
 from tests.helpers.config_fields import ROOT, change, leaves, load, value_of
 
-# Texts that can be anything; what they name is looked up later.
+# Free texts; the names in them are looked up later.
 NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir", "data.train_split",
          "search.policy", "data.eval_split", "teacher.path", "teacher.model.name",
          "diagnose.layer", "diagnose.before", "distributed.coordinator",
@@ -113,7 +113,7 @@ def test_unknown_names_of_a_registry_name_the_known(path, known, config):
         ("data.std", (0.1, 0.2, 0.3), "1 or 1 numbers, one per channel"),
         ("data.std", (0.0,), "values above 0"),
         ("teacher.path", "teacher.npz", "none with loss='cross_entropy'"),
-        # Values that are not checked would end in a broken run or a traceback.
+        # Unchecked values would lead to a broken run or a traceback.
         ("full_precision.learning_rate", -1.0, ""),
         ("bit_meta.learning_rate", -1.0, ""),
         ("bit_search.learning_rate", float("nan"), ""),
@@ -179,7 +179,7 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
             {"budget.unit": "mebibytes"},
             "config.quant.weight_bits=(4,): expected two or more with budget.unit='mebibytes'",
         ),
-        ({"search.policy": "policy.json"}, "config.search.policy='policy.json': expected nothing"),
+        ({"search.policy": "policy.json"}, "config.search.policy='policy.json': expected none"),
         ({"search.searcher": "file"}, "config.search.policy='': expected a policy.json with"),
         (
             {"search.searcher": "joint", "search.budgets": (0.8,)},

@@ -37,7 +37,7 @@ def conv_bn(size, inputs, outputs):
 
 
 def cifar_resnet_parameters(depth, width, channels, classes, conv_shortcut):
-    """Adds up the layers one by one."""
+    """Adds up the parameters layer by layer."""
     total = conv_bn(3, channels, width)
     inputs = width
     for outputs in (width, 2 * width, 4 * width):

@@ -1,4 +1,4 @@
-"""Weights from .npz, .safetensors and .pth files, and the errors of files that do not fit."""
+"""Weights from .npz, .safetensors and .pth files, and the errors for files that do not fit."""
 
 import pathlib
 import pickle
@@ -21,7 +21,7 @@ SUFFIXES = (".npz", ".safetensors", PTH)
 
 
 class Malicious:
-    """Unpickling it creates a file: the proof that code ran."""
+    """Unpickling it creates a file, as proof that code ran."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -70,7 +70,7 @@ def small_variables():
 
 
 def small_weights():
-    """The torch side of small_variables, names and shapes written out: nothing from our rules."""
+    """The torch version of small_variables, written out without our naming rules."""
     shapes = {
         "conv1.weight": (4, 3, 3, 3),
         "layer1.0.conv1.weight": (4, 4, 3, 3),
@@ -146,7 +146,7 @@ def test_round_trip(tmp_path, suffix):
     assert loaded["quant"] is variables["quant"]
     assert not any(leaf.any() for leaf in jax.tree.leaves(variables["params"]))  # not modified
     block, stats = loaded["params"]["layer2_0"], loaded["batch_stats"]["layer2_0"]
-    # Element by element, not by another transpose.
+    # Element by element, without another transpose.
     kernel = weights["layer2.0.conv1.weight"]
     ours, dense = np.asarray(block["conv1"]["kernel"]), np.asarray(loaded["params"]["fc"]["kernel"])
     for o, i, h, w in np.ndindex(*kernel.shape):
@@ -331,7 +331,7 @@ def test_pickled_pth_runs_nothing(tmp_path, zipped):
         assert "torch.save(model.state_dict()" in error_line(torch_weights.read_weights, path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(content["extra"]))
-    assert marker.exists()  # the trap does work
+    assert marker.exists()  # the trap works
 
 
 @pytest.mark.torch
