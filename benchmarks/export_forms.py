@@ -35,7 +35,7 @@ class Levels:
     def start(
         self, inputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], count: int
     ) -> None:
-        """Starts `count` images; layer path -> the values quantized by JAX, and their int32 levels."""
+        """Starts `count` images; layer path -> values quantized by JAX, and their int32 levels."""
         self.inputs, self.expected = inputs, expected
         self.parted = np.append(self.parted, np.zeros(count, bool))
 
