@@ -129,7 +129,7 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
-        """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
+        """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
         norm = _batch_norm(_V2_MOMENTUM, _V2_EPSILON)
         stem = QuantConv(
             32, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"
@@ -166,7 +166,7 @@ class MobileNetV3Large(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
-        """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
+        """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
         norm = _batch_norm(_V3_MOMENTUM, _V3_EPSILON)
         stem = QuantConv(
             16, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"

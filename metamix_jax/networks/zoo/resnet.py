@@ -78,7 +78,7 @@ class CifarResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
-        """Returns class scores [n, num_classes] of normalised images [n, h, w, c]."""
+        """Returns class scores [n, num_classes] of normalized images [n, h, w, c]."""
         ends = self.settings.ends()
         x = QuantConv(self.width, self.settings.stem(), signed=True, name="conv1")(x, precision)
         x = nn.relu(_batch_norm("bn1", train)(x))
@@ -142,7 +142,7 @@ class ImageNetResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
-        """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
+        """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
         stem = QuantConv(
             64,
             self.settings.stem(),
