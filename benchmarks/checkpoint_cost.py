@@ -1,8 +1,8 @@
-"""Cost of saving a checkpoint: how long the loop waits, and the part that digests have in it.
+"""Cost of saving a checkpoint: how long the loop waits, and the share of digests in it.
 
     python benchmarks/checkpoint_cost.py [CONFIG_FILE, default configs/mbv2.py]
 
-The state is that of weight training with Adam; what Orbax writes in the background is not counted.
+The state is that of weight training with Adam; Orbax's writing in the background is not counted.
 """
 
 import importlib.util

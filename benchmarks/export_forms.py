@@ -1,4 +1,4 @@
-"""The exported forms of a network, run beside JAX: levels of every quantizer, and scores."""
+"""The exported forms of a network, compared with JAX: levels of every quantizer, and scores."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,33 +14,33 @@ from metamix_jax.exporters.graph import Graph, Node, Quantizer
 from metamix_jax.networks.quantizers import fake_quant
 
 BATCH = 10
-FORCED = " from JAX's levels"  # ends the name of a form in which each layer starts from those
-TIE = 1e-3  # of a step: how far from a rounding boundary a differing level's value may lie
+FORCED = " from JAX's levels"  # suffix of forms in which each layer starts from those
+TIE = 1e-3  # in steps: greatest distance of a differing level's value from a rounding boundary
 
 
 class Levels:
-    """A hook for a form that runs a network: compares the levels of every layer's input with JAX's.
+    """A hook for running a form: compares the levels of every layer's input with JAX's.
 
-    An image parts from JAX's at the first layer that has another level for it; later ones follow.
+    An image diverges from JAX's at the first layer with a different level; later ones follow.
 
-    forced: the form goes on with JAX's levels, so that every layer is compared from the same start.
+    forced: the form continues with JAX's levels, so that every layer starts from the same input.
     """
 
     def __init__(self, *, forced: bool = False):
         self.forced, self.inputs, self.expected = forced, {}, {}
         self.parted = np.zeros(0, bool)
         self.compared = self.ties = self.errors = self.following = 0
-        self.furthest = 0.0  # of the ties, from the boundary, in steps
+        self.furthest = 0.0  # greatest distance of a tie from the boundary, in steps
 
     def start(
         self, inputs: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], count: int
     ) -> None:
-        """Begins `count` images; layer path -> what JAX quantizes there, and its int32 levels."""
+        """Starts `count` images; layer path -> values quantized by JAX, and their int32 levels."""
         self.inputs, self.expected = inputs, expected
         self.parted = np.append(self.parted, np.zeros(count, bool))
 
     def __call__(self, node: Node, levels: np.ndarray) -> np.ndarray:
-        """Compares int levels [n, ...] of one layer; returns those to go on with."""
+        """Compares int levels [n, ...] of one layer; returns those to continue with."""
         x, expected = (values[node.name][: len(levels)] for values in (self.inputs, self.expected))
         differs, parted = levels != expected, self.parted[-len(levels) :]
         image, *place = np.nonzero(differs)
@@ -63,7 +63,7 @@ Form = Callable[[np.ndarray, Levels], np.ndarray]  # images [n, h, w, c], hook -
 
 
 class Outcome(NamedTuple):
-    """scores: of a form, [n, classes]; seconds: it took in all, comparing levels included."""
+    """scores: of a form, [n, classes]; seconds: total, including the comparison of levels."""
 
     levels: Levels
     scores: np.ndarray
@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
 
 
 def jax_levels(x: np.ndarray, quantizer: Quantizer) -> np.ndarray:
-    """Returns the levels, int32, at which JAX quantizes real values."""
+    """Returns the int32 levels to which JAX quantizes real values."""
     bits, signed, step, shift = quantizer
     fake = np.array(fake_quant(x, np.float32(step), bits, signed=signed, shift=shift))
     fake += np.float32(shift)
@@ -85,10 +85,10 @@ def compare(
     images: np.ndarray,
     forms: Mapping[str, tuple[Form, int]],
 ) -> tuple[np.ndarray, dict[str, Outcome]]:
-    """Returns JAX's scores of normalised images, and what each form makes of the first so many.
+    """Returns JAX's scores of normalized images, and the outcome of each form on its first images.
 
-    JAX runs operation by operation. Compiled as a whole, it may compute what it quantizes and what
-    it shows of that in two ways, which round differently.
+    JAX runs operation by operation. Compiled as a whole, it may compute the values that it
+    quantizes and those that it outputs in two ways, with different rounding.
     """
     reference, scores = [], {name: [] for name in forms}
     levels = {name: Levels(forced=name.endswith(FORCED)) for name in forms}
@@ -127,12 +127,12 @@ def compare(
 
 
 def numpy_form(graph: Graph) -> Form:
-    """The bundle in the reference executor."""
+    """Returns the form that runs the bundle in the reference executor."""
     return lambda images, hook: executor.run(graph, images, hook)
 
 
 def onnxruntime_form(model: bytes, graph: Graph) -> Form:
-    """QCDQ in onnxruntime at its default level; levels from a copy that gives them out, too."""
+    """QCDQ in onnxruntime at its default level; the levels come from a copy that outputs them."""
     import onnx
 
     plain, shown = _session(model), onnx.load_model_from_string(model)
@@ -151,7 +151,7 @@ def onnxruntime_form(model: bytes, graph: Graph) -> Form:
 
 
 def onnxruntime_form_by_layer(model: bytes, graph: Graph) -> Form:
-    """QCDQ in onnxruntime with every layer fed with JAX's levels."""
+    """QCDQ in onnxruntime, with JAX's levels as the input of every layer."""
     import onnx
 
     shown = onnx.load_model_from_string(model)
@@ -175,7 +175,7 @@ def onnxruntime_form_by_layer(model: bytes, graph: Graph) -> Form:
 
 
 def qonnx_form(model: bytes, graph: Graph, *, by_layer: bool = False) -> Form:
-    """QONNX in qonnx's own executor, image by image; `by_layer` feeds each with JAX's levels."""
+    """QONNX in qonnx's executor, image by image; `by_layer`: JAX's levels as the layers' inputs."""
     import onnx
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
@@ -205,7 +205,7 @@ def qonnx_form(model: bytes, graph: Graph, *, by_layer: bool = False) -> Form:
 
 
 def stablehlo_form(content: bytes) -> Form:
-    """StableHLO, compiled; it shows no levels."""
+    """StableHLO, compiled; it does not output levels."""
     call = jax.jit(jax.export.deserialize(bytearray(content)).call)
     return lambda images, hook: np.asarray(call(images))
 
@@ -217,7 +217,7 @@ def _session(content: bytes) -> Any:
 
 
 def _level_tensors(model: Any, graph: Graph) -> dict[str, str]:
-    """Returns layer -> the tensor of a QCDQ file that holds its input's levels."""
+    """Returns layer -> the tensor in a QCDQ file with its input's levels."""
     made = {name for node in model.graph.node for name in node.output}
     return {
         node.name: next(
@@ -233,7 +233,7 @@ def _known(model: Any) -> dict[str, Any]:
 
 
 def _cut(model: Any, names: Iterable[str]) -> list[str]:
-    """Makes inputs of tensors in an ONNX model; returns the outputs that now hold what it makes."""
+    """Turns tensors of an ONNX model into inputs; returns the outputs with their former values."""
     known, names = _known(model), list(names)
     for node in model.graph.node:
         node.output[:] = [f"{name}/own" if name in names else name for name in node.output]

@@ -3,9 +3,9 @@
     python -m benchmarks.export_parity run WORKDIR [--examples=N] [--qonnx=N]
     python -m benchmarks.export_parity calibrated RECIPE WEIGHTS DATA_DIR DIRECTORY [--tf] ...
 
-The first exports a finished run into WORKDIR/export; the second a network of configs/RECIPE.py
-with calibrated step sizes into DIRECTORY, nothing trained: the searched layers take turns with the
-activation / weight bits of --turns. WEIGHTS is a weight file, or `random`. Needs onnx and
+The first exports a finished run to WORKDIR/export; the second exports a network of
+configs/RECIPE.py to DIRECTORY, calibrated but not trained: the searched layers cycle through the
+activation / weight bits in --turns. WEIGHTS is a weight file, or `random`. Needs onnx and
 onnxruntime, and qonnx for the first --qonnx images. Prints a table, then one line of JSON.
 """
 
@@ -48,7 +48,7 @@ CLOSE = 1e-4  # of scores
 
 
 def calibrated(options: argparse.Namespace) -> quantized_network.QuantizedNetwork:
-    """Returns a network whose step sizes are calibrated, at the bits of options.turns."""
+    """Returns a network with calibrated step sizes, at the bits in options.turns."""
     config = importlib.import_module(f"configs.{options.recipe}").get_config()
     turns = [Bits(*map(int, turn.split("/"))) for turn in options.turns.split(",")]
     config.quant.act_bits = tuple(sorted({bits.act for bits in turns}, reverse=True))
@@ -74,7 +74,7 @@ def calibrated(options: argparse.Namespace) -> quantized_network.QuantizedNetwor
 
 
 def save_random(config: ConfigDict, workdir: Path) -> str:
-    """Saves random weights, with batch norm's statistics of some images, as a run's first step."""
+    """Saves random weights, with batch norm statistics of some images, as a run's first step."""
     network, mesh = setup.make_network(config), sharding.make_mesh()
     state = setup.init_state(config, network)
     dataset = setup.load_dataset(config, mesh)
@@ -92,7 +92,7 @@ def save_random(config: ConfigDict, workdir: Path) -> str:
 def report(
     network: quantized_network.QuantizedNetwork, directory: Path, examples: int, qonnx: int
 ) -> None:
-    """Exports a network, and prints how the files compare with it."""
+    """Exports a network, and prints how the files compare with JAX."""
     network.config.export.examples = examples
     exported = metamix_jax.export(network, directory)
     graph = bundle.read_bundle(directory)
@@ -139,7 +139,7 @@ def report(
 
 
 def row(outcome: Outcome, reference: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Returns what is said of a form."""
+    """Returns the table row of a form."""
     scores, levels = outcome.scores, outcome.levels
     reference, labels = reference[: len(scores)], labels[: len(scores)]
     apart = np.abs(scores - reference).max(axis=-1)
@@ -163,14 +163,14 @@ def row(outcome: Outcome, reference: np.ndarray, labels: np.ndarray) -> dict[str
 
 
 def weight_bytes(network: quantized_network.QuantizedNetwork) -> int:
-    """Returns the bytes of the policy's weight bits, each layer's rounded up, without a header."""
+    """Returns the bytes of the weights at the policy's bits, rounded up per layer, no header."""
     params = flatten_dict(network.variables["params"], sep="/")
     rows = network.policy.bits.items()
     return sum(-(-params[f"{path}/kernel"].size * bits.weight // 8) for path, bits in rows)
 
 
 def qonnx_bops(path: Path) -> int:
-    """Returns the bit operations that qonnx counts."""
+    """Returns the bit operations counted by qonnx."""
     from qonnx.util.inference_cost import inference_cost
 
     return int(inference_cost(str(path), discount_sparsity=False)["total_cost"]["total_bops"])

@@ -1,17 +1,16 @@
-"""CPU time an image of an exported network: QCDQ and float32 in onnxruntime, and NumPy's executor.
+"""CPU time per image of an exported network: QCDQ and float32 in onnxruntime, NumPy executor.
 
     python -m benchmarks.export_speed DIRECTORY [--batches=1,16] [--repeats=15]
 
-DIRECTORY is what --mode=export wrote. One thread each, at onnxruntime's default level. What counts
-is CPU time, which other work on the machine disturbs less than the time that passes; repetitions
-are interleaved, and the median is taken. Prints a table, then one line
-of JSON.
+DIRECTORY was written by --mode=export. One thread each, at onnxruntime's default level. CPU time is
+measured, which other work on the machine disturbs less than wall time; repetitions are interleaved,
+and the median is taken. Prints a table, then one line of JSON.
 """
 
 import os
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-os.environ.update(dict.fromkeys(THREADS, "1"))  # of NumPy, which reads them on import
+os.environ.update(dict.fromkeys(THREADS, "1"))  # read by NumPy on import
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
@@ -30,7 +29,7 @@ from metamix_jax.exporters.onnx_writers import QonnxWriter  # noqa: E402
 
 
 class FloatWriter(QonnxWriter):
-    """Kernels in real units, and nothing quantized."""
+    """Writes kernels in real units, without quantization."""
 
     domain = ""
 

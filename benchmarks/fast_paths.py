@@ -1,12 +1,12 @@
-"""Do the forms that are fast on CPUs train as well as the plain ones?
+"""Do the forms that are fast on CPUs train as well as the plain forms?
 
     python benchmarks/fast_paths.py [--seeds=0,1,2] [--config=configs/digits.py] [main.py's flags]
 
-Runs all phases once per seed and form and prints how many images each gets right at the end:
-`plain` has XLA's convolutions, quantizers with autodiff's own residuals and one device; `fast` has
-convolution.py and xla_cpu.py as they are; `two devices` splits the CPU besides. Sums are taken
-in different orders, so single runs part; what counts is whether the forms differ by more than the
-seeds do. One line of JSON at the end.
+Runs all phases once per seed and form, and prints the number of correct images at the end: `plain`
+uses XLA's convolutions, quantizers with autodiff's residuals and one device; `fast` uses
+convolution.py and xla_cpu.py unchanged; `two devices` also splits the CPU. Sums are computed in
+different orders, so single runs diverge; the question is whether forms differ by more than seeds.
+One line of JSON at the end.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FORMS = {"plain": 1, "fast": 1, "two devices": 2}  # and their devices
+FORMS = {"plain": 1, "fast": 1, "two devices": 2}  # form -> devices
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def start(form: str, devices: int, seed: str, folder: str, arguments: list[str])
 
 
 def run(options: argparse.Namespace, flags: list[str]) -> None:
-    """Does what main.py does, with the plain forms if told so."""
+    """Does the same as main.py, with the plain forms if selected."""
     from metamix_jax.networks import layers
     from metamix_jax.networks.kernels.convolution import plain_convolve
 

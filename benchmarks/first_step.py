@@ -1,11 +1,11 @@
-"""From the start of Python to the end of the first training step, without and with a cache.
+"""Time from the start of Python to the end of the first training step, without and with a cache.
 
     python benchmarks/first_step.py [--network=cifar10_resnet20] [--kind=bit_meta] [--runs=5]
 
-Every run is a process of its own that does what main.py does before its first step, but for data,
-files and evaluation: imports, the network, its state from given weights, one step on a random
-batch. The first run fills an empty compilation cache; the others find it full. Prints seconds, wall
-and of all cores together, medians over the others, then one line of JSON.
+Every run is a separate process that does the same as main.py before its first step, except for
+data, files and evaluation: imports, the network, its state from given weights, one step on a random
+batch. The first run fills an empty compilation cache; the others find it filled. Prints wall and
+CPU seconds (all cores together), medians over the other runs, then one line of JSON.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def start(cache: str) -> dict[str, list[float]]:
 
 
 def run(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Makes two steps; returns wall and CPU seconds of every stage."""
+    """Runs two steps; returns wall and CPU seconds of every stage."""
     started, cache = options.inside.split(",")
     marks = [(float(started), 0.0)]
 
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> dict[str, list[float]]:
         marks.append((time.time(), time.process_time()))
 
     mark()
-    gc.set_threshold(100_000)  # as main.py does
+    gc.set_threshold(100_000)  # as in main.py
     sys.path.insert(0, str(ROOT))
     from metamix_jax.runtime import cpu
 

@@ -1,11 +1,11 @@
-"""Goodput: which part of the steps a run keeps that is killed every so many seconds.
+"""Goodput: the share of steps that are kept by a run killed every few seconds.
 
     python benchmarks/goodput.py [--seconds=10] [--intervals=5,50,200] [--lives=3]
 
-Runs the digits network (`configs/digits.py`) in processes of its own and kills each with SIGKILL
-so many seconds after its first step; the next goes on from the newest checkpoint. Steps that the
-next one has to make again are lost. What starting takes is apart from that. The first life, which
-compiles, is not counted. Prints a table.
+Runs the digits network (`configs/digits.py`) in separate processes and kills each with SIGKILL
+--seconds after its first step; the next one resumes from the newest checkpoint. Steps that it has
+to repeat are lost. The time for starting is not included. The first life, which compiles, is not
+counted. Prints a table.
 """
 
 import argparse
@@ -42,12 +42,12 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", default=[10], type=numbers)
     parser.add_argument("--intervals", default=[5, 50, 200], type=numbers)
-    parser.add_argument("--lives", default=3, type=int, help="counted, beside the first")
+    parser.add_argument("--lives", default=3, type=int, help="counted, in addition to the first")
     return parser.parse_args()
 
 
 def live(workdir: Path, seconds: int, interval: int, lives: int) -> tuple[int, int]:
-    """Returns the steps that all lives but the first made, and how many of them were kept."""
+    """Returns the number of steps in all lives but the first, and how many of them were kept."""
     made, before, start = 0, 0, None
     for _ in range(lives + 1):
         end = run(workdir, seconds, interval)
@@ -59,18 +59,18 @@ def live(workdir: Path, seconds: int, interval: int, lives: int) -> tuple[int, i
 
 
 def run(workdir: Path, seconds: int, interval: int) -> int:
-    """Runs and kills; returns the last step that metrics.jsonl holds."""
+    """Runs and kills; returns the last step in metrics.jsonl."""
     command = [
         sys.executable, "main.py", "--config=configs/digits.py", f"--workdir={workdir}",
         f"--config.checkpoint_every_steps={interval}", "--config.log_every_steps=1",
-        # Long enough not to end.
+        # Long enough not to finish.
         "--config.full_precision.epochs=100000",
     ]  # fmt: skip
     cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache")}
     cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | cache, stderr=subprocess.DEVNULL)
     before, written = newest_checkpoint(workdir), changed(workdir)
-    # At first there are still the rows of steps that the life before has lost.
+    # At first, metrics.jsonl still has the rows of steps lost by the previous life.
     while process.poll() is None and (changed(workdir) == written or last_step(workdir) <= before):
         time.sleep(0.1)
     try:

@@ -2,12 +2,12 @@
 
     python benchmarks/input_pipeline.py --data_dir=DATA_DIR [--tensorflow]
 
-DATA_DIR holds a TFDS data set named imagenet2012 in array_record form. With --tensorflow (to be
-installed for this alone) tf.data does the same work: it reads serialized examples, crops at random
-with decode_and_crop_jpeg, resizes bilinearly, flips, and batches uint8. Both read files that the
-page cache holds, and both run in processes pinned to as many cores as they have threads.
-Repetitions are interleaved, so that whatever else runs slows both; the median counts.
-Prints a table, then one line of JSON.
+DATA_DIR contains a TFDS data set named imagenet2012 in array_record format. With --tensorflow
+(install it just for this), tf.data does the same work: it reads serialized examples, crops at
+random with decode_and_crop_jpeg, resizes bilinearly, flips, and batches uint8. Both read files in
+the page cache, and both run in processes pinned to as many cores as threads. Repetitions are
+interleaved, so that other work slows both; medians are reported. Prints a table, then one line of
+JSON.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def start_worker(threads: int) -> concurrent.futures.ProcessPoolExecutor:
-    """Returns a process of its own on the first `threads` cores."""
+    """Returns a separate process on the first `threads` cores."""
     return concurrent.futures.ProcessPoolExecutor(
         1,
         mp_context=multiprocessing.get_context("spawn"),
@@ -88,7 +88,7 @@ def start_worker(threads: int) -> concurrent.futures.ProcessPoolExecutor:
 def measure_rate(
     batches: Callable[..., Iterator[np.ndarray]], options: argparse.Namespace, threads: int
 ) -> float:
-    """Returns images per second, without the first batch, in which the pipeline starts."""
+    """Returns images per second, without the first batch, during which the pipeline starts."""
     iterator = batches(options, threads)
     next(iterator)
     start, images = time.perf_counter(), 0
@@ -98,7 +98,7 @@ def measure_rate(
 
 
 def measure_first(options: argparse.Namespace, step: int) -> float:
-    """Returns the seconds until a run that goes on from `step` has its first batch."""
+    """Returns the seconds until a run resumed from `step` has its first batch."""
     from metamix_jax.data import batching
 
     batching._permutation.cache_clear()
@@ -135,7 +135,7 @@ def batches_from(train, options: argparse.Namespace, start: int, stop: int) -> I
 def metamix_batches(options: argparse.Namespace, threads: int) -> Iterator[np.ndarray]:
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     train = dataclasses.replace(load_train(options), pool=pool)
-    stop = 2 + options.images // options.batch_size + 8  # 8: so that reading ahead goes on
+    stop = 2 + options.images // options.batch_size + 8  # 8: so that reading ahead continues
     return (batch["image"] for batch in batches_from(train, options, 0, stop))
 
 
@@ -209,7 +209,7 @@ def report(options: argparse.Namespace, rates: dict, first: dict) -> None:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None  # tensorflow comes under several names
+            versions[package] = None  # tensorflow has several package names
     facts = {"image_size": IMAGE_SIZE, "batch_size": options.batch_size, "images": options.images,
              "repetitions": options.repetitions, "cores": os.cpu_count()}  # fmt: skip
     print(

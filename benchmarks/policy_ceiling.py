@@ -1,11 +1,11 @@
-"""How much is there to gain by choosing bits, and does a meta-state know it?
+"""How much can be gained by choosing bits?
 
     python benchmarks/policy_ceiling.py CONFIG OUT [--policies=30] [--budget=0.7] [overrides ...]
 
 Draws random policies of equal cost, fine-tunes each from the same weights with the same data order,
 and prints the spread of their accuracies: best minus median is the most that a searcher can gain
-over a random choice. Each run has a workdir in OUT, so that an interrupted benchmark resumes.
-OUT/ceiling.json holds the table. CONFIG is a recipe; overrides are --config.FIELD=VALUE without
+over a random choice. Each run has a workdir in OUT, so an interrupted benchmark can be resumed.
+OUT/ceiling.json contains the table. CONFIG is a recipe; overrides are --config.FIELD=VALUE without
 `--config.`, such as pretrained=runs/fp.
 """
 

@@ -1,8 +1,8 @@
-"""MetaMix as one would write it in PyTorch without further thought: what steps.py compares with.
+"""A straightforward MetaMix in PyTorch, the baseline of steps.py.
 
-LSQ as modules with autograd, one forward and backward pass per branch in bit-meta, the softmax's
-mixture of quantized inputs in bit-search. The networks are in pytorch_networks.py; both start from
-the same weights. Images are channels-last, which PyTorch runs fastest.
+LSQ as modules with autograd, one forward and backward pass per branch in bit-meta, a softmax
+mixture of quantized inputs in bit search. The networks are in pytorch_networks.py; both start from
+the same weights. Images are channels-last, the fastest layout in PyTorch.
 """
 
 import math
@@ -97,7 +97,7 @@ def load(network: nn.Module, arrays: dict[str, np.ndarray]) -> None:
 
 
 def gradients(network: nn.Module, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the gradients by the names of `arrays`; 0 where there is none."""
+    """Returns the gradients by the names of `arrays`; 0 if there is none."""
     own, found = dict(network.named_parameters()), {}
     for path, array in arrays.items():
         gradient = own[_own_name(path)].grad
@@ -118,7 +118,7 @@ def _axes(array: np.ndarray) -> tuple[int, ...]:
 
 
 class Trainer:
-    """One kind of step: full_precision, bit_meta, bit_search or weight_training."""
+    """One kind of training step: full_precision, bit_meta, bit_search or weight_training."""
 
     def __init__(self, network: nn.Module, kind: str, options: dict[str, Any]) -> None:
         self.network, self.kind, self.options = network, kind, options
@@ -145,7 +145,7 @@ class Trainer:
             self.optimizer = torch.optim.Adam(groups, 1e-4)
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-        """Makes one step; returns its loss and the norm of its gradient."""
+        """Runs one step; returns its loss and the norm of its gradient."""
         bits = self.options["act_bits"]
         if self.kind == "full_precision":
             passes = [(FULL, False)]
@@ -175,7 +175,7 @@ class Trainer:
         return total, norm
 
     def budget_term(self) -> torch.Tensor:
-        """Returns the distance of the most probable policy's cost from that of uniform 4 bits."""
+        """Returns the distance of the most probable policy's cost from that of uniform 4/4."""
         cost = wanted = 0.0
         for layer in self.layers:
             if layer.logits is None:

@@ -1,6 +1,7 @@
-"""The networks of metamix_jax.networks.zoo in PyTorch, of pytorch_metamix.py's layers.
+"""The networks of metamix_jax.networks.zoo in PyTorch, built from pytorch_metamix.py's layers.
 
-Names are those of metamix_jax.networks.zoo too, by which weights are copied. There is no dropout.
+Modules have the same names as in metamix_jax.networks.zoo, for copying weights. There is no
+dropout.
 """
 
 import functools
@@ -10,11 +11,11 @@ from pytorch_metamix import Conv, Dense
 from torch import nn
 from torch.nn import functional
 
-HSWISH_SHIFT = 3 / 8  # minus the minimum of hswish, whose outputs are then quantized as unsigned
+HSWISH_SHIFT = 3 / 8  # minus the minimum of hswish; shifted outputs are quantized as unsigned
 
 
 def make_network(name: str, num_classes: int, act_bits: tuple, weight_bits: int) -> nn.Module:
-    """Returns the network that the config.model.name of metamix_jax means."""
+    """Returns the network for a config.model.name of metamix_jax."""
     networks = {
         "cifar_resnet": CifarResNet20,
         "resnet18": ResNet18,
@@ -25,7 +26,7 @@ def make_network(name: str, num_classes: int, act_bits: tuple, weight_bits: int)
 
 
 class BasicBlock(nn.Module):
-    """ResNet's block of two convolutions."""
+    """The ResNet block with two convolutions."""
 
     def __init__(self, channels, features, stride, shortcut_conv, bits) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ def ResNet18(classes: int, act_bits: tuple, weight_bits: int) -> ResNet:  # noqa
 
 
 class InvertedResidual(nn.Module):
-    """MobileNets' block; `activation` also says how the inputs of most layers are quantized."""
+    """The MobileNet block; `activation` also determines how most layers' inputs are quantized."""
 
     def __init__(
         self, channels, wide, features, bits, size=3, stride=1, activation=functional.relu6,
@@ -157,7 +158,7 @@ class MobileNetV2(nn.Module):
 class MobileNetV3Large(nn.Module):
     """MobileNet-v3-large of width 1.0, without dropout."""
 
-    # Size of the depthwise kernel, its channels, channels out, squeeze and excite, hswish, stride.
+    # Depthwise kernel size, its channels, output channels, squeeze-and-excite, hswish, stride.
     ROWS = (
         (3, 16, 16, False, False, 1), (3, 64, 24, False, False, 2), (3, 72, 24, False, False, 1),
         (5, 72, 40, True, False, 2), (5, 120, 40, True, False, 1), (5, 120, 40, True, False, 1),

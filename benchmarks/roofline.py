@@ -1,11 +1,11 @@
-"""How near the fake quantizer and a step come to what the machine can do.
+"""How close the fake quantizer and a training step come to the machine's limits.
 
     python benchmarks/roofline.py [--network=cifar10_resnet20] [--batch_size=128] [--image_size=32]
 
-The quantizer, forward and backward, has to read its input and write the levels, then to read input
-and cotangent and write the input's gradient: the time is compared with that of copying as many
-bytes. A full-precision step has 6 operations per multiply-accumulate of the network: the time is
-compared with that of as many in a matrix product. Repetitions are interleaved, medians count.
+The quantizer, forward and backward, has to read its input and write the levels, then read input and
+cotangent and write the input's gradient; its time is compared with copying as many bytes. A
+full-precision step has 6 operations per multiply-accumulate of the network; its time is compared
+with a matrix product of as many operations. Repetitions are interleaved; medians are reported.
 Prints one line of JSON; arrays have --mebibytes.
 """
 

@@ -1,9 +1,9 @@
-"""One process of steps.py: builds a training step, makes it as often as it is told to.
+"""A worker process of steps.py: builds a training step and runs it on request.
 
     python benchmarks/step_worker.py BY NETWORK KIND ARRAYS
 
-BY is one of steps.py's --frameworks, `prepare`, which writes start weights to ARRAYS, or `check`,
-which compares ours with PyTorch's in float64.
+BY is one of steps.py's --frameworks; `prepare`, which writes start weights to ARRAYS; or `check`,
+which compares our steps with PyTorch's in float64.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes, one device
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a device
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def answer(steps: int, step: Callable, device_bytes: Callable, before: int) -> None:
-    """Answers "steps" with their wall and CPU seconds and "memory" with MiB, line by line."""
+    """Answers "steps" with wall and CPU seconds and "memory" with MiB, line by line."""
     started = time.perf_counter()
     first = {name: float(value) for name, value in zip(("loss", "norm"), step(), strict=True)}
     print(json.dumps(first | {"seconds": time.perf_counter() - started}), flush=True)
@@ -75,14 +75,14 @@ def answer(steps: int, step: Callable, device_bytes: Callable, before: int) -> N
 
 
 def resident(field: str) -> int:
-    """Returns bytes of this process: VmRSS, or VmHWM, the most since `reset_peak`."""
+    """Returns this process's memory in bytes: VmRSS, or VmHWM, its peak since `reset_peak`."""
     status = Path("/proc/self/status").read_text()
     found = next((line for line in status.splitlines() if line.startswith(field)), None)
     return int(found.split()[1]) * 1024 if found else resource.getrusage(0).ru_maxrss * 1024
 
 
 def reset_peak() -> None:
-    """Forgets the memory that compiling took."""
+    """Resets the peak, to exclude memory used by compilation."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -134,9 +134,9 @@ def prepare(config: Any, path: str) -> None:
 def check(config: Any, path: str) -> None:
     """Compares losses and gradients of every kind of pass with PyTorch's, in float64.
 
-    Biases are drawn at random: where they are 0, a channel whose sums on a grid are all equal lies
-    on the kink of its ReLU but for rounding. A maximum of several places can be taken by equal ones
-    of a quantized stem; the stem's gradients are left out of that pass.
+    Biases are random: if they were 0, a channel whose sums are all equal would be on the kink of
+    its ReLU up to rounding. The maximum of a pooling window can be attained at several equal
+    outputs of a quantized stem, so the stem's gradients are left out of that pass.
     """
     import jax
     import optax
@@ -189,7 +189,7 @@ def check(config: Any, path: str) -> None:
 
 
 def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Callable, Callable, int]:
-    """Returns a function that makes a step, one that gives peak bytes, and the bytes before."""
+    """Returns a function that runs a step, one that returns peak bytes, and the bytes before."""
     import jax
     from flax.traverse_util import unflatten_dict
 
@@ -201,7 +201,7 @@ def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Calla
     from metamix_jax.training.step.batch_step import make_train_step
     from metamix_jax.training.step.state import enter_phase
 
-    mobilenet.DROPOUT = 0.0  # or its losses could not be compared
+    mobilenet.DROPOUT = 0.0  # otherwise losses could not be compared
     device = jax.devices()[0]
     before = resident("VmRSS")
     network = setup.make_network(config)

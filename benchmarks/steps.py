@@ -4,25 +4,25 @@
         [--act_bits=8,4,3] [--frameworks=ours,torch] [--cores=1] [--repetitions=5]
         [--steps=2] [--json=FILE]
 
-A network is a configuration of `configs/`; it starts from random weights, the same in all, with
-step sizes calibrated, on random images that lie on the device already: the steps alone are
+A network is a configuration of `configs/`. All frameworks start from the same random weights and
+calibrated step sizes, on random images that are already on the device, so only the steps are
 measured, not the input. `torch` is pytorch_metamix.py with pytorch_networks.py (needs torch),
-`torch_compiled` the same through torch.compile; `ours_bfloat16` has config.compute_dtype set;
-`ours_plain_malloc` and `torch_kept_malloc` show what cpu.py's keeping of freed memory does for
-each, `ours_one_device` leaves out that it splits a CPU into devices. `bit_search` is the logits'
-update alone, without the bit-meta step that goes before it in a run.
+`torch_compiled` the same with torch.compile; `ours_bfloat16` sets config.compute_dtype;
+`ours_plain_malloc` and `torch_kept_malloc` show the effect of cpu.py's reuse of freed memory;
+`ours_one_device` does not split the CPU into devices. `bit_search` is the update of the logits
+alone, without the bit-meta step that precedes it in a run.
 
-Every kind of step has a process of its own, kept waiting while the others run; repetitions are
-interleaved, so that whatever else runs slows all of them. The median counts; ratios are of the same
-run. "CPU ms" is the time of all cores together, which other programs disturb less, least of all
-with --cores=1: several threads of PyTorch wait for each other by spinning. "first s" is the first
-step, compilation included; MiB what a step's process grows by at most (device memory on a GPU).
-Prints a table, then one line of JSON.
+Every kind of step has its own process, which waits while the others run; repetitions are
+interleaved, so that other work slows all of them. Medians are reported; ratios are within one run.
+"CPU ms" is the time of all cores together, which other programs disturb less, least of all with
+--cores=1, because PyTorch's threads wait for each other by spinning. "first s" is the first step,
+including compilation; MiB is the peak growth of the process (on a GPU, of device memory). Prints a
+table, then one line of JSON.
 
 That both compute the same is checked in float64, where no rounding flips: losses and gradients of
-every kind of pass on --check_images images, to 1e-6 (0 leaves that out; step_worker.py's `check`
-says more). In float32 a level that flips moves a step's loss by some 1e-3 (more with an
-accelerator's shorter products); first losses are printed, and must agree to 5e-2.
+every kind of pass on --check_images images, to 1e-6 (0 skips the check; see step_worker.py's
+`check`). In float32, a flipped level changes a step's loss by about 1e-3 (more with the
+lower-precision products of accelerators); first losses are printed, and must agree to 5e-2.
 """
 
 import argparse
@@ -87,14 +87,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--act_bits", default="8,4,3")
     parser.add_argument("--steps", default=2, type=int, help="per repetition")
     parser.add_argument("--repetitions", default=5, type=int)
-    parser.add_argument("--cores", default=0, type=int, help="a process may use; 0 = all")
+    parser.add_argument("--cores", default=0, type=int, help="cores per process; 0 = all")
     parser.add_argument("--check_images", default=4, type=int)
     parser.add_argument("--json", default="", help="file for the line of JSON")
     return parser.parse_args()
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns one row per kind of step and framework of a network."""
+    """Returns one row per kind of step and framework for a network."""
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder) / "arrays.npz"
         subprocess.run(command(options, "prepare", name, "", arrays), check=True)
@@ -113,7 +113,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     for repetition in range(options.repetitions + 1):
         for key, worker in workers.items():
             spent = ask(worker, "steps")
-            if repetition:  # the first warms up
+            if repetition:  # the first is a warm-up
                 times[key].append([1000 * each / options.steps for each in spent])
     memory = {key: ask(worker, "memory") for key, worker in workers.items()}
     for worker in workers.values():
@@ -141,7 +141,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def check_same(first: dict[tuple[str, str], dict], options: argparse.Namespace) -> None:
-    """Compares the losses of the first steps of each kind."""
+    """Compares the losses of the first steps of each kind between frameworks."""
     for (kind, by), numbers in first.items():
         wanted = first[kind, options.frameworks[0]]["loss"]
         line = f"{kind} by {by}: loss {numbers['loss']:.6f}, gradient {numbers['norm']:.5f}"

@@ -1,11 +1,11 @@
-"""Sharding on virtual CPU devices: the same numbers, what it costs, what it communicates.
+"""Sharding on virtual CPU devices: equality of results, overhead, communication.
 
     python benchmarks/weak_scaling.py [--devices=1,2,4,8] [--steps=20]
 
 All devices share the cores of one machine, so nothing gets faster: the batch stays the same, and
-what a step takes more than on one device is what sharding costs. The losses are those of the same
-batches. Then the all-reduces of a step of ResNet-18 and MobileNet-v2, read from the compiled
-program: bytes and number do not depend on the size of the images nor of the batch.
+the extra time compared with one device is the cost of sharding. Losses are for the same batches.
+Then the all-reduces of a step of ResNet-18 and MobileNet-v2 are read from the compiled program;
+their number and bytes do not depend on the image or batch size.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def make_batch(config, step):
 
 
 def train(config, network, devices, steps):
-    """Returns the losses of full-precision steps on one sequence of batches; median seconds."""
+    """Returns the losses of full-precision steps on one sequence of batches, and median seconds."""
     mesh, span = mesh_of(devices), first_span(config, network)
     state = enter_phase(setup.init_state(config, network), span, config)
     state = sharding.replicate(state, mesh)
@@ -88,16 +88,16 @@ def train(config, network, devices, steps):
         state, metrics = step(state, batch, {}, {})
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - started)
-    return losses, statistics.median(seconds[1:])  # the first compiles
+    return losses, statistics.median(seconds[1:])  # the first one compiles
 
 
 def all_reduces(name):
-    """Returns how many arrays a full-precision step all-reduces, and their bytes."""
+    """Returns the number of arrays all-reduced in a full-precision step, and their bytes."""
     config = importlib.import_module(f"configs.{name}").get_config("")
     config.data.image_size, config.batch_size = 32, 4
     config.full_precision.epochs, config.loss = 1.0, "cross_entropy"
     config.data.eval_resize, config.data.augment = 0, "none"
-    config.search.searcher = "none"  # the budget is one at 224 x 224
+    config.search.searcher = "none"  # the budget is for images of 224 x 224
     network = setup.make_network(config)
     mesh, span = mesh_of(2), first_span(config, network)
     shapes = setup.abstract_state(config, network, span)

@@ -1,4 +1,4 @@
-"""A ResNet-14 of width 8 on CIFAR-10: a proxy small enough to compare searchers on a CPU.
+"""ResNet-14 of width 8 on CIFAR-10: a proxy small enough to compare searchers on a CPU.
 
     metamix --config=cifar10_resnet14:stage=full_precision --workdir=FP \\
         --config.data.data_dir=TFDS_DIR
@@ -7,7 +7,7 @@
 
 The first command trains the weights that all searches start from: 80 epochs, 100 minutes on one CPU
 core (AVX-512). The second searches and fine-tunes; 2 epochs of weight training take about 4 minutes
-on one core. What the methods reach is in docs/RESULTS.md.
+on one core. Results of the methods are in docs/RESULTS.md.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from metamix_jax.recipes import parse_argument
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """Returns the configuration; `argument` is what follows the colon."""
+    """Returns the configuration; `argument` is the text after the colon."""
     choice = parse_argument(argument, stage=("search", "full_precision"))
     config = default()
     config.model = ConfigDict(
@@ -37,7 +37,7 @@ def get_config(argument: str = "") -> ConfigDict:
         config.optimizer.weight_decay = 1e-5
         return config
 
-    # With 3 bits among them, uniform networks are rivals at budgets of 3/4 and more.
+    # With 3 bits among the candidates, uniform networks compete at budgets of 3/4 and more.
     config.quant.act_bits = (8, 4, 3, 2)
     config.budget.value = 0.7  # of the uniform 4/4 network
     config.eval.bn_reestimate_batches = 20

@@ -1,4 +1,4 @@
-"""The embedded demo: all phases of MetaMix on scikit-learn's 8x8 digits, from random weights.
+"""The built-in demo: all phases of MetaMix on scikit-learn's 8x8 digits, from random weights.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.data.channels = 1
     config.data.mean = (0.305,)
     config.data.std = (0.376,)
-    config.data.augment = "crop"  # digits shift by a pixel; mirrored ones would be other digits
+    config.data.augment = "crop"  # shifts by a pixel; mirrored digits would be other digits
     config.batch_size = 64
     config.log_every_steps = 10
     config.checkpoint_every_steps = 100
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.bit_meta.epochs = 4
     config.bit_meta.learning_rate = 5e-4
     config.bit_search.epochs = 8
-    # 180 steps have to move the logits as far as 5,000 do on ImageNet.
+    # 180 steps have to move the logits as far as 5,000 steps on ImageNet.
     config.bit_search.learning_rate = 1e-2
     config.weight_training.act_epochs = 4
     config.weight_training.epochs = 12

@@ -4,7 +4,7 @@
         --config.pretrained=mobilenet_v3_large.safetensors \\
         --config.teacher.path=resnet101.safetensors --config.data.data_dir=TFDS_DIR
 
-Weights in torchvision's names; the paper starts from 75.3 %. Another budget in GBOPs is
+Weights use torchvision's names; the paper starts from 75.3 %. For another budget in GBOPs, use
 `--config=configs/mbv3.py:budget=4.44`; the paper reports 73.09 % at 3.29 and 74.14 % at 4.44.
 """
 
@@ -14,7 +14,7 @@ from metamix_jax.recipes import imagenet, parse_argument
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """Returns the configuration; `argument` is what follows the colon."""
+    """Returns the configuration; `argument` is the text after the colon."""
     values = parse_argument(argument, budget=3.29)
     config = imagenet("mobilenet_v3_large", values["budget"])
     config.quant.act_bits = (8, 4, 3)

@@ -4,12 +4,12 @@
         --config.pretrained=resnet18.safetensors \\
         --config.teacher.path=resnet101.safetensors --config.data.data_dir=TFDS_DIR
 
-Weights in torchvision's names; the paper starts from 70.5 %. The argument sets, separated by
-commas, `budget` in GBOPs, `act_bits` (842 or 642) and `weight_bits` (4, 3, 2; 842 or 642 searches
+Weights use torchvision's names; the paper starts from 70.5 %. The argument sets, separated by
+commas, `budget` in GBOPs, `act_bits` (842 or 642) and `weight_bits` (4, 3, 2; 842 or 642 to search
 them too), for example `--config=configs/resnet18.py:budget=35.64`. The paper reports 71.94 % at
-32.86 and 72.21 % at 35.64 with 4-bit weights; for 3 and 2 bits it gives 70.69 % and 69.45 % without
-the GBOPs, which for the policy of 32.86 would be 26.54 and 20.22. With searched weight bits it
-reports 71.80 % at 30.3 ({8, 4, 2} for both) and 72.08 % at 31.1 ({6, 4, 2}).
+32.86 and 72.21 % at 35.64 with 4-bit weights; for 3 and 2 bits, 70.69 % and 69.45 % without GBOPs,
+which would be 26.54 and 20.22 for the policy of 32.86. With searched weight bits it reports 71.80 %
+at 30.3 ({8, 4, 2} for both) and 72.08 % at 31.1 ({6, 4, 2}).
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ BUDGETS = {"4": 32.86, "3": 26.54, "2": 20.22, "842": 30.3, "642": 31.1}  # by w
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    """Returns the configuration; `argument` is what follows the colon."""
+    """Returns the configuration; `argument` is the text after the colon."""
     values = parse_argument(
         argument, budget=0.0, weight_bits=tuple(BUDGETS), act_bits=("842", "642")
     )
@@ -31,7 +31,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.weight_training.act_epochs = 18
     config.weight_training.epochs = 70
     if len(config.quant.weight_bits) > 1:
-        # The meta-state's weights are quantized already. The paper does not say.
+        # The meta-state's weights are already quantized. The paper does not specify this.
         config.weight_training.act_epochs = 0
         config.weight_training.epochs = 88
     return config

@@ -1,4 +1,4 @@
-"""MetaMix in JAX: mixed-precision quantization inside a budget; see api.py for the functions."""
+"""MetaMix in JAX: mixed-precision quantization within a budget; api.py has the functions."""
 
 import importlib
 from typing import Any
@@ -11,7 +11,7 @@ __all__ = (
 
 
 def __getattr__(name: str) -> Any:
-    # On first use only: a program that needs none of these starts at once.
+    # Imported on first use, so that programs that need none of these start at once.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("metamix_jax.api"), name)

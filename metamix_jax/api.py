@@ -1,11 +1,11 @@
-"""metamix_jax from Python.
+"""The Python interface.
 
 config = metamix_jax.load_config("digits", budget=0.8)
-metamix_jax.train(config, "runs/digits")                     # as the command line does
+metamix_jax.train(config, "runs/digits")                     # like the command line
 print(metamix_jax.evaluate("runs/digits"))
 metamix_jax.export("runs/digits", "digits_export")
 
-policy = metamix_jax.load_policy("runs/digits")              # or trained weights and a policy
+policy = metamix_jax.load_policy("runs/digits")              # for config.pretrained weights
 network = metamix_jax.quantize(config, policy)
 """
 
@@ -24,27 +24,27 @@ __all__ = ("evaluate", "export", "load_config", "load_policy", "quantize", "sear
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Searches, trains and evaluates a network; resumes what is in `workdir`.
+    """Searches, trains and evaluates a network; resumes an unfinished run in `workdir`.
 
-    Runs on the devices that JAX has; config.cpu_devices is for the command line.
+    Runs on JAX's devices; config.cpu_devices only affects the command line.
 
     Args:
       config: from `load_config`.
-      workdir: a folder, or gs://BUCKET/FOLDER; everything is written there.
+      workdir: a folder, or gs://BUCKET/FOLDER; all files are written there.
 
     Returns:
       The result: top1, top5, correct, examples, gbops, budget_gbops and more.
 
     Raises:
-      UserError: something that can be fixed, before compilation.
-      RunError: the run cannot continue: non-finite numbers, no disk space, no memory.
-      InterruptedRunError: SIGTERM or SIGINT; the run is saved.
+      UserError: a mistake the user can fix, before compilation.
+      RunError: the run cannot continue: non-finite values, full disk, out of memory.
+      InterruptedRunError: stopped by SIGTERM or SIGINT, after saving.
     """
     return _run("train", config, workdir)
 
 
 def search(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
-    """Does as `train` until the policy is written to WORKDIR/policy.json."""
+    """Like `train`, but stops once the policy is written to WORKDIR/policy.json."""
     return _run("search", config, workdir)
 
 

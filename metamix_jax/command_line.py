@@ -1,15 +1,15 @@
-"""MetaMix in JAX: mixed-precision quantization inside a budget.
+"""MetaMix in JAX: mixed-precision quantization within a budget.
 
 metamix --config=RECIPE --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE ...]
 
---config   a recipe of configs/ by name, or the path of a file with get_config, either with its
-           argument behind a colon (resnet18:weight_bits=3); or the workdir of a run; digits if
-           it is left out. Modes that read a run (evaluate, diagnose, export, report) take its own
-           configuration; --config.FIELD=VALUE overrides
---workdir  everything the run writes, a folder or gs://BUCKET/FOLDER; given again, it resumes
+--config   the name of a recipe in configs/ or the path of a file with get_config, optionally
+           followed by a colon and its argument (resnet18:weight_bits=3); or the workdir of a run;
+           default: digits. Modes that read a run (evaluate, diagnose, export, report) take its own
+           configuration, which --config.FIELD=VALUE overrides
+--workdir  folder or gs://BUCKET/FOLDER for all files of the run; the same command resumes it
 --mode     train (default), search, cost, evaluate, calibrate, diagnose, compare, export, report
 
-In a checkout, python main.py and python -m metamix_jax are the same. docs/CONFIG.md lists the
+In a checkout, python main.py and python -m metamix_jax are equivalent. docs/CONFIG.md lists the
 fields, docs/USAGE.md explains the modes.
 """
 
@@ -35,7 +35,7 @@ DEFAULT_CONFIG = "digits"
 
 EXIT_CODES = {UserError: 2, RunError: 1, InterruptedRunError: 75}
 
-flags.DEFINE_string("workdir", None, "Directory for everything the run writes.")
+flags.DEFINE_string("workdir", None, "Directory for all files of the run.")
 flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do; see docs/USAGE.md.")
 
 
@@ -45,11 +45,11 @@ def run() -> None:
 
 
 def main(_: list[str], *, ends_process: bool = False) -> int:
-    """Runs the mode, prints its RESULT line or one line of an error, and returns the exit code."""
+    """Runs the mode, prints its RESULT line or one error line, and returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for library in ("absl", "jax"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    # Imports and JAX's tracing make many objects that stay: looking for garbage among them takes a
+    # Imports and tracing create many long-lived objects; collecting garbage among them would take a
     # tenth of the time to the first step.
     gc.set_threshold(100_000)
     try:
@@ -57,10 +57,10 @@ def main(_: list[str], *, ends_process: bool = False) -> int:
             raise UserError("--workdir: expected a directory, such as --workdir=runs/digits")
         if "://" in flags.FLAGS.workdir and not flags.FLAGS.workdir.startswith("gs://"):
             raise UserError(
-                f"--workdir={flags.FLAGS.workdir}: expected a folder of a local or network file "
+                f"--workdir={flags.FLAGS.workdir}: expected a folder in a local or network file "
                 "system, or gs://BUCKET/FOLDER; other object stores are not supported"
             )
-        # Imported after the flags are parsed, so that their mistakes show at once.
+        # Imported after parsing, so that errors in the flags show at once.
         from metamix_jax.runtime import cpu, distributed
         from metamix_jax.workdir import bucket
 
@@ -77,7 +77,7 @@ def main(_: list[str], *, ends_process: bool = False) -> int:
             _silence_libraries()
         _fail(error, code)
         if isinstance(error, LostProcessError):
-            os._exit(code)  # an orderly end would wait for the process that is gone
+            os._exit(code)  # a normal exit would wait for the lost process
         return code
     if distributed.is_first():
         print("RESULT " + json.dumps(result), flush=True)
@@ -85,7 +85,7 @@ def main(_: list[str], *, ends_process: bool = False) -> int:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; a mistake in it, or in the configuration, ends as one line."""
+    """Parses the command line; an error in it or in the configuration is printed as one line."""
     if {"--help", "-help", "-h"} & set(argv):
         print(__doc__.strip())
         sys.exit(0)
@@ -149,8 +149,8 @@ def _fail(error: Exception, code: int = 2) -> int:
 
 
 def _silence_libraries() -> None:
-    # The program ends with our line: what a library's abandoned work (Orbax after a disk was full,
-    # for one) says in threads and while it is cleaned away is no news.
+    # Our error is the last line: messages of a library's abandoned work (such as Orbax's after a
+    # full disk), from threads or during cleanup, would only obscure it.
     sys.unraisablehook = threading.excepthook = lambda _: None
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

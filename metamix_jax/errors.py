@@ -1,33 +1,33 @@
-"""The exceptions that `main.py` prints as one line; any other one is a bug and shows its trace."""
+"""Exceptions that the command line prints as one line; others are bugs, with a traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us; exit code 2.
+    """A mistake in the user's input; exit code 2.
 
     The message names the value, what was expected and how to fix it.
     """
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, though nothing was wrong when it started; exit code 1.
+    """A run that cannot continue although its input was valid; exit code 1.
 
     The message says what happened, what is kept and what to change.
     """
 
 
 class LostProcessError(RunError):
-    """Another process of the run is gone; what is left cannot even end together."""
+    """Another process of the run was lost; the others cannot shut down normally."""
 
 
 class InterruptedRunError(RuntimeError):
-    """A run that was asked to stop and has saved; exit code 75, "try again" (sysexits.h)."""
+    """A run that was asked to stop and was saved; exit code 75, "try again" (sysexits.h)."""
 
 
 def require(condition: bool, path: str, value: object, expected: str) -> None:
-    """Raises UserError for the configuration's field at `path` unless `condition` holds."""
+    """Raises UserError about the configuration field at `path` unless `condition` holds."""
     if not condition:
         raise UserError(f"config.{path}={value!r}: expected {expected}")
 

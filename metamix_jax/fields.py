@@ -1,4 +1,4 @@
-"""What a row of the configuration's table is, and what a field may hold."""
+"""Configuration fields: one row each, with the checks of their values."""
 
 import math
 import sys
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Check(NamedTuple):
-    """What a field may hold: in words that follow "expected", and as a test."""
+    """Valid values of a field: in words that follow "expected", and as a predicate."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -16,11 +16,11 @@ class Check(NamedTuple):
 class Field(NamedTuple):
     """A field of the configuration.
 
-    path: its sections and name, such as "data.image_size".
-    default: also fixes its type.
+    path: sections and name, such as "data.image_size".
+    default: also determines the type.
     meaning: for docs/CONFIG.md.
-    check: what it may hold; None: any value of its type.
-    may_change: whether a resumed run may change it; it then has no effect on what is computed.
+    check: valid values; None: any value of the type.
+    may_change: whether a resumed run may change it, because it does not affect the results.
     """
 
     path: str
@@ -31,7 +31,7 @@ class Field(NamedTuple):
 
 
 def more_than(low: float, *, at_most: float = math.inf) -> Check:
-    """Returns the check of a finite number above `low`, and of `at_most` at the most."""
+    """Returns the check that a number is above `low`, finite and at most `at_most`."""
     limit = f", at most {at_most}" if at_most < math.inf else ""
     return Check(
         f"more than {low}{limit}", lambda value: is_finite(value) and low < value <= at_most
@@ -39,7 +39,7 @@ def more_than(low: float, *, at_most: float = math.inf) -> Check:
 
 
 def at_least(low: float, *, at_most: float = math.inf) -> Check:
-    """Returns the check of a finite number that is `low` or more, and at most `at_most`."""
+    """Returns the check that a number is at least `low`, finite and at most `at_most`."""
     limit = f", at most {at_most}" if at_most < math.inf else ""
     return Check(
         f"{low} or more{limit}", lambda value: is_finite(value) and low <= value <= at_most
@@ -47,12 +47,12 @@ def at_least(low: float, *, at_most: float = math.inf) -> Check:
 
 
 def between(low: float, high: float) -> Check:
-    """Returns the check of a number from `low` to `high`, both included."""
+    """Returns the check that a number is from `low` to `high`, both included."""
     return Check(f"{low} to {high}", lambda value: is_finite(value) and low <= value <= high)
 
 
 def below(low: float, high: float) -> Check:
-    """Returns the check of a number from `low`, included, to `high`, excluded."""
+    """Returns the check that a number is from `low`, included, to `high`, excluded."""
     return Check(
         f"{low} or more and less than {high}",
         lambda value: is_finite(value) and low <= value < high,
@@ -60,12 +60,12 @@ def below(low: float, high: float) -> Check:
 
 
 def one_of(*choices: str) -> Check:
-    """Returns the check of one of several texts."""
+    """Returns the check that a text is one of `choices`."""
     return Check(f"one of {', '.join(choices)}", lambda value: value in choices)
 
 
 def bit_widths(low: int, high: int) -> Check:
-    """Returns the check of different bit-widths from `low` to `high`."""
+    """Returns the check for one or more different bit-widths from `low` to `high`."""
 
     def holds(widths: Sequence[int]) -> bool:
         each = all(isinstance(width, int) and low <= width <= high for width in widths)
@@ -75,7 +75,7 @@ def bit_widths(low: int, high: int) -> Check:
 
 
 def whole_numbers(low: int, high: int) -> Check:
-    """Returns the check of any number of whole numbers from `low` to `high`."""
+    """Returns the check for any number of whole numbers from `low` to `high`."""
     return Check(
         f"whole numbers from {low} to {high}",
         lambda values: all(isinstance(value, int) and low <= value <= high for value in values),
@@ -83,17 +83,17 @@ def whole_numbers(low: int, high: int) -> Check:
 
 
 def is_finite(value: Any) -> bool:
-    """Returns whether a value is a number, and one that a float can be."""
-    # A whole number of 400 digits is infinite as a float.
+    """Returns whether a value is a finite number as a float."""
+    # An integer of 400 digits would be infinite as a float.
     return isinstance(value, float | int) and abs(value) <= sys.float_info.max
 
 
 def document(fields: Sequence[Field], sections: Mapping[str, str]) -> str:
-    """Returns Markdown with a table of each section's fields, in their order.
+    """Returns Markdown with one table of fields per section.
 
     Args:
-      fields: rows; those of a section may stand apart.
-      sections: what is said of a section above its table; "" is the one without a name.
+      fields: rows; those of a section need not be adjacent.
+      sections: section -> the text above its table; "" is the section without a name.
     """
     tables: dict[str, list[Field]] = {}
     for field in fields:
@@ -119,6 +119,6 @@ def _row(field: Field) -> list[str]:
 
 
 def _any_value(default: Any) -> str:
-    """Returns in words what a field without a check may hold."""
+    """Returns in words the valid values of a field without a check."""
     words = {bool: "True or False", int: "a whole number", str: "text", tuple: "a tuple"}
     return words[type(default)]

@@ -1,4 +1,4 @@
-"""Recipes: the configurations of `configs/` by name, and what those files are made with."""
+"""Recipes: the configurations of `configs/` by name, and helpers for writing them."""
 
 import importlib.util
 import inspect
@@ -16,27 +16,27 @@ from metamix_jax.errors import UserError, suggestion
 from metamix_jax.workdir import bucket
 from metamix_jax.workdir.files import read_json
 
-_INSTALLED = Path(__file__).parent / "configs"  # inside the package; in a checkout, beside it
+_INSTALLED = Path(__file__).parent / "configs"  # in the package; in a checkout, next to it
 FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names of the recipes that come with the package."""
+    """Returns the names of the recipes included in the package."""
     return tuple(sorted(path.stem for path in FOLDER.glob("[!_]*.py")))
 
 
 def load_config(recipe: str | Path, *, budget: float | None = None, **fields: Any) -> ConfigDict:
-    """Returns the configuration of a recipe or of a run, with changes.
+    """Returns the configuration of a recipe or a run, with overrides.
 
     Args:
       recipe: a name, such as "digits"; the path of a Python file with `get_config`; or a workdir.
-        A name or a file may be followed by its argument: "resnet18:weight_bits=3".
+        A name or file may be followed by an argument: "resnet18:weight_bits=3".
       budget: config.budget.value, in config.budget.unit.
-      **fields: any others, by their paths: seed=1, **{"bit_meta.epochs": 2}. A section is given as
-        a dictionary of what changes in it, but `model` as a whole.
+      **fields: any other fields by path: seed=1, **{"bit_meta.epochs": 2}. A dictionary for a
+        section overrides the fields it contains; for `model`, it replaces the section.
 
     Raises:
-      UserError: no such recipe or field, or a value of another type.
+      UserError: unknown recipe or field, or a value of the wrong type.
     """
     config = load(recipe)
     if budget is not None:
@@ -47,7 +47,7 @@ def load_config(recipe: str | Path, *, budget: float | None = None, **fields: An
 
 
 def load(recipe: str | Path) -> ConfigDict:
-    """Returns the configuration that --config names; see `load_config`."""
+    """Returns the configuration for a value of --config; see `load_config`."""
     text = os.fspath(recipe)
     name, _, argument = text.partition(":")
     if name in names():
@@ -71,10 +71,10 @@ def run_of(place: str) -> Path | None:
 
 
 def from_workdir(workdir: Path) -> ConfigDict:
-    """Returns the configuration of the run in a workdir; raises UserError."""
+    """Returns the configuration of the run in a workdir; raises UserError if there is none."""
     config = default()
     try:
-        with config.unlocked():  # the fields of `model` are the network's
+        with config.unlocked():  # because the fields of `model` depend on the network
             config.update(_tuples(dict(read_json(workdir / "config.json"))))
     except (AttributeError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{workdir}: no workdir with a readable config.json ({error})") from error
@@ -82,7 +82,7 @@ def from_workdir(workdir: Path) -> ConfigDict:
 
 
 def imagenet(network: str, budget_gbops: float) -> ConfigDict:
-    """Returns the recipe of the paper's networks; what differs between them is set by each."""
+    """Returns what the recipes of the paper's ImageNet networks have in common."""
     config = default()
     config.model = ConfigDict({"name": network, "padding": "torch"})
     config.data.name = "imagenet2012"
@@ -111,11 +111,11 @@ def imagenet(network: str, budget_gbops: float) -> ConfigDict:
 
 
 def parse_argument(argument: str, **fields: tuple[str, ...] | float) -> dict[str, Any]:
-    """Returns the values set in a configuration's argument, `key=value,...`.
+    """Returns the values in a configuration's argument, `key=value,...`.
 
     Args:
-      argument: what follows the colon in --config=FILE:ARGUMENT.
-      **fields: key -> allowed texts, the default first; or the default of a number.
+      argument: the text after the colon in --config=FILE:ARGUMENT.
+      **fields: key -> allowed texts, the default first; or a default number.
 
     Raises:
       UserError: unknown key or value.
@@ -139,7 +139,7 @@ def parse_argument(argument: str, **fields: tuple[str, ...] | float) -> dict[str
 
 
 def _from_file(path: Path, argument: str) -> ConfigDict:
-    """Returns what a file's `get_config` makes; a bug in the file keeps its traceback."""
+    """Returns the result of a file's `get_config`; bugs in the file keep their traceback."""
     get_config = _get_config(path)
     arguments = [argument] if argument else []
     try:
@@ -160,8 +160,8 @@ def _from_file(path: Path, argument: str) -> ConfigDict:
         raise UserError(message) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"{path}: get_config returned {type(config).__name__}, expected the ConfigDict of "
-            "metamix_jax.config.default() with changes"
+            f"{path}: get_config returned {type(config).__name__}, expected the ConfigDict from "
+            "metamix_jax.config.default(), with overrides"
         )
     return config.lock()
 
@@ -171,10 +171,10 @@ def _get_config(path: Path) -> Callable[..., Any]:
         raise UserError(f"configuration {str(path)!r}: expected a recipe, a .py file or a workdir")
     spec = importlib.util.spec_from_file_location(f"metamix_jax_recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass in the file looks for its module
+    sys.modules[spec.name] = module  # needed by dataclasses defined in the file
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise UserError(f"{path}: expected a function get_config, which returns a configuration")
+        raise UserError(f"{path}: expected a function get_config that returns a configuration")
     return module.get_config
 
 
@@ -195,7 +195,7 @@ def _set(config: ConfigDict, path: str, value: Any) -> None:
 
 
 def _tuples(value: Any) -> Any:
-    """Returns JSON's lists as the tuples that a configuration has."""
+    """Converts the lists of JSON to tuples, as in configurations."""
     if isinstance(value, dict):
         return {key: _tuples(entry) for key, entry in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -14,7 +14,7 @@ from metamix_jax.training import setup
 from tests.helpers.config_fields import ROOT, change, load
 
 CONFIGS = sorted(ROOT.glob("configs/[!_]*.py"))
-# Arguments of a configuration file, besides none.
+# Arguments of the configuration files, in addition to none.
 ARGUMENTS = {
     "cifar10_resnet20": [
         f"schedule={schedule},shortcut={shortcut}"

@@ -1,4 +1,4 @@
-"""Every field of the configuration is read by the program, held by reading its source."""
+"""Every field of the configuration is read by the program, checked in its source."""
 
 import ast
 
@@ -50,7 +50,7 @@ class Reads(ast.NodeVisitor):
         self.generic_visit(node)
 
     def _paths(self, node):
-        """Returns the paths that an expression can stand for; none if it is no configuration."""
+        """Returns the paths that an expression may refer to; none if it is not a configuration."""
         match node:
             case ast.Name(id=name):
                 for scope in reversed(self._scopes):
@@ -91,7 +91,7 @@ def sections_of(config, prefix=""):
 def unread(config, sources):
     """Returns the fields of `config` that none of the sources reads.
 
-    A computed key counts for the fields whose name stands as a string in one of the sources.
+    A computed key counts for all fields whose name is a string in one of the sources.
     """
     patterns, words = set(), set()
     for source in sources:
@@ -115,7 +115,7 @@ def unread(config, sources):
 
 
 def product_sources():
-    """Returns all sources but those that list and check the fields: a check is no use of one."""
+    """Returns all sources except those that only list and check the fields."""
     package = ROOT / "metamix_jax"
     lists = {package / f"{name}.py" for name in ("fields", "defaults", "config")}
     return [path.read_text() for path in package.rglob("*.py") if path not in lists]

@@ -1,4 +1,4 @@
-"""The documents: short, without broken links or missing files, and a README that runs."""
+"""The documentation: short, no broken links or missing files, and a README whose code runs."""
 
 import re
 import subprocess
@@ -24,7 +24,7 @@ every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: pat
 
 
 def anchors(path):
-    """Returns the anchors of a document's headings, as GitHub makes them."""
+    """Returns the anchors of a document's headings, as on GitHub."""
     titles = re.findall(r"^#+ (.*)$", CODE_BLOCK.sub("", path.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

@@ -1,4 +1,4 @@
-"""Rows of the configuration's table, what they check, and the page made from them."""
+"""Configuration fields, their checks, and the page generated from them."""
 
 import math
 

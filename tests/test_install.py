@@ -1,4 +1,4 @@
-"""What `pip install` gets: dependencies, the wheel's files, the command, the functions."""
+"""What `pip install` installs: dependencies, the wheel's files, the command, the functions."""
 
 import importlib.metadata
 import inspect
@@ -29,7 +29,7 @@ EXTRAS = {
 
 
 def requirements(name):
-    """Returns the requirements of a file, without those of the file that it includes."""
+    """Returns the requirements in a file, without those of the file it includes."""
     lines = [line.split("  #")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     assert (lines[0] == "-r requirements.txt") == (name != "requirements.txt")
     return {str(Requirement(line)) for line in lines if line and line[0] not in "#-"}
@@ -71,7 +71,7 @@ def test_every_folder_is_a_package_of_the_project():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """A folder with the content of the wheel that is built from this checkout."""
+    """A folder with the content of the wheel built from this checkout."""
     pytest.importorskip("setuptools", minversion="77", reason="see requirements-dev.txt")
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for folder in ("metamix_jax", "configs", "tests", "benchmarks"):
@@ -87,7 +87,7 @@ def installed(tmp_path_factory):
 
 
 def run_installed(folder, *arguments):
-    """Runs Python on the content of the wheel alone, in a folder without our files."""
+    """Runs Python with only the content of the wheel, in a folder without our files."""
     elsewhere = folder.with_name(f"{folder.name}_elsewhere")
     elsewhere.mkdir(exist_ok=True)
     done = subprocess.run(
@@ -127,7 +127,7 @@ def test_the_wheel_runs_recipes_by_name(installed):
     )
     file, budget, code_digests = json.loads(run_installed(installed, "-c", code))
     assert Path(file).is_relative_to(installed) and budget == 0.8
-    # A run begun in a checkout can be resumed by the installed package.
+    # A run started in a checkout can be resumed by the installed package.
     assert code_digests == digests.of_code()
     workdir = f"--workdir={installed}_run"
     arguments = ("--config=mbv2:budget=5", workdir, "--mode=cost")

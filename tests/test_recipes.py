@@ -102,7 +102,7 @@ def test_what_is_no_configuration(recipe, message, monkeypatch):
     ("text", "message"),
     [
         ("x = 1", "expected a function get_config"),
-        ("def get_config(): pass", "get_config returned NoneType, expected the ConfigDict of"),
+        ("def get_config(): pass", "get_config returned NoneType, expected the ConfigDict from"),
         ("def get_config(size): pass", "'mine': expected an argument, after a colon"),
         (
             FILE.replace("config.checkpoint", "config.batchsize"),
@@ -182,7 +182,7 @@ def test_where_the_recipe_stands(arguments, recipe, rest):
 
 
 def metamix(*arguments, folder):
-    """Runs the command line in a folder that is not the checkout."""
+    """Runs the command line in a folder outside the checkout."""
     return subprocess.run(
         [sys.executable, "-m", "metamix_jax", f"--workdir={folder}/run", *arguments],
         cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},

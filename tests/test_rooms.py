@@ -1,4 +1,4 @@
-"""The order of imports, held by reading the source."""
+"""The order of imports, checked in the source."""
 
 import ast
 import graphlib
@@ -16,7 +16,7 @@ FILES = {
 }
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
-# A room imports only from those before it, and within itself without a circle.
+# A room imports only from earlier ones, and without a circle within itself.
 ROOMS = (
     "errors", "fields", "runtime", "workdir", "data", "networks", "selection", "defaults", "config",
     "recipes", "report", "training", "exporters", "commands", "api", "command_line", "__main__",
@@ -32,7 +32,7 @@ def parse(path):
 
 
 def imports(tree):
-    """Yields the full dotted names that the nodes of a tree import, those in functions included."""
+    """Yields the full dotted names imported in a tree, including imports in functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -42,7 +42,7 @@ def imports(tree):
 
 
 def run_on_import(tree):
-    """Returns a tree without the bodies of functions: what importing the module executes."""
+    """Returns a tree without function bodies: the code executed when importing the module."""
 
     class DropFunctions(ast.NodeTransformer):
         def visit_FunctionDef(self, node):  # noqa: N802  ast's name
@@ -54,7 +54,7 @@ def run_on_import(tree):
 
 
 def part(module):
-    """Returns the name in ORDER of a dotted module: metamix_jax.networks.zoo.resnet -> models."""
+    """Returns a dotted module's name in ORDER: metamix_jax.networks.zoo.resnet -> networks."""
     return module.removeprefix(f"{PACKAGE}.").split(".")[0]
 
 
@@ -71,7 +71,7 @@ def own_modules(tree):
 @pytest.mark.parametrize("module", [name for name in FILES if name != PACKAGE])
 def test_imports_run_one_way(module):
     here = part(module)
-    assert here in RANK, f"{here} is no room; see ROOMS"
+    assert here in RANK, f"{here} is not a room; see ROOMS"
     for imported in own_modules(parse(FILES[module])):
         there = part(imported)
         if there != here:
@@ -137,8 +137,8 @@ def test_files_stay_short(module):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
 def test_benchmarks_import_what_is_there(path):
-    # They import inside functions and are not run by the tests.
+    # Benchmarks import inside functions, and the tests do not run them.
     for name in imports(parse(path)):
         if name.split(".")[0] == PACKAGE and name not in FILES:
             module, _, member = name.rpartition(".")
-            assert hasattr(importlib.import_module(module), member), f"{name} is not there"
+            assert hasattr(importlib.import_module(module), member), f"{name} does not exist"

@@ -1,4 +1,4 @@
-"""What a configuration may hold, and the message where it holds something else."""
+"""Valid values of a configuration, and the messages for invalid ones."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup, start_weights
 from tests.helpers.config_fields import ROOT, change, leaves, load, value_of
 
-# Texts that can be anything; what they name is looked up later.
+# Free texts; the names in them are looked up later.
 NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir", "data.train_split",
          "search.policy", "data.eval_split", "teacher.path", "teacher.model.name",
          "diagnose.layer", "diagnose.before", "distributed.coordinator",
@@ -112,8 +112,8 @@ def test_unknown_names_of_a_registry_name_the_known(path, known, config):
         ("data.mean", (0.1, 0.2), "1 number"),
         ("data.std", (0.1, 0.2, 0.3), "1 number"),
         ("data.std", (0.0,), "values above 0"),
-        ("teacher.path", "teacher.npz", "nothing with loss='cross_entropy'"),
-        # Values that are not checked would end in a broken run or a traceback.
+        ("teacher.path", "teacher.npz", "none with loss='cross_entropy'"),
+        # Unchecked values would lead to a broken run or a traceback.
         ("full_precision.learning_rate", -1.0, ""),
         ("bit_meta.learning_rate", -1.0, ""),
         ("bit_search.learning_rate", float("nan"), ""),
@@ -179,19 +179,19 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
             {"budget.unit": "mebibytes"},
             "config.quant.weight_bits=(4,): expected two or more with budget.unit='mebibytes'",
         ),
-        ({"search.policy": "policy.json"}, "config.search.policy='policy.json': expected nothing"),
+        ({"search.policy": "policy.json"}, "config.search.policy='policy.json': expected none"),
         ({"search.searcher": "file"}, "config.search.policy='': expected a policy.json with"),
         (
             {"search.searcher": "joint", "search.budgets": (0.8,)},
-            "config.search.budgets=(0.8,): expected nothing with searcher joint",
+            "config.search.budgets=(0.8,): expected none with searcher joint",
         ),
         (
             {"search.budgets": (0.8,), "bit_search.fixed_meta_state": False},
-            "config.search.budgets=(0.8,): expected none, but with searcher metamix and a fixed",
+            "config.search.budgets=(0.8,): expected none, unless the meta-state is fixed and keeps",
         ),
         (
             {"search.budgets": (0.8,), "bit_search.commit_batch_stats": True},
-            "config.search.budgets=(0.8,): expected none, but with searcher metamix and a fixed",
+            "config.search.budgets=(0.8,): expected none, unless the meta-state is fixed and keeps",
         ),
         (
             {"search.searcher": "asga", "bit_search.epochs": 0.0},
@@ -199,7 +199,7 @@ def test_invalid_values_are_named_with_what_was_expected(path, value, expected, 
         ),
         (
             {"search.searcher": "ompq", "quant.weight_bits": (8, 4)},
-            "config.quant.weight_bits=(8, 4): expected one, or one of quant.act_bits, for searcher",
+            "config.quant.weight_bits=(8, 4): expected one width, or one in quant.act_bits, for",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The modes of the command line: a module each, with `run(config, workdir)`."""
+"""The modes of the command line: one module each, with a function `run(config, workdir)`."""
 
 import importlib
 from pathlib import Path
@@ -17,11 +17,11 @@ MODES = {  # --mode -> module of this folder
     "export": "export_network",
     "report": "report",
 }
-READING = ("evaluate", "diagnose", "export", "report")  # what a run in the workdir has left
-RUNNING = ("train", "search", "compare")  # what must be alone in its workdir
+READING = ("evaluate", "diagnose", "export", "report")  # modes that read a run
+RUNNING = ("train", "search", "compare")  # modes that need exclusive use of the workdir
 
 
 def run_mode(mode: str, config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs a mode; returns the RESULT line's content."""
-    # Imported when it is asked for: the report, for one, needs no JAX.
+    # Imported on demand; the report, for example, does not need JAX.
     return importlib.import_module(f"metamix_jax.commands.{MODES[mode]}").run(config, workdir)

@@ -1,4 +1,4 @@
-"""--mode=calibrate: trained weights at every candidate after calibration alone."""
+"""--mode=calibrate: accuracy of trained weights at every candidate after calibration alone."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from metamix_jax.training.start_weights import load_calibrated
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Judges pretrained weights at every candidate after calibration alone; nothing is trained."""
+    """Evaluates pretrained weights at every candidate, calibrated but not trained."""
 
     network, mesh = setup.make_network(config), sharding.make_mesh()
     dataset = setup.load_dataset(config, mesh)

@@ -1,4 +1,4 @@
-"""--mode=compare: methods side by side, with the same network, weights, budgets and seeds."""
+"""--mode=compare: methods side by side, on the same network, weights, budgets and seeds."""
 
 import itertools
 import json
@@ -29,28 +29,28 @@ METHODS = {
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains every method at every budget with every seed, each in a workdir of its own.
+    """Trains every method at every budget with every seed, each in its own workdir.
 
-    What is finished is not run again. Writes comparison.json and comparison.png.
+    Finished runs are not repeated. Writes comparison.json and comparison.png.
 
     Args:
-      config: compare.methods, compare.budgets (in budget.unit) and compare.seeds; the rest is
-        common to all.
-      workdir: holds METHOD_BUDGET_SEED/ for each run.
+      config: compare.methods, compare.budgets (in budget.unit) and compare.seeds; all other fields
+        are common to all runs.
+      workdir: gets a subdirectory METHOD_BUDGET_SEED for each run.
 
     Raises:
-      UserError: unknown method, or a budget that cannot be met.
+      UserError: unknown method, or an infeasible budget.
     """
     options = config.compare
     plan = list(itertools.product(options.methods, options.budgets, options.seeds))
-    configs = {key: run_config(config, *key) for key in plan}  # all mistakes before any training
+    configs = {key: run_config(config, *key) for key in plan}  # checked before any training
     runs = []
     for number, ((method, budget, seed), own) in enumerate(configs.items()):
         logging.info("run %d of %d: %s, budget %g, seed %d", number + 1, len(plan), method, budget,
                      seed)  # fmt: skip
         path = workdir / f"{method}_{budget:g}_{seed}"
         result = train_and_evaluate(own, path)
-        jax.clear_caches()  # or the programs of all runs pile up
+        jax.clear_caches()  # otherwise the compiled programs of all runs accumulate
         summary = json.loads((path / "results.json").read_text())
         policy = load_policy(path / "policy.json")
         runs.append(
@@ -72,12 +72,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> ConfigDict:
-    """Returns the configuration of one run, checked as far as that needs no data."""
+    """Returns the configuration of one run, checked as far as possible without data."""
     if method not in METHODS:
         raise UserError(f"config.compare.methods: {method!r}; {suggestion(method, METHODS)}")
     own = config.copy_and_resolve_references()
     own.update_from_flattened_dict(METHODS[method] | {"seed": seed, "budget.value": float(budget)})
-    own.compare = default().compare  # a comparison may be extended: its runs stay the same
+    own.compare = default().compare  # so that extending a comparison does not change its runs
     searcher = SEARCHERS[own.search.searcher]
     if searcher.fit is not None:
         validate(own)
@@ -89,10 +89,10 @@ def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> Con
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one row per method and budget, in order: means over seeds, spread, agreement.
+    """Returns one row per method and budget, in order: means over seeds, spread and agreement.
 
-    top1_spread is the standard deviation over seeds (0 for one); agreement is the share of layers
-    with the same bits, averaged over pairs of seeds (None for one).
+    top1_spread is the standard deviation over seeds (0 for one seed); agreement is the fraction of
+    layers with the same bits, averaged over pairs of seeds (None for one seed).
     """
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""--mode=evaluate: how many evaluation images a checkpoint or a bundle gets right."""
+"""--mode=evaluate: accuracy of a checkpoint or an exported bundle."""
 
 import logging
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax.exporters.quantized_network import judge_bundle
+from metamix_jax.exporters.quantized_network import evaluate_bundle
 from metamix_jax.runtime import sharding
 from metamix_jax.runtime.progress import waiting
 from metamix_jax.selection import cost
@@ -18,7 +18,7 @@ from metamix_jax.workdir import bucket
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Restores a checkpoint on the devices at hand and counts what it gets right."""
+    """Restores a checkpoint on the available devices and evaluates it."""
 
     if config.checkpoint and (bucket.path_of(config.checkpoint) / "graph.json").exists():
         return _evaluate_bundle(config)
@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             variables = variables | {"batch_stats": statistics}
         counts = evaluator(variables, precision)
     logging.info(
-        "step %d (%s): top-1 %.2f %%, top-5 %.2f %%, %d of %d right",
+        "step %d (%s): top-1 %.2f %%, top-5 %.2f %%, %d of %d correct",
         trained.step, phase.name,
         counts["top1"], counts["top5"], counts["correct"], counts["examples"],
     )  # fmt: skip
@@ -51,8 +51,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 def _evaluate_bundle(config: ConfigDict) -> dict[str, Any]:
 
     with (
-        waiting(f"evaluating the integers in {config.checkpoint}"),
+        waiting(f"evaluating the bundle in {config.checkpoint}"),
         bucket.fetched(bucket.path_of(config.checkpoint)) as directory,
     ):
-        counts = judge_bundle(config, directory)
+        counts = evaluate_bundle(config, directory)
     return {"mode": "evaluate", "bundle": config.checkpoint, **counts}

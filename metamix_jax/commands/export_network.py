@@ -1,4 +1,4 @@
-"""--mode=export: a quantized checkpoint as integers, ONNX and StableHLO."""
+"""--mode=export: a quantized checkpoint as an integer bundle, ONNX and StableHLO."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from metamix_jax.workdir import bucket
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Writes a quantized checkpoint as integers, ONNX and StableHLO into WORKDIR/export."""
+    """Exports a quantized checkpoint to WORKDIR/export; returns the RESULT line's content."""
 
     if config.export.onnx:
         quantized_network.onnx_files.require_onnx()  # before any work

@@ -1,4 +1,4 @@
-"""--mode=report: report.html of a finished run anew."""
+"""--mode=report: rewrites report.html of a finished run."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from metamix_jax.workdir import bucket
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Writes report.html anew from the files of a finished run; `config` plays no part."""
+    """Rewrites report.html from the files of a finished run; `config` is not used."""
     path = write_report(workdir)
     return {
         "mode": "report",

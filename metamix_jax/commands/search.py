@@ -1,4 +1,4 @@
-"""--mode=search: the pipeline until the policy is written."""
+"""--mode=search: the pipeline up to the policy."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from metamix_jax.training.loop import train_and_evaluate
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Runs the phases before the policy; returns the RESULT line's content."""
+    """Runs all phases before the policy and writes it; returns the RESULT line's content."""
     name = config.search.searcher
     if name in SEARCHERS and SEARCHERS[name].choose is None:
         raise UserError(f"config.search.searcher={name!r}: expected a searcher with --mode=search")

@@ -1,4 +1,4 @@
-"""Batching: shuffling, augmentation and normalisation.
+"""Batching: shuffling, augmentation and normalization.
 
 A training batch is a pure function of (seed, step): the order is a fixed permutation per epoch, and
 augmentation, on the device or while decoding (images.py), is keyed by (seed, epoch, example).
@@ -125,7 +125,7 @@ def augment(
 
     The randomness depends only on the seed and on each image's `index` and `epoch` (int32 [b]), not
     on its position in the batch or the device. Crops are taken from the image zero-padded (before
-    normalisation) by 1/8 of its size per side, e.g. CIFAR's 4 of 32.
+    normalization) by 1/8 of its size per side, e.g. CIFAR's 4 of 32.
     """
     if kind in ("none", DECODING_AUGMENT):
         return images

@@ -1,4 +1,4 @@
-"""From a trained network and its policy to the graph that is exported."""
+"""Builds the exported graph from a trained network and its policy."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ from metamix_jax.selection.policy import Policy
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What a module is and how it was called.
+    """A module's fields and the shapes of its call.
 
-    fields: the module's own.
+    fields: those of the module, and its type.
     input_shape, output_shape: without the batch.
     """
 
@@ -41,24 +41,24 @@ def build_graph(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Graph:
-    """Returns the network at its policy's widths, with integer kernels and folded batch norm.
+    """Returns the network at its policy's widths, with integer kernels and batch norm folded.
 
     Args:
       model: a network of `metamix_jax.networks.registry`.
       variables: params, batch_stats and quant.
       policy: the bits of all layers.
       image_shape: (height, width, channels).
-      mean: of pixels in [0, 1], per channel or one for all.
-      std: the same.
+      mean: of pixels in [0, 1], one per channel or one for all.
+      std: standard deviation, likewise.
 
     Raises:
-      UserError: nothing says how the network is drawn.
+      UserError: the architecture has no `draw`.
     """
     architecture = registry.architecture_of(model)
     if architecture.draw is None:
         raise UserError(
-            f"config.model.name={architecture.name!r}: cannot be exported, as its file in "
-            "networks/zoo/ does not say how it is drawn"
+            f"config.model.name={architecture.name!r}: cannot be exported; expected a network "
+            "whose file in networks/zoo/ defines `draw`"
         )
     drawing = _Drawing(
         record_modules(model, variables, image_shape),
@@ -81,8 +81,8 @@ def build_graph(
 def record_modules(
     model: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
 ) -> dict[str, Recorded]:
-    """Returns path -> facts of every layer and batch norm, without computing anything."""
-    found = {}
+    """Returns path -> Recorded for every layer and batch norm, without computing anything."""
+    recorded = {}
 
     def record(call, args, kwargs, context):
         result = call(*args, **kwargs)
@@ -91,17 +91,17 @@ def record_modules(
             names = {field.name for field in dataclasses.fields(module)} - {"parent", "name"}
             fields = {name: getattr(module, name) for name in names}
             shapes = args[0].shape[1:], result.shape[1:]
-            found["/".join(module.path)] = Recorded({"type": type(module), **fields}, *shapes)
+            recorded["/".join(module.path)] = Recorded({"type": type(module), **fields}, *shapes)
         return result
 
     with nn.intercept_methods(record):
         images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         jax.eval_shape(lambda v, x: model.apply(v, x, train=False), dict(variables), images)
-    return found
+    return recorded
 
 
 class _Drawing:
-    """The nodes so far; see `networks.drawing.Drawing`."""
+    """Collects the nodes; see `networks.drawing.Drawing`."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class _Drawing:
             self._of("params", path),
             self._of("quant", path),
         )
-        assert module.input_shape == self.shape(tensor), f"{path} is not fed by {tensor}"
+        assert module.input_shape == self.shape(tensor), f"{path} does not take {tensor}"
         result = self._add(
             "conv" if module.fields["type"] is QuantConv else "dense",
             path,
@@ -136,7 +136,7 @@ class _Drawing:
             quantizer=_quantizer(module, quant, self._bits[path]),
             kernel=_kernel(module, params, quant, self._bits[path]),
         )
-        assert module.output_shape == self.shape(result), f"{path} makes {module.output_shape}"
+        assert module.output_shape == self.shape(result), f"{path} has shape {module.output_shape}"
         if norm:
             statistics = self._of("batch_stats", norm)
             folded = _fold(self._modules[norm], self._of("params", norm), statistics)
@@ -162,7 +162,7 @@ class _Drawing:
     def _of(self, collection: str, path: str) -> Mapping[str, np.ndarray]:
         found = self._variables[collection]
         for key in path.split("/"):
-            found = found.get(key, {})  # a layer whose widths are 32 has no quantization state
+            found = found.get(key, {})  # a layer at 32 bits has no quantization state
         return found
 
 
@@ -198,8 +198,8 @@ def _kernel(
 ) -> Kernel:
     settings = module.fields["settings"]
     step = _steps(settings, quant["weight_step"])[settings.weight_bits.index(bits.weight)]
-    # By JAX, whose division differs from NumPy's in the last digit: weights that were decoded from
-    # integers lie on rounding boundaries by the hundred.
+    # With JAX, whose division differs from NumPy's in the last digit: hundreds of weights decoded
+    # from integers are on rounding boundaries.
     real = fake_quant(jnp.asarray(params["kernel"]), jnp.asarray(step), bits.weight, signed=True)
     return Kernel(bits.weight, np.rint(np.asarray(real) / step).astype(np.int8), step)
 

@@ -17,7 +17,7 @@ LevelsHook = Callable[[Node, np.ndarray], np.ndarray]
 
 
 def run(graph: Graph, images: np.ndarray, on_levels: LevelsHook | None = None) -> np.ndarray:
-    """Returns class scores [n, num_classes] of normalised float32 images [n, h, w, c].
+    """Returns class scores [n, num_classes] of normalized float32 images [n, h, w, c].
 
     on_levels: called with each layer and its input's levels [n, ...]; returns the levels to use.
     """

@@ -1,9 +1,9 @@
-"""metamix_jax from Python: quantized networks to judge and to export, in a few lines.
+"""Quantized networks from Python: load, calibrate, evaluate, export.
 
 import metamix_jax
 metamix_jax.export("runs/digits", "digits_export")          # a finished run
 
-policy = metamix_jax.load_policy("runs/a/policy.json")      # or trained weights and a policy
+policy = metamix_jax.load_policy("runs/a/policy.json")      # for config.pretrained weights
 network = metamix_jax.quantize(config, policy)
 print(metamix_jax.evaluate(network))
 metamix_jax.export(network, "a_export")
@@ -42,7 +42,7 @@ EXPORT_DIRECTORY = "export"  # in a workdir
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedNetwork:
-    """A network whose activations and weights run at the bit-widths of a policy.
+    """A network with activations and weights quantized to the bit-widths of a policy.
 
     variables: params, batch_stats and quant.
     """
@@ -54,11 +54,11 @@ class QuantizedNetwork:
 
     @property
     def precision(self) -> Precision:
-        """How its layers run."""
+        """The precision of its layers, for the forward pass."""
         return Precision("chosen", "quantized", self.policy.branches(self.network.costs))
 
     def graph(self) -> Graph:
-        """Returns what is exported."""
+        """Returns the graph for export."""
         options = self.config.data
         return build_graph(
             self.network.model,
@@ -70,13 +70,13 @@ class QuantizedNetwork:
         )
 
 
-Source = QuantizedNetwork | str | Path  # a path is a workdir, which holds its config.json
+Source = QuantizedNetwork | str | Path  # a path is a workdir with its config.json
 
 
 def load_policy(path: str | Path) -> Policy:
-    """Reads policy.json, or that of a workdir; raises UserError.
+    """Reads a policy.json, or that of a workdir; raises UserError.
 
-    Whether it fits a network is checked where it meets one.
+    Whether it fits a network is only checked when it is used with one.
     """
     path = Path(path)
     return policy_lib.load_policy(path / "policy.json" if path.is_dir() else path)
@@ -85,8 +85,8 @@ def load_policy(path: str | Path) -> Policy:
 def quantize(config: ConfigDict, policy: Policy) -> QuantizedNetwork:
     """Returns the network of config.pretrained at a policy's bits, calibrated but not trained.
 
-    Step sizes come from the first training batch (config.batch_size images); batch norm's
-    statistics are re-estimated if config.eval.bn_reestimate_batches says so. Raises UserError.
+    Step sizes come from the first training batch (config.batch_size images); batch norm statistics
+    are re-estimated if config.eval.bn_reestimate_batches > 0. Raises UserError.
     """
     network = setup.make_network(config)
     policy.check(network.costs, "policy")
@@ -98,9 +98,9 @@ def quantize(config: ConfigDict, policy: Policy) -> QuantizedNetwork:
 
 
 def restore(config: ConfigDict, workdir: Path) -> QuantizedNetwork:
-    """Returns the quantized network of a checkpoint, as --mode=evaluate judges it.
+    """Returns the quantized network of a checkpoint, as evaluated by --mode=evaluate.
 
-    The checkpoint is the one that config.checkpoint names, or the newest of `workdir`.
+    The checkpoint is the one at config.checkpoint, or the newest in `workdir`.
 
     Raises:
       UserError: no such checkpoint, or its weights are not quantized yet.
@@ -111,10 +111,10 @@ def restore(config: ConfigDict, workdir: Path) -> QuantizedNetwork:
     if trained.policy is None or trained.phase.evaluation.weights != "quantized":
         raise UserError(
             f"{trained.name} is of phase {trained.phase.name}, whose weights are not quantized; "
-            "expected a checkpoint of weight_training: let the training go on to its end"
+            "expected a checkpoint of weight_training: finish training first"
         )
     found = QuantizedNetwork(config, network, trained.variables, trained.policy)
-    if trained.finished:  # its statistics have been settled
+    if trained.finished:  # its statistics are final
         return found
     return _settled(found, Evaluator(network.model, dataset, config, mesh))
 
@@ -155,14 +155,15 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
 
     Args:
       source: a quantized network, or a workdir (its newest checkpoint).
-      directory: made if it is not there; files of the same names are replaced.
+      directory: created if missing; files of the same names are replaced.
 
     Returns:
-      Counts of the bundle as read back, on the first config.export.examples evaluation images:
-      correct, correct_top5, examples, reference_correct, differing; and `files`, name -> bytes.
+      Counts of the bundle, read back from the files, on the first config.export.examples evaluation
+      images: correct, correct_top5, examples, reference_correct, differing; and `files`, name ->
+      bytes.
 
     Raises:
-      UserError: see `restore`; or onnx is missing, or the directory cannot be written.
+      UserError: see `restore`; or onnx is not installed, or the directory cannot be written.
     """
     found, directory = _network(source), Path(directory)
     graph, config = found.graph(), found.config
@@ -197,11 +198,11 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
     return counts | {"files": sizes}
 
 
-def judge_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:
+def evaluate_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:
     """Returns top1, top5, correct, correct_top5 and examples of an exported bundle, in NumPy.
 
-    On the first config.export.examples evaluation images. Raises UserError where the bundle is
-    damaged or takes other images than config.data's.
+    Uses the first config.export.examples evaluation images. Raises UserError if the bundle is
+    damaged or its images or classes differ from config.data's.
     """
     graph = bundle.read_bundle(directory)
     size = config.data.image_size
@@ -216,7 +217,7 @@ def judge_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:
 
 
 def _prediction(found: QuantizedNetwork) -> Callable[[jax.Array], jax.Array]:
-    """Returns the function from pixels to the classes that the network takes them for, in JAX."""
+    """Returns a function from pixels to the network's predicted classes, in JAX."""
     variables, precision, options = found.variables, found.precision, found.config.data
 
     @jax.jit

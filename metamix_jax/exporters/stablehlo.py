@@ -24,7 +24,7 @@ def stablehlo(
     precision: Precision,
     image_shape: tuple[int, int, int],
 ) -> bytes:
-    """Returns the serialized function from normalised float32 images [n, h, w, c] to scores."""
+    """Returns the serialized function from normalized float32 images [n, h, w, c] to scores."""
     from jax import export
 
     # The file is for any device, whatever compute_dtype it was trained with.

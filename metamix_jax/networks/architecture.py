@@ -1,4 +1,4 @@
-"""What a network offers to the rest of the program; each file of zoo/ defines some."""
+"""The interface of a network; each file in zoo/ defines one or more."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,10 +14,10 @@ Fields = Mapping[str, Any]  # of config.model, without the name
 
 
 class TorchNames(NamedTuple):
-    """How the modules of a network are called in PyTorch.
+    """The names of a network's modules in PyTorch.
 
-    modules: from our module path, joined by dots, to torchvision's.
-    aliases: from what other files call a module to torchvision's name.
+    modules: from our module path, joined by dots, to torchvision's name.
+    aliases: from the names in other weight files to torchvision's.
     """
 
     modules: Rules = ()
@@ -25,25 +25,26 @@ class TorchNames(NamedTuple):
 
 
 def check_padding(fields: Fields, source: str) -> None:
-    """Raises UserError unless `padding`, where it is given, is one that layers know."""
+    """Raises UserError if `padding` is given but not supported by the layers."""
     if fields.get("padding", "torch") not in ("torch", "tf"):
         raise UserError(f"{source}.padding={fields['padding']!r}: expected torch or tf")
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A network by the name that config.model.name gives it.
+    """A registered network.
 
-    name: that name.
-    module: its Flax class, whose own fields are those of config.model.
-    check: raises UserError for values of (fields, source) that it cannot take, `source` being what
-      the section is called.
-    label: from the fields to what people call it; by default the name.
-    torch_names: of weight files.
-    draw: of (model, drawing), adds all nodes, the class scores last; None: it cannot be exported.
-    shortcut: last part of the path of the convolutions beside a block's last layer.
-    ompq_rounds_below: whether searcher ompq rounds widths for a size to the closest size below, as
-      its published code does for ResNet-18; else each to the nearest.
+    name: its name in config.model.name.
+    module: its Flax class; its own fields are those of config.model.
+    check: given (fields, source), raises UserError for invalid values; `source` is the name of the
+      section.
+    label: returns the display name, given the fields; None: the name.
+    torch_names: names in PyTorch weight files.
+    draw: given (model, drawing), adds all nodes, ending with the class scores; None: the network
+      cannot be exported.
+    shortcut: last component of the path of shortcut convolutions.
+    ompq_rounds_below: whether searcher ompq, given a size, rounds widths to the closest total size
+      below, as its published code does for ResNet-18; otherwise each width to the nearest.
     """
 
     name: str

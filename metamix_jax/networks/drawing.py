@@ -1,24 +1,24 @@
-"""How a network says what lies between its layers, for export."""
+"""How a network describes the operations between its layers, for export."""
 
 from typing import Any, Protocol
 
-IMAGE = "image"  # the tensor that comes in, normalised
+IMAGE = "image"  # the input tensor, normalized
 
 
 class Drawing(Protocol):
-    """Where the nodes go, see exporters/build.py; each call returns the name of a tensor.
+    """Collects nodes, see exporters/build.py; `layer` and `node` return the output tensor's name.
 
-    What a layer is (stride, padding, shift, shapes, ...) comes from the network's own modules.
+    The properties of a layer (stride, padding, shift, shapes, ...) come from the network's modules.
     """
 
     def has(self, path: str) -> bool:
-        """Whether the network has a layer of this path."""
+        """Returns whether the network has a layer at `path`."""
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Returns a tensor's shape without the batch."""
 
     def layer(self, tensor: str, path: str, norm: str = "", activation: str = "") -> str:
-        """A layer, and what follows it: batch norm of path `norm`, an operation without options."""
+        """Adds a layer, then batch norm at path `norm` and an activation, unless empty."""
 
     def node(self, op: str, *tensors: str, **options: Any) -> str:
-        """An operation."""
+        """Adds an operation."""

@@ -146,7 +146,7 @@ class _QuantLayer(nn.Module):
         """Returns the tensor to quantize, instrumented for searchers/hessian.py.
 
         Adds collection `perturbations` if it is passed in; stores the mean squared errors [widths]
-        at newly initialised step sizes in `errors` if that is mutable. Otherwise returns `x`.
+        at newly initialized step sizes in `errors` if that is mutable. Otherwise returns `x`.
         """
         if len(bits) == 1 or self.is_initializing():  # `init` makes every collection mutable
             return x

@@ -29,10 +29,10 @@ class Precision:
 
     activations: "full" (not quantized); an int k (branch k everywhere); "mixture" (softmax over the
       branches, Eq. 2); "chosen" (branch `branches[layer path]`, other branches cost nothing);
-      "calibrate" (not quantized, step sizes initialised from each layer's input);
+      "calibrate" (not quantized, step sizes initialized from each layer's input);
       "calibrate_lowest" (the same, but each layer's input is quantized at the lowest width).
     weights: "full", "quantized" (with several candidate widths: at that of the branch) or
-      "calibrate" (not quantized, step sizes initialised).
+      "calibrate" (not quantized, step sizes initialized).
     branches: layer path -> index of the chosen branch, int32 scalars; may be traced.
     """
 

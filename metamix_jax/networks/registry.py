@@ -1,4 +1,4 @@
-"""Networks by name; a file of zoo/ that defines `ARCHITECTURES` adds its own."""
+"""Networks by name; every file in zoo/ registers its own, as `ARCHITECTURES`."""
 
 import dataclasses
 import importlib
@@ -22,7 +22,7 @@ def _find() -> dict[str, Architecture]:
 
 
 ARCHITECTURES = _find()
-_SHARED = {"num_classes", "settings", "parent", "name"}  # not from config.model
+_SHARED = {"num_classes", "settings", "parent", "name"}  # fields that config.model does not set
 
 
 def make(
@@ -31,10 +31,10 @@ def make(
     settings: QuantSettings,
     source: str = "config.model",
 ) -> nn.Module:
-    """Returns the network that `config_model`, the field called `source`, names.
+    """Returns the network described by `config_model`, the section called `source`.
 
     Raises:
-      UserError: unknown network, unknown field of it, or a value it cannot take.
+      UserError: unknown network, unknown field or invalid value.
     """
     fields = dict(config_model)
     name = fields.pop("name")
@@ -44,18 +44,18 @@ def make(
     architecture = ARCHITECTURES[name]
     known = {field.name for field in dataclasses.fields(architecture.module)} - _SHARED
     for key in set(fields) - known:
-        hint = suggestion(key, known) if known else "it takes none"
+        hint = suggestion(key, known) if known else "it has no fields"
         raise UserError(f"{source}.{key}: {name} has no such field; {hint}")
     architecture.check(fields, source)
     return architecture.module(num_classes=num_classes, settings=settings, **fields)
 
 
 def label(config_model: ConfigDict) -> str:
-    """Returns the network's name as people say it, e.g. `cifar_resnet20`."""
+    """Returns the network's display name, such as `cifar_resnet20`."""
     architecture = ARCHITECTURES[config_model.name]
     return architecture.label(config_model) if architecture.label else architecture.name
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """Returns what is known of a network that `make` made."""
+    """Returns the architecture of a network created by `make`."""
     return {found.module: found for found in ARCHITECTURES.values()}[type(model)]

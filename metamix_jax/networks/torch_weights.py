@@ -1,7 +1,7 @@
 """Trained PyTorch-style weights (.npz, .safetensors, .pth) as Flax variables.
 
-All or nothing: every leaf of the network must be found, every entry of the file used, every shape
-equal. A file is never unpickled with the power to run code, so a stranger's file is safe to name.
+All or nothing: every leaf of the network must be found, every entry of the file used, and every
+shape equal. Files are never unpickled in a way that could run code, so untrusted files are safe.
 """
 
 import pickle
@@ -27,15 +27,15 @@ LEAF_NAMES = {
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
-PREFIX = r"^(module\.)+"  # DataParallel's, of every name in a file
+PREFIX = r"^(module\.)+"  # added to every name by DataParallel
 BATCH_COUNTER = "num_batches_tracked"  # BatchNorm's step counter; Flax has none
 WRAPPERS = ("state_dict", "model", "net")  # keys under which training scripts keep the weights
-MOST_BYTES = 2**30  # far more than any network here has; small files can unfold to anything
+MOST_BYTES = 2**30  # far more than any network here has; small files can decompress to any size
 SHOWN = 5  # entries of each kind of problem named in an error
 
 
 class MappedEntry(NamedTuple):
-    """One imported array: its name in the file, our path, and its shape in Flax layout."""
+    """An imported array: its name in the file, our path, and its shape in Flax layout."""
 
     source: str
     path: str
@@ -43,15 +43,15 @@ class MappedEntry(NamedTuple):
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """Reads a weight file as float32 arrays under the file's own names and layouts.
+    """Reads a weight file as float32 arrays with the file's own names and layouts.
 
-    BatchNorm's integer batch counters are left out. Raises UserError, in one line naming the file,
-    when it is missing, damaged, of an unknown kind, or holds anything but float arrays.
+    BatchNorm's integer batch counters are left out. Raises UserError, one line naming the file, if
+    it is missing, damaged, of an unknown type, or contains anything but float arrays.
     """
     path = Path(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{path}: unknown weight file, expected {', '.join(READERS)}")
+        raise UserError(f"{path}: unknown file type, expected {', '.join(READERS)}")
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
     try:
@@ -60,7 +60,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
         _require_small(path, sum(4 * getattr(value, "size", 0) for value in entries.values()))
     except UserError:
         raise
-    except Exception as error:  # the three libraries raise anything, MemoryError included
+    except Exception as error:  # the libraries may raise anything, even MemoryError
         raise UserError(f"{path}: {_read_failure(error)}") from error
     return {
         name: _as_float32(path, name, value)
@@ -70,7 +70,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def torch_name(path: tuple[str, ...], names: TorchNames) -> str:
-    """Returns the torch name of a Flax leaf: ('params', 'conv1', 'kernel') -> 'conv1.weight'."""
+    """Returns the torch name of a Flax leaf, ('params', 'conv1', 'kernel') -> 'conv1.weight'."""
     collection, *modules, leaf = path
     if (collection, leaf) not in LEAF_NAMES:
         known = ", ".join("/".join(pair) for pair in LEAF_NAMES)
@@ -82,11 +82,11 @@ def torch_name(path: tuple[str, ...], names: TorchNames) -> str:
 def load_pretrained(
     path: str | Path, variables: Mapping[str, Any], names: TorchNames
 ) -> tuple[dict[str, Any], list[MappedEntry]]:
-    """Returns `variables` with params and batch_stats from a weight file, and what went where.
+    """Returns `variables` with params and batch_stats from a weight file, and the entries used.
 
     Kernels change layout: convolutions [out, in/groups, h, w] -> [h, w, in/groups, out], dense
-    [out, in] -> [in, out]. `variables` is not modified; its other collections are passed through.
-    Raises one UserError listing all missing, extra, misshapen and non-finite entries.
+    layers [out, in] -> [in, out]. `variables` is not modified; other collections are passed
+    through. Raises one UserError listing all missing, extra, misshapen and non-finite entries.
     """
     collections = [name for name in ("params", "batch_stats") if name in variables]
     targets = traverse_util.flatten_dict({name: variables[name] for name in collections})
@@ -94,20 +94,20 @@ def load_pretrained(
     missing, misshapen, non_finite = [], [], []
     loaded, report = {}, []
     for target, leaf in targets.items():
-        name, where = torch_name(target, names), "/".join(target)
+        name, ours = torch_name(target, names), "/".join(target)
         if name not in sources:
-            missing.append(f"{name} (our {where} {tuple(leaf.shape)})")
+            missing.append(f"{name} (our {ours} {tuple(leaf.shape)})")
             continue
         source, original = sources.pop(name)
         value = _to_flax_layout(target, original)
         if value.shape != tuple(leaf.shape):
             turned = f" = {value.shape} in our layout" if value.ndim > 1 else ""
-            misshapen.append(f"{source} {original.shape}{turned} (our {where} {tuple(leaf.shape)})")
+            misshapen.append(f"{source} {original.shape}{turned} (our {ours} {tuple(leaf.shape)})")
         elif not np.isfinite(value).all():
-            non_finite.append(f"{source} (our {where})")
+            non_finite.append(f"{source} (our {ours})")
         else:
             loaded[target] = jnp.array(value, dtype=leaf.dtype)
-            report.append(MappedEntry(source, where, value.shape))
+            report.append(MappedEntry(source, ours, value.shape))
     extra += [f"{source!r} {value.shape}" for source, value in sources.values()]
     problems = {
         f"missing of the network's {len(targets)}": missing,
@@ -115,14 +115,14 @@ def load_pretrained(
         "of another shape": misshapen,
         "with NaN or infinity": non_finite,
     }
-    found = [_summary(kind, entries) for kind, entries in problems.items() if entries]
-    if found:
-        raise UserError(f"{path} does not fit this network: {'; '.join(found)}")
+    texts = [_summary(kind, entries) for kind, entries in problems.items() if entries]
+    if texts:
+        raise UserError(f"{path} does not fit this network: {'; '.join(texts)}")
     return {**variables, **traverse_util.unflatten_dict(loaded)}, report
 
 
 def format_report(report: list[MappedEntry]) -> str:
-    """Returns a table with one line per imported entry and a last line with the totals."""
+    """Returns a table with one line per imported entry, and a last line with totals."""
     rows = [("in the file", "here", "shape")] + [
         (entry.source, entry.path, "x".join(map(str, entry.shape))) for entry in report
     ]
@@ -133,9 +133,9 @@ def format_report(report: list[MappedEntry]) -> str:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    # np.load takes anything else for a .npy array or a pickle, and words its error accordingly.
+    # np.load would take other files for a .npy array or a pickle, with a misleading error.
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: not an .npz archive; damaged, or another kind of file?")
+        raise UserError(f"{path}: not an .npz archive; damaged, or another type of file?")
     with zipfile.ZipFile(path) as archive:
         _require_small(path, sum(entry.file_size for entry in archive.infolist()))
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
@@ -144,13 +144,13 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 def _read_torch(path: Path) -> dict[str, Any]:
     try:
-        import torch  # optional: only files of this kind need it
+        import torch  # optional, only needed for these files
     except ImportError as error:
         raise UserError(
             f"{path}: reading {path.suffix} files needs PyTorch: pip install torch, "
             "or convert the file to .npz or .safetensors"
         ) from error
-    # torch.load does not look at the checksums of its own format.
+    # torch.load does not verify the checksums of its own format.
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             _require_small(path, sum(entry.file_size for entry in archive.infolist()))
@@ -158,19 +158,19 @@ def _read_torch(path: Path) -> dict[str, Any]:
         if damaged:
             raise UserError(f"{path}: damaged, wrong checksum of {damaged}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read still raises
+        warnings.simplefilter("ignore")  # about pickle protocols; unreadable files still raise
         entries = torch.load(path, weights_only=True, map_location="cpu")
     for wrapper in WRAPPERS:
         if isinstance(entries, Mapping) and isinstance(entries.get(wrapper), Mapping):
             entries = entries[wrapper]
     if not isinstance(entries, Mapping):
-        raise UserError(f"{path}: holds a {type(entries).__name__}, expected a state_dict")
+        raise UserError(f"{path}: contains a {type(entries).__name__}, expected a state_dict")
     arrays = {}
     for name, value in entries.items():
         if isinstance(value, torch.Tensor):
             value = value.detach()
-            _require_small(path, 4 * value.numel())  # one number can stand for many
-            # NumPy has no bfloat16; integers stay what they are, to be refused by name later.
+            _require_small(path, 4 * value.numel())  # an expanded tensor is stored as one number
+            # NumPy has no bfloat16; integers are unchanged, to be rejected by name later.
             value = (value.float() if value.is_floating_point() else value).numpy()
         arrays[str(name)] = value
     return arrays
@@ -193,15 +193,15 @@ def _require_small(path: Path, size: int) -> None:
 
 
 def _read_failure(error: Exception) -> str:
-    """Says in one line why a library failed, without its advice to switch the safety off."""
+    """Returns in one line why a library failed, without its advice to disable safety."""
     text = str(error)
     refused = re.search(r"GLOBAL (\S+)", text)
-    save_again = "save the weights alone, in PyTorch torch.save(model.state_dict(), ...)"
+    save_again = "save only the weights, in PyTorch with torch.save(model.state_dict(), ...)"
     if refused or "allow_pickle" in text:
-        found = f" ({refused[1]})" if refused else ""
-        return f"refused, it holds Python objects{found}, which can run code; {save_again}"
+        object_name = f" ({refused[1]})" if refused else ""
+        return f"refused, contains Python objects{object_name}, which can run code; {save_again}"
     if isinstance(error, pickle.UnpicklingError):
-        return f"damaged, or more than plain tensors in PyTorch's own format; {save_again}"
+        return f"damaged, or contains more than plain tensors; {save_again}"
     first_sentence = text.strip().split("\n")[0].split(". ")[0][:120]
     return f"cannot be read, damaged? ({type(error).__name__}: {first_sentence or 'no details'})"
 
@@ -220,7 +220,7 @@ def _as_float32(path: Path, name: str, value: Any) -> np.ndarray:
 def _normalise(
     weights: dict[str, np.ndarray], names: TorchNames
 ) -> tuple[dict[str, tuple[str, np.ndarray]], list[str]]:
-    """Returns torch name -> (name in the file, value), and the entries that claim a taken name."""
+    """Returns torch name -> (name in the file, value), and the entries with a duplicate name."""
     sources, repeated = {}, []
     for source, value in weights.items():
         name = _rename(source, ((PREFIX, ""), *names.aliases))

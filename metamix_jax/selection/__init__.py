@@ -1,1 +1,1 @@
-"""Choosing bit-widths: cost, budget, policy, searchers."""
+"""Bit-width selection: costs, budgets, policies, searchers."""

@@ -1,4 +1,4 @@
-"""Budgets: what a policy may cost, and the differentiable cost that the search is held to."""
+"""Budgets: limits on a policy's cost, and the differentiable cost for the search."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from metamix_jax.errors import UserError
 from metamix_jax.selection.cost import LayerBits, LayerCosts
 from metamix_jax.selection.cost_models import BUDGET_UNITS, CostModel
 
-TOLERANCE = 1e-9  # of the limit, for sums that are equal but for rounding
+TOLERANCE = 1e-9  # relative to the limit, for sums that are equal up to rounding
 
 
 def within(cost: Any, limit: float) -> Any:
@@ -21,22 +21,22 @@ def within(cost: Any, limit: float) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """A limit on what a network may cost."""
+    """A limit on the cost of a network."""
 
     cost_model: CostModel
     limit: float
 
     def cost(self, bits: LayerBits) -> float:
-        """Returns what the network costs at `bits`, in the model's unit."""
+        """Returns the cost of the network at `bits`, in the model's unit."""
         return self.cost_model.cost(bits)
 
     def admits(self, bits: LayerBits) -> bool:
-        """Returns whether the network at `bits` is inside the budget."""
+        """Returns whether the network at `bits` is within the budget."""
         return within(self.cost(bits), self.limit)
 
     @property
     def room(self) -> float:
-        """What the searched layers may cost together."""
+        """The limit on the total cost of the searched layers."""
         return self.limit - self.cost_model.fixed_cost
 
     def __str__(self) -> str:
@@ -44,9 +44,9 @@ class Budget:
 
 
 def make_budget(costs: LayerCosts, value: float, unit: str) -> Budget:
-    """Returns the budget of config.budget's `value` and `unit`, or of another value.
+    """Returns the budget of `value` in `unit`, one of BUDGET_UNITS.
 
-    What is above the cost of the dearest candidates is brought down to it: all policies fit.
+    A value above the cost of the widest candidates is lowered to it: every policy fits.
 
     Raises:
       UserError: no policy can meet it.
@@ -55,7 +55,7 @@ def make_budget(costs: LayerCosts, value: float, unit: str) -> Budget:
     model = kind.make_model(costs)
     scale = model.reference if kind.of_reference else 1.0
     budget = Budget(model, value * scale)
-    slack = TOLERANCE * model.most  # a budget given as the rounded figure of a table is meant
+    slack = TOLERANCE * model.most  # for budgets copied, rounded, from a table
     if budget.limit > model.most + slack:
         return Budget(model, model.most)
     if budget.limit >= model.least - slack:
@@ -70,13 +70,13 @@ def make_budget(costs: LayerCosts, value: float, unit: str) -> Budget:
 def chosen_cost(
     model: CostModel, logits: Mapping[str, jax.Array], form: str = "argmax"
 ) -> jax.Array:
-    """Returns the differentiable cost of a search state, in the model's unit.
+    """Returns the differentiable cost during the search, in the model's unit.
 
     Args:
-      model: what is counted.
+      model: the cost model.
       logits: searched layer -> [branches].
-      form: "argmax": the most likely branch's cost with the softmax's Jacobian backward (Eq. 4 and
-        5); "expected": the softmax-weighted mean cost.
+      form: "argmax": the most probable branch's cost, with the softmax's Jacobian in the backward
+        pass (Eq. 4 and 5); "expected": the softmax-weighted mean cost.
     """
     total = jnp.float32(model.fixed_cost)
     for path, table in model.branch_costs.items():
@@ -88,7 +88,7 @@ def chosen_cost(
 
 
 def hard_selection(share: jax.Array) -> jax.Array:
-    """Returns the one-hot of the greatest share, exactly; the gradient is `share`'s (Eq. 5)."""
+    """Returns the exact one-hot of the greatest share, with the gradient of `share` (Eq. 5)."""
     one_hot = jax.nn.one_hot(jnp.argmax(share), share.shape[-1], dtype=share.dtype)
-    # Written so that nothing is rounded: share - share is exactly 0.
+    # In this form nothing is rounded: share - share is exactly 0.
     return jax.lax.stop_gradient(one_hot) + (share - jax.lax.stop_gradient(share))

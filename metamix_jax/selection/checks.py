@@ -1,4 +1,4 @@
-"""Whether a configuration goes with its searcher; needs no data and no devices."""
+"""Checks that a configuration suits its searcher; needs no data and no devices."""
 
 import functools
 from typing import Any
@@ -10,18 +10,18 @@ from metamix_jax.selection.searchers import SEARCHERS
 
 
 def check_searcher(config: ConfigDict) -> None:
-    """Raises UserError where the searcher and the rest of a valid configuration do not agree."""
+    """Raises UserError if a valid configuration does not suit its searcher."""
     name = config.search.searcher
     searcher = SEARCHERS[name]
     for other in SEARCHERS.values():
         for path in other.exclusive if other is not searcher else ():
             value = _value(config, path)
-            require(not value, path, value, f"nothing with searcher {name}")
+            require(not value, path, value, f"none with searcher {name}")
     if searcher.choose is not None:
         epochs = config.weight_training.epochs
         require(
             epochs > 0, "weight_training.epochs", epochs,
-            "more than 0, or nothing would quantize the weights",
+            "more than 0, because only this phase quantizes the weights",
         )  # fmt: skip
     searcher.check(config)
 

@@ -1,4 +1,4 @@
-"""What a searcher may look at when it chooses the bits."""
+"""What a searcher knows when it chooses the bits."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from metamix_jax.selection.cost import LayerCosts
 
 @dataclasses.dataclass(frozen=True)
 class SearchContext:
-    """A network at the end of a searcher's own phases, and the limits of the choice."""
+    """A network after the searcher's own phases, and the budget."""
 
     model: nn.Module
     costs: LayerCosts
@@ -23,5 +23,5 @@ class SearchContext:
     config: ConfigDict
     variables: Mapping[str, Any]  # params, batch_stats and quant
     logits: Mapping[str, np.ndarray]  # searched layer -> [branches]
-    # The first so many training batches: images as the network sees them, and labels.
+    # Yields the first `count` training batches: augmented, normalized images, and labels.
     batches: Callable[[int], Iterator[tuple[jax.Array, jax.Array]]]

@@ -1,9 +1,9 @@
 """MACs and BOPs.
 
-Convention, the one that reproduces the figures of MetaMix and of the methods it compares with:
-BOPs of a layer = MACs * activation bits * weight bits, over convolutions and dense layers; biases,
-batch norm, additions, pooling and activation functions are free; the first and last layer count at
-their own fixed widths.
+The convention reproduces the figures of MetaMix and of the methods it is compared with: BOPs of a
+layer = MACs * activation bits * weight bits, for convolutions and dense layers; biases, batch norm,
+additions, pooling and activation functions are free; the first and last layer count at their own
+fixed widths.
 """
 
 import csv
@@ -19,13 +19,13 @@ from flax.traverse_util import flatten_dict
 
 from metamix_jax.networks.precision import FULL_BITS, Bits, LayerCost, Precision
 
-LayerCosts = Mapping[str, LayerCost]  # layer path -> facts, in network order
-LayerBits = Mapping[str, Bits]  # layer path -> the widths it runs at, all layers
+LayerCosts = Mapping[str, LayerCost]  # layer path -> sizes and candidates, in network order
+LayerBits = Mapping[str, Bits]  # layer path -> its widths, for all layers
 GIGA = 1e9
 
 
 def layer_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, LayerCost]:
-    """Returns the facts that every quantized layer of `model` records, without computing anything.
+    """Returns the LayerCost recorded by every quantized layer of `model`, without computing.
 
     Args:
       model: a network of `metamix_jax.networks.registry`.
@@ -35,7 +35,7 @@ def layer_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str
 
     def init() -> None:
         keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
-        # Taken here and not from eval_shape's result, which would come back in sorted order.
+        # Not from eval_shape's result, which is sorted by name.
         recorded.append(model.init(keys, jnp.zeros((1, *image_shape)))["costs"])
 
     jax.eval_shape(init)
@@ -43,12 +43,12 @@ def layer_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str
 
 
 def bops(costs: LayerCosts, bits: LayerBits) -> int:
-    """Returns the bit operations of one image, Eq. 6."""
+    """Returns the bit operations per image, Eq. 6."""
     return sum(cost.macs * math.prod(bits[path]) for path, cost in costs.items())
 
 
 def gbops_at(costs: LayerCosts, bits: LayerBits, precision: Precision) -> float:
-    """Returns the GBOPs of a forward pass; what it does not quantize counts as 32 bits."""
+    """Returns the GBOPs of a forward pass; unquantized tensors count as 32 bits."""
     acts_full, weights_full = precision.activations == "full", precision.weights == "full"
     return (
         sum(
@@ -62,9 +62,9 @@ def gbops_at(costs: LayerCosts, bits: LayerBits, precision: Precision) -> float:
 
 
 def uniform_bits(costs: LayerCosts, act: int, weight: int | None = None) -> dict[str, Bits]:
-    """Returns the same widths everywhere they are searched, the only candidate elsewhere.
+    """Returns the same widths wherever they are searched, the only candidate elsewhere.
 
-    `weight` is by default the same as `act`.
+    `weight` defaults to `act`.
     """
     weight = act if weight is None else weight
     return {
@@ -77,17 +77,17 @@ def uniform_bits(costs: LayerCosts, act: int, weight: int | None = None) -> dict
 
 
 def widest_bits(costs: LayerCosts) -> dict[str, Bits]:
-    """Returns the candidate of most bit operations of every layer."""
+    """Returns, for every layer, the candidate with the most bit operations."""
     return {path: max(cost.candidates, key=math.prod) for path, cost in costs.items()}
 
 
 def narrowest_bits(costs: LayerCosts) -> dict[str, Bits]:
-    """Returns the candidate of fewest bit operations of every layer."""
+    """Returns, for every layer, the candidate with the fewest bit operations."""
     return {path: min(cost.candidates, key=math.prod) for path, cost in costs.items()}
 
 
 def bits_at(costs: LayerCosts, choice: Mapping[str, int]) -> dict[str, Bits]:
-    """Returns the widths of all layers at a branch of every searched one."""
+    """Returns the widths of all layers, given the branch of every searched layer."""
     return {path: cost.candidates[choice.get(path, 0)] for path, cost in costs.items()}
 
 
@@ -100,19 +100,19 @@ def uniform_4_4(costs: LayerCosts) -> int:
 
 
 def average_act_bits(costs: LayerCosts, bits: LayerBits) -> float:
-    """Returns the mean bits of the searched layers, weighted by their input activations."""
+    """Returns the mean activation bits of the searched layers, weighted by their input sizes."""
     sizes = {path: cost.act_elements for path, cost in costs.items() if cost.searched}
     return sum(bits[path].act * sizes[path] for path in sizes) / sum(sizes.values())
 
 
 def average_weight_bits(costs: LayerCosts, bits: LayerBits) -> float:
-    """Returns the mean weight bits of the searched layers, weighted by their kernels' sizes."""
+    """Returns the mean weight bits of the searched layers, weighted by their kernel sizes."""
     sizes = {path: cost.weight_elements for path, cost in costs.items() if cost.searched}
     return sum(bits[path].weight * sizes[path] for path in sizes) / sum(sizes.values())
 
 
 def totals(costs: LayerCosts) -> dict[str, Any]:
-    """Returns MACs, GBOPs of the uniform networks and the reachable range of GBOPs."""
+    """Returns the MACs, the GBOPs of uniform networks and the reachable range of GBOPs."""
     candidates = (cost.act_bits + cost.weight_bits for cost in costs.values() if cost.searched)
     widths = sorted({8, 4}.union(*candidates), reverse=True)
     return {
@@ -124,7 +124,7 @@ def totals(costs: LayerCosts) -> dict[str, Any]:
 
 
 def rows(costs: LayerCosts, reference_bits: int = 4) -> list[dict[str, Any]]:
-    """Returns one table row a layer; MBOPs are those of the uniform `reference_bits` network."""
+    """Returns one table row per layer, with the MBOPs of the uniform `reference_bits` network."""
     bits = uniform_bits(costs, reference_bits)
     return [
         {

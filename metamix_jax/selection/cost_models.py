@@ -1,6 +1,6 @@
-"""Cost models: what a network costs at each candidate width of each layer, in a unit of its own.
+"""Cost models: the cost of each candidate width of each layer, in the model's own unit.
 
-A further one is a function from a network's layers to a `CostModel`, and a row of BUDGET_UNITS.
+To add one, write a function from a network's layers to a `CostModel` and add a row to BUDGET_UNITS.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ BOPS, AVERAGE_ACT_BITS, WEIGHTS = "bops", "average_act_bits", "weights"  # names
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """What a network costs: a sum over its layers.
+    """The cost of a network, a sum over its layers.
 
-    name: which model it is.
-    unit: what people read after a number.
-    candidates: searched layer -> the widths it can run at.
-    branch_costs: searched layer -> what it costs at each of them.
-    fixed_cost: of the layers that are not searched.
-    reference: of the network with 4-bit activations and weights in all searched layers.
+    name: identifies the model.
+    unit: shown after a number.
+    candidates: searched layer -> its candidate widths.
+    branch_costs: searched layer -> its cost at each candidate.
+    fixed_cost: total cost of the layers that are not searched.
+    reference: cost with 4-bit activations and weights in all searched layers.
     """
 
     name: str
@@ -34,7 +34,7 @@ class CostModel:
     reference: float
 
     def cost(self, bits: LayerBits) -> float:
-        """Returns what the network costs at `bits`; raises ValueError where they are no candidates.
+        """Returns the cost of the network at `bits`; raises ValueError for unknown widths.
 
         Layers that are not searched may be missing from `bits`.
         """
@@ -44,24 +44,24 @@ class CostModel:
         )
 
     def cost_of(self, choice: Mapping[str, int]) -> float:
-        """Returns what the network costs at a branch of every searched layer."""
+        """Returns the cost of the network, given the branch of every searched layer."""
         return self.fixed_cost + sum(
             self.branch_costs[path][index] for path, index in choice.items()
         )
 
     @property
     def least(self) -> float:
-        """What the cheapest candidates cost together."""
+        """The cost of the network with the cheapest candidates."""
         return self.fixed_cost + sum(map(min, self.branch_costs.values()))
 
     @property
     def most(self) -> float:
-        """What the dearest candidates cost together."""
+        """The cost of the network with the most expensive candidates."""
         return self.fixed_cost + sum(map(max, self.branch_costs.values()))
 
 
 def bops_model(costs: LayerCosts) -> CostModel:
-    """Returns the bit operations of one image, Eq. 6."""
+    """Returns the cost model of bit operations per image, Eq. 6."""
     operations = sum(cost.macs * math.prod(cost.candidates[0]) for cost in _fixed(costs))
     return _model(
         BOPS,
@@ -74,7 +74,7 @@ def bops_model(costs: LayerCosts) -> CostModel:
 
 
 def average_act_bits_model(costs: LayerCosts) -> CostModel:
-    """Returns the mean activation bits of the searched layers, weighted by their inputs' sizes."""
+    """Returns the cost model of mean activation bits, weighted by the layers' input sizes."""
     total = sum(cost.act_elements for cost in costs.values() if cost.searched)
     return _model(
         AVERAGE_ACT_BITS,
@@ -87,7 +87,7 @@ def average_act_bits_model(costs: LayerCosts) -> CostModel:
 
 
 def weights_model(costs: LayerCosts) -> CostModel:
-    """Returns the size of all kernels at their weight bits."""
+    """Returns the cost model of the total size of all kernels at their weight bits."""
     fixed_cost = sum(_mebibytes(cost, cost.candidates[0]) for cost in _fixed(costs))
     searched = (cost for cost in costs.values() if cost.searched)
     return _model(
@@ -101,15 +101,15 @@ def weights_model(costs: LayerCosts) -> CostModel:
 
 
 class BudgetUnit(NamedTuple):
-    """A unit that config.budget.value can be given in."""
+    """A unit of config.budget.value."""
 
     make_model: Callable[[LayerCosts], CostModel]
-    meaning: str  # what follows the value in a sentence
-    of_reference: bool = False  # whether the value is a share of the model's reference
-    needs_weight_bits: bool = False  # whether nothing but weight bits changes the cost
+    meaning: str  # follows the value in a sentence
+    of_reference: bool = False  # whether the value is a fraction of the model's reference
+    needs_weight_bits: bool = False  # whether the cost depends on weight bits alone
 
 
-# config.budget.unit -> what it counts.
+# By config.budget.unit.
 BUDGET_UNITS = {
     "fraction": BudgetUnit(bops_model, "of the BOPs of the uniform 4/4 network", of_reference=True),
     "gbops": BudgetUnit(bops_model, "GBOPs"),
@@ -138,7 +138,7 @@ def _model(
     fixed_cost: float,
     reference: float,
 ) -> CostModel:
-    """Returns the model in which a searched layer costs `cost_at` its bits."""
+    """Returns the model in which a searched layer at `bits` costs cost_at(layer, bits)."""
     candidates = {path: cost.candidates for path, cost in costs.items() if cost.searched}
     branch_costs = {
         path: tuple(cost_at(costs[path], bits) for bits in row) for path, row in candidates.items()

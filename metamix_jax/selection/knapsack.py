@@ -1,4 +1,4 @@
-"""Multiple-choice knapsack: the exact best choice per layer inside a budget."""
+"""Multiple-choice knapsack: the exact best choice per layer within a budget."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,14 +10,14 @@ from metamix_jax.selection.budget import TOLERANCE, Budget, within
 from metamix_jax.selection.cost import LayerCosts
 from metamix_jax.selection.cost_models import BOPS, bops_model
 
-GRID = 100_000  # parts of the limit that costs are rounded to where they have to be spent
-RESOLUTION = 1e-4  # of the greatest spread of a layer's values: less may be lost on the solver
+GRID = 100_000  # `spend` rounds costs to this fraction of the limit
+RESOLUTION = 1e-4  # smaller spreads, relative to the greatest, are beyond the solver's accuracy
 
 
 def best_policy(
     values: Mapping[str, Sequence[float]], costs: LayerCosts, budget: Budget
 ) -> dict[str, Bits]:
-    """Returns the widths of all layers with the greatest total value inside the budget.
+    """Returns the widths of all layers with the greatest total value within the budget.
 
     Args:
       values: searched layer -> value of each branch.
@@ -29,13 +29,13 @@ def best_policy(
 
 
 def dearest(budget: Budget) -> float:
-    """Returns the greatest cost of a policy inside the budget; see `spend`."""
+    """Returns the greatest cost of a policy within the budget; see `spend`."""
     table = budget.cost_model.branch_costs
     return budget.cost_model.cost_of(spend(table, table, budget.room))
 
 
 def most_gbops(costs: LayerCosts, budget: Budget) -> float:
-    """Returns a budget in GBOPs; for one on another cost, the most GBOPs it admits."""
+    """Returns the budget in GBOPs; for other cost models, the most GBOPs it admits."""
     if budget.cost_model.name == BOPS:
         return budget.limit
     bits = best_policy(bops_model(costs).branch_costs, costs, budget)
@@ -48,16 +48,16 @@ def spend(
     limit: float,
     least: float = 0.0,
 ) -> dict[str, int]:
-    """Returns the choice with the greatest total value at least <= total cost <= limit.
+    """Returns the choice with the greatest total value such that least <= total cost <= limit.
 
-    A dynamic programme: that a sum has to be met makes a solver's branch and bound take for ever.
-    Costs are rounded to GRID parts of the limit to compare choices, so a better one may be missed
-    where two differ by less than that; the choice itself keeps to both bounds.
+    A dynamic program, because a lower bound on the sum makes branch and bound extremely slow.
+    Choices are compared at costs rounded to 1/GRID of the limit, so a slightly better one may be
+    missed; the result itself satisfies both bounds.
 
     Raises:
-      ValueError: no choice was found between the two.
+      ValueError: no choice was found within the bounds.
     """
-    cells = GRID + len(costs) + 1  # roundings can add up to more than the limit
+    cells = GRID + len(costs) + 1  # rounded costs can add up to more than the limit
     best, picks = np.full(cells, -np.inf), []
     best[0] = 0.0
     for path, row in costs.items():
@@ -78,7 +78,7 @@ def spend(
         total = sum(costs[path][k] for path, k in choice.items())
         if least - TOLERANCE * limit <= total and within(total, limit):
             return {path: choice[path] for path in costs}
-    raise ValueError(f"no choice found that costs {least} to {limit}")
+    raise ValueError(f"found no choice that costs {least} to {limit}")
 
 
 def maximise(
@@ -86,8 +86,8 @@ def maximise(
 ) -> dict[str, int]:
     """Returns the choice per layer with the greatest total value at a total cost <= limit.
 
-    The total is the greatest to about 1e-9 of the greatest spread of a layer's values. Layers of a
-    far smaller spread then share what the others leave, by the same rule.
+    The total is optimal to about 1e-9 of the greatest spread of a layer's values. Layers with a far
+    smaller spread are then optimized by themselves within the remaining cost.
 
     Args:
       values: layer -> value of each candidate, of any scale.
@@ -95,17 +95,17 @@ def maximise(
       limit: greatest total cost.
 
     Raises:
-      ValueError: no choice costs as little as `limit`.
+      ValueError: every choice costs more than `limit`.
     """
     spreads = {path: float(np.ptp(row)) for path, row in values.items()}
     widest = max(spreads.values())
-    scale = 1e3 / max(widest, 1e-300)  # the solver stops 1e-6 short of the optimum
+    scale = 1e3 / max(widest, 1e-300)  # the solver stops within 1e-6 of the optimum
     scaled = {path: (np.asarray(row, float) - max(row)) * scale for path, row in values.items()}
     choice = _solve(scaled, costs, limit)
     fine = [path for path, spread in spreads.items() if spread < RESOLUTION * widest]
     if any(spreads[path] > 0 for path in fine):
         coarse = sum(costs[path][k] for path, k in choice.items() if path not in fine)
-        least = sum(min(costs[path]) for path in fine)  # may exceed the rest by rounding
+        least = sum(min(costs[path]) for path in fine)  # may exceed the remainder by rounding
         choice |= maximise(
             {path: values[path] for path in fine},
             {path: costs[path] for path in fine},
@@ -117,7 +117,7 @@ def maximise(
 def _solve(
     values: Mapping[str, Sequence[float]], costs: Mapping[str, Sequence[float]], limit: float
 ) -> dict[str, int]:
-    # Imported here, as it takes long and a run's first steps need none of it.
+    # Imported here because the import is slow and a run's first steps do not need it.
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import block_diag, csr_array
 
@@ -142,7 +142,7 @@ def _solve(
         picked = np.round(result.x)
         if within(cost @ picked, limit):
             break
-        # The solver's own tolerance let this choice through: forbid it and solve again.
+        # Admitted only by the solver's tolerance: exclude this choice and solve again.
         constraints.append(LinearConstraint(picked[None], -np.inf, len(paths) - 1))
     ends = np.cumsum([len(values[path]) for path in paths])[:-1]
     picks = np.split(picked, ends)

@@ -1,9 +1,9 @@
 """Training phases as rows (MetaMix, Algorithm 1 and weight training).
 
-A phase is a row: how long it lasts, the gradient steps made on each batch, and how the network is
-evaluated. A row is made from the configuration by a function of the row's name, which is the only
-place where the configuration's ablations are read: whatever trains reads the row's fields and never
-its name. A searcher lists the rows it needs and may define its own (searchers/joint.py, asga.py).
+A phase is a row: its length, the gradient steps on each batch, and how the network is evaluated. A
+row is built from the configuration by a function named after it, the only place where ablations
+are read from the configuration; training code depends on the row's fields, never on its name. A
+searcher lists the rows it needs and may define its own (searchers/joint.py, asga.py).
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from metamix_jax.networks.precision import FULL, Precision, bit_candidates
 
-WEIGHTS = frozenset({"kernels", "weights"})  # labels of what an update trains, see optimizer.py
+WEIGHTS = frozenset({"kernels", "weights"})  # labels that an update trains, see optimizer.py
 ACT_STEPS, WEIGHT_STEPS, LOGITS = (
     frozenset({label}) for label in ("act_steps", "weight_steps", "logits")
 )
@@ -23,40 +23,40 @@ ACT_STEPS, WEIGHT_STEPS, LOGITS = (
 class Update:
     """One gradient step on a batch."""
 
-    name: str  # also the key of its optimizer state
-    trains: frozenset[str]  # labels of what moves; everything else stays bitwise as it is
+    name: str  # also the key of the optimizer state
+    trains: frozenset[str]  # labels of the trained leaves; all others stay bitwise unchanged
     precision: Precision  # how the network runs
-    learning_rate: float  # of weights and step sizes; the logits' is config.bit_search's
+    learning_rate: float  # of weights and step sizes; logits use config.bit_search.learning_rate
     schedule: str = "constant"  # "cosine": from learning_rate to 0 over the phase
-    every_branch: bool = False  # one pass for each branch in place of precision.activations, Eq. 1
-    gradient: str = "mean"  # over the passes; "last": that of the last pass alone
-    budget_term: bool = False  # adds the regularizer of the budget to the loss, Eq. 3 and 4
-    sharpness_aware: bool = False  # a second pass where the loss is about greatest, ASGA
-    commits_statistics: bool = True  # the passes move batch norm's running statistics
+    every_branch: bool = False  # one pass per branch instead of precision.activations, Eq. 1
+    gradient: str = "mean"  # over the passes; "last": of the last pass alone
+    budget_term: bool = False  # adds the budget regularizer to the loss, Eq. 3 and 4
+    sharpness_aware: bool = False  # a second pass at about the greatest loss nearby, ASGA
+    commits_statistics: bool = True  # the passes update batch norm's running statistics
 
     def passes(self, branches: int) -> int:
-        """Returns how many forward and backward passes a step makes."""
+        """Returns the number of forward and backward passes per step."""
         return branches if self.every_branch else 1 + self.sharpness_aware
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of training steps of one kind."""
+    """Consecutive training steps of the same kind."""
 
     name: str
-    epochs: float  # of the training split; 0 leaves the phase out
-    updates: tuple[Update, ...]  # made one after the other on each batch; the last is its own
+    epochs: float  # of the training split; 0 skips the phase
+    updates: tuple[Update, ...]  # applied in turn to each batch; the last is the phase's own
     evaluation: Precision  # how the network is evaluated during and after it
     needs_policy: bool = False
 
     @property
     def quantizes(self) -> bool:
-        """Whether activations are quantized, so that their step sizes must be initialized."""
+        """Whether activations are quantized, so that their step sizes must be calibrated."""
         return self.evaluation.activations != "full"
 
     @property
     def quantizes_weights(self) -> bool:
-        """The same for weights."""
+        """Whether weights are quantized, so that their step sizes must be calibrated."""
         return self.evaluation.weights != "full"
 
 
@@ -64,7 +64,7 @@ Row = Callable[[ConfigDict], Phase]
 
 
 def full_precision(config: ConfigDict) -> Phase:
-    """Plain training, for runs without pretrained weights."""
+    """Full-precision training, for runs without pretrained weights."""
     options = config.full_precision
     update = Update("full_precision", WEIGHTS, FULL, options.learning_rate, schedule="cosine")
     return Phase("full_precision", options.epochs, (update,), FULL)
@@ -79,7 +79,7 @@ def bit_meta(config: ConfigDict) -> Phase:
 def bit_search(config: ConfigDict) -> Phase:
     """Bit-search training, alternating with bit-meta on the same batch (Eq. 2 to 5)."""
     options = config.bit_search
-    # The ablation without a fixed meta-state (Fig. 7a): the same loss trains everything.
+    # The ablation without a fixed meta-state (Fig. 7a) trains everything on the same loss.
     search = search_update(config, "bit_search", fixed_meta_state=options.fixed_meta_state)
     search = dataclasses.replace(search, commits_statistics=options.commit_batch_stats)
     updates = (_bit_meta_update(config), search) if options.alternate else (search,)
@@ -87,7 +87,7 @@ def bit_search(config: ConfigDict) -> Phase:
 
 
 def act_training(config: ConfigDict) -> Phase:
-    """First stage of weight training: chosen activation bits, full-precision weights."""
+    """First stage of weight training: activations at the chosen bits, full-precision weights."""
     options, precision = config.weight_training, Precision(activations="chosen")
     update = Update(
         "act_training", WEIGHTS | ACT_STEPS, precision, options.learning_rate, schedule="cosine"
@@ -96,7 +96,7 @@ def act_training(config: ConfigDict) -> Phase:
 
 
 def weight_training(config: ConfigDict) -> Phase:
-    """Second stage of weight training: everything at its chosen bits."""
+    """Second stage of weight training: activations and weights at the chosen bits."""
     options, precision = config.weight_training, Precision("chosen", "quantized")
     trains = WEIGHTS | ACT_STEPS | WEIGHT_STEPS
     update = Update("weight_training", trains, precision, options.learning_rate, schedule="cosine")
@@ -109,7 +109,7 @@ FINE_TUNING: tuple[Row, ...] = (act_training, weight_training)
 def search_update(config: ConfigDict, name: str, *, fixed_meta_state: bool) -> Update:
     """Returns the step on the softmax mixture that trains the logits (Eq. 2 to 5).
 
-    Without a fixed meta-state the same loss trains weights and step sizes, too.
+    Without a fixed meta-state, the same loss also trains weights and step sizes.
     """
     trains = LOGITS if fixed_meta_state else LOGITS | _meta_state(config)
     precision = Precision(activations="mixture", weights=_searched_weights(config))
@@ -122,9 +122,9 @@ def search_evaluation(config: ConfigDict) -> Precision:
 
 
 def metamix_passes(config: ConfigDict) -> float:
-    """Returns the passes over the training split that MetaMix's two search phases make.
+    """Returns the number of passes over the training split in MetaMix's two search phases.
 
-    Searches without a meta-state get as many.
+    Searches without a meta-state get the same number.
     """
     branches = len(bit_candidates(config.quant.act_bits, config.quant.weight_bits))
     return config.bit_meta.epochs * branches + config.bit_search.epochs * (branches + 1)
@@ -147,5 +147,5 @@ def _meta_state(config: ConfigDict) -> frozenset[str]:
 
 
 def _searched_weights(config: ConfigDict) -> str:
-    """Returns Precision.weights before the policy: quantized where their bits are searched."""
+    """Returns Precision.weights before the policy: quantized if weight bits are searched."""
     return "quantized" if len(config.quant.weight_bits) > 1 else "full"

@@ -1,4 +1,4 @@
-"""The policy: which bits each layer runs at; its file is read by every searcher and exporter."""
+"""The policy: the bits of each layer; every searcher produces one, exporters read it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,14 +27,14 @@ class ChosenLayer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The bit-widths of all layers of a network, and where they come from.
+    """The bit-widths of all layers of a network, and how they were chosen.
 
     model: the network's label.
-    image_size: height and width of the images that MACs and BOPs are counted at.
-    searcher: what chose the bits, with `seed`.
+    image_size: height and width of the images for which MACs and BOPs are counted.
+    searcher: the searcher that chose the bits, with `seed`.
     budget_gbops: the budget they were chosen for, see `knapsack.most_gbops`.
-    gbops: what they cost.
-    layers: layer path -> its bits, in network order.
+    gbops: their cost.
+    layers: layer path -> its bits and MACs, in network order.
     """
 
     model: str
@@ -55,11 +55,11 @@ class Policy:
         return branches(self.bits, costs)
 
     def cost(self, budget: Budget) -> float:
-        """Returns what the policy costs as `budget` counts."""
+        """Returns the policy's cost in the unit of `budget`."""
         return budget.cost(self.bits)
 
     def check(self, costs: LayerCosts, source: str) -> None:
-        """Raises UserError unless the policy names every layer of a network with possible bits."""
+        """Raises UserError unless the layers are those of a network, at candidate widths."""
         for path in self.layers:
             if path not in costs:
                 raise UserError(f"{source}: unknown layer {path!r}; {suggestion(path, costs)}")
@@ -87,12 +87,12 @@ class Policy:
 
     @classmethod
     def from_json(cls, content: Any, source: str) -> "Policy":
-        """Returns the policy that `to_json` made `content` of.
+        """Returns the policy that `to_json` converted to `content`.
 
-        What a file says of its layers is taken as it is: `check` holds it against a network.
+        The layers are not validated here; `check` compares them with a network.
 
         Raises:
-          UserError: no policy of format 1; `source` says where it lies.
+          UserError: not a policy of format 1; the message starts with `source`.
         """
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{source}: expected a policy of format {FORMAT}")
@@ -137,7 +137,7 @@ def write_policy(path: Path, policy: Policy) -> None:
 
 
 def load_policy(path: Path) -> Policy:
-    """Reads policy.json of whatever network; raises UserError if it is none of format 1."""
+    """Reads the policy.json of any network; raises UserError unless it is of format 1."""
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
@@ -149,7 +149,7 @@ def read_policy(path: Path, costs: LayerCosts) -> Policy:
     """Reads policy.json and checks it against the network.
 
     Raises:
-      UserError: not a policy of format 1, or one that does not fit the network.
+      UserError: not a policy of format 1, or not of this network.
     """
     policy = load_policy(path)
     policy.check(costs, source=str(path))
@@ -157,10 +157,10 @@ def read_policy(path: Path, costs: LayerCosts) -> Policy:
 
 
 def policy_of_checkpoint(content: Any, costs: LayerCosts, source: str) -> Policy | None:
-    """Returns the policy that a checkpoint holds as JSON; None where no bits were chosen yet.
+    """Returns the policy in a checkpoint's facts; None if no bits were chosen yet.
 
     Raises:
-      UserError: it is none, or does not fit the network.
+      UserError: not a policy, or not of this network.
     """
     if content is None:
         return None

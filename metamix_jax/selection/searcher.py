@@ -1,4 +1,4 @@
-"""What a searcher is; each file of searchers/ defines one."""
+"""The interface of a searcher; each file in searchers/ defines one."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,26 +15,26 @@ from metamix_jax.selection.phases import FINE_TUNING, Row
 
 
 def _accept(*_: Any) -> None:
-    """Finds nothing wrong."""
+    """Accepts anything."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Searcher:
     """A way to choose the bits.
 
-    name: what config.search.searcher calls it.
-    summary: how it chooses, in a line of a table.
-    phases: rows in order, of phases.py or its own.
-    choose: from what is known after its own phases to the bits of all layers; None: there are no
-      bits to choose, and the run ends with full-precision training.
-    fields: rows of the configuration that nothing else reads.
-    exclusive: paths of fields that are to be left empty with any other searcher.
-    check: raises UserError for a configuration that it cannot work with.
-    check_network: the same of (configuration, layers, budget), before anything is compiled.
+    name: its name in config.search.searcher.
+    summary: how it chooses, as a cell of a table.
+    phases: rows in order, from phases.py or its own.
+    choose: returns the bits of all layers, given the state after its own phases; None: there are
+      no bits to choose, and the run ends after full-precision training.
+    fields: configuration fields that only this searcher reads.
+    exclusive: paths of fields that must be empty with any other searcher.
+    check: raises UserError for configurations that it does not support.
+    check_network: the same, given (configuration, layers, budget), before anything is compiled.
     compared: whether it is a method of --mode=compare.
     variants: further methods by name, each with the fields in which its configuration differs.
-    fit: of (configuration, layers, budget), the fields with which --mode=compare keeps it inside
-      a budget that it does not look at itself.
+    fit: given (configuration, layers, budget), returns the fields that keep it within a budget
+      that it does not look at itself, for --mode=compare.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Searcher:
 
     @property
     def trains(self) -> bool:
-        """Whether it has phases of its own, before the bits are chosen."""
+        """Whether it has phases of its own before the bits are chosen."""
         return any(row not in FINE_TUNING for row in self.phases)
 
     @property

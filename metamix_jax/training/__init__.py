@@ -1,1 +1,1 @@
-"""One run: what it is made of, its loop, what it leaves."""
+"""One run: setup, training loop, results."""

@@ -1,4 +1,4 @@
-"""Step sizes initialised from data."""
+"""Calibration: step sizes initialized from data."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,10 +13,10 @@ from metamix_jax.training.step.state import Batch, TrainState
 def make_calibrate(
     model: nn.Module, precisions: Sequence[Precision], config: ConfigDict, *, train: bool
 ) -> Callable[[TrainState, Batch], TrainState]:
-    """Returns the function that initialises step sizes from a batch, in passes at `precisions`.
+    """Returns a function that initializes step sizes from a batch, in passes at `precisions`.
 
-    `train`: normalises with the batch's statistics instead of the running ones, which stay as they
-    are in either case.
+    With `train`, batch norm uses the batch's statistics instead of the running ones, which are
+    unchanged in either case.
     """
 
     def calibrate(state: TrainState, batch: Batch) -> TrainState:
@@ -33,11 +33,11 @@ def make_calibrate(
 
 
 def calibrations(config: ConfigDict, *, acts: bool, weights: bool) -> tuple[Precision, ...]:
-    """Returns the passes that initialise the step sizes of activations and of weights."""
+    """Returns the passes that initialize the step sizes of activations and of weights."""
     lowest = "_lowest" if config.quant.init_pass == "lowest_bits" else ""
-    found = []
+    passes = []
     if acts:
-        found.append(Precision(activations="calibrate" + lowest))
+        passes.append(Precision(activations="calibrate" + lowest))
     if weights:
-        found.append(Precision(weights="calibrate"))
-    return tuple(found)
+        passes.append(Precision(weights="calibrate"))
+    return tuple(passes)

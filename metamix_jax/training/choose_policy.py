@@ -1,4 +1,4 @@
-"""From a state to a policy: what a searcher gets to see, and what comes of its choice."""
+"""From a state to a policy: builds the searcher's context and a policy from its choice."""
 
 from collections.abc import Callable, Iterable
 
@@ -25,7 +25,7 @@ def choose_policy(
 ) -> Policy:
     """Returns the policy of config.search.searcher within `budget`.
 
-    `batches(start, stop)` yields those of the training steps; a searcher may look at some.
+    `batches(start, stop)` yields the batches of these training steps, for searchers that use data.
     """
     name = config.search.searcher
     context = SearchContext(

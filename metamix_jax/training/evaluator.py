@@ -23,7 +23,7 @@ from metamix_jax.training.step.batch_step import training_images
 def uniform_precisions(
     network: setup.Network, config_quant: ConfigDict, evaluation: Precision
 ) -> dict[Bits, Precision]:
-    """Returns a forward pass at each pair of candidate widths, otherwise as in `evaluation`."""
+    """Returns `evaluation` with uniform widths, for each pair of candidate widths."""
     pairs = bit_candidates(config_quant.act_bits, config_quant.weight_bits)
     uniform = {bits: cost.uniform_bits(network.costs, *bits) for bits in pairs}
     return {
@@ -33,11 +33,11 @@ def uniform_precisions(
 
 
 class Evaluator:
-    """Judges a network on a data set; compiles once per kind of `Precision`, not per policy."""
+    """Evaluates a network on a data set; compiles once per kind of `Precision`, not per policy."""
 
     def __init__(self, model: nn.Module, dataset: datasets.Dataset, config: ConfigDict, mesh: Mesh):
         self._model, self._dataset, self._config, self._mesh = model, dataset, config, mesh
-        # Rounded up so that each device gets the same share; padding is masked out.
+        # Rounded up to a multiple of the devices; padding is masked out.
         size = min(config.eval.batch_size, len(dataset.evaluation))
         self._batch_size = -(-size // mesh.size) * mesh.size
         self._count = jax.jit(self._count_batch)
@@ -48,7 +48,7 @@ class Evaluator:
 
         Args:
           variables: params, batch_stats and quant.
-          precision: how the layers run, with branches where activations are "chosen".
+          precision: how the layers run; needs branches where activations are "chosen".
         """
         # Not by the scores alone: XLA's fusion of relu and mean on CPUs turns NaN into 0.
         broken = nonfinite.broken_leaves(variables)
@@ -79,22 +79,23 @@ class Evaluator:
     def by_statistics(
         self, variables: Mapping[str, Any], precision: Precision
     ) -> dict[str, dict[str, Any]]:
-        """Returns counts with the running batch norm statistics and, if configured, re-estimated.
+        """Returns results with the running batch norm statistics and, if configured, re-estimated.
 
-        Statistics are those of full precision, so it is judged with the running ones alone.
+        The running statistics are those of full precision, which is therefore evaluated only with
+        them.
         """
-        found = {"running": self(variables, precision)}
+        results = {"running": self(variables, precision)}
         if self._config.eval.bn_reestimate_batches and precision != FULL:
             statistics = self.reestimate(variables, precision)
-            found["re-estimated"] = self(variables | {"batch_stats": statistics}, precision)
-        return found
+            results["re-estimated"] = self(variables | {"batch_stats": statistics}, precision)
+        return results
 
     def reestimate(self, variables: Mapping[str, Any], precision: Precision) -> Any:
         """Returns batch_stats averaged over training batches run at `precision`.
 
         Uses the first config.eval.bn_reestimate_batches batches of the run, augmented as in
-        training: statistics of clean images do not fit weights trained on augmented ones (measured
-        on CIFAR-10 with zero-padded crops: 3.4 points lost).
+        training: statistics of clean images do not suit weights trained on augmented ones (measured
+        on CIFAR-10 with zero-padded crops: 3.4 points lower).
         """
         stop = self._config.eval.bn_reestimate_batches
         batches = setup.train_batches(self._config, self._dataset, self._mesh, 0, stop)
@@ -108,7 +109,7 @@ class Evaluator:
         label, mask = batch["label"], batch["mask"]
         own = jnp.take_along_axis(scores, label[:, None], axis=-1)
         ahead = jnp.sum(scores > own, axis=-1)
-        # Comparisons with NaN are false, which would count a broken network as right.
+        # Comparisons with NaN are false, which would count NaN scores as correct.
         mask_finite = mask & jnp.isfinite(scores).all(axis=-1)
         loss = optax.softmax_cross_entropy_with_integer_labels(scores, label)
         return {
@@ -119,9 +120,9 @@ class Evaluator:
         }
 
     def _batch_statistics(self, variables, batch, precision):
-        # From statistics of zero, a training pass leaves (1 - momentum) * those of the batch.
+        # From zero statistics, a training pass yields (1 - momentum) times the batch's statistics.
         zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
-        _, moved = self._model.apply(
+        _, updated = self._model.apply(
             {**variables, "batch_stats": zeros},
             training_images(batch, self._config),
             train=True,
@@ -130,4 +131,4 @@ class Evaluator:
             rngs={"dropout": jax.random.key(0)},
         )
         share = 1 - self._model.bn_momentum
-        return jax.tree.map(lambda leaf: leaf / share, moved["batch_stats"])
+        return jax.tree.map(lambda leaf: leaf / share, updated["batch_stats"])

@@ -1,4 +1,4 @@
-"""The whole pipeline: one loop over the steps of all phases, resumable at any of them."""
+"""The whole pipeline: one loop over the steps of all phases, resumable at any step."""
 
 import logging
 from pathlib import Path
@@ -26,19 +26,19 @@ __all__ = ["TrainState", "make_train_step", "train_and_evaluate"]
 def train_and_evaluate(
     config: ConfigDict, workdir: Path, *, stop_after_search: bool = False
 ) -> dict[str, Any]:
-    """Runs all phases of `config` in `workdir`, going on from what is there.
+    """Runs all phases of `config` in `workdir`, resuming from its newest checkpoint.
 
     Args:
       config: a configuration of `configs/`.
-      workdir: where everything is written.
-      stop_after_search: end when the policy is written.
+      workdir: where all files are written.
+      stop_after_search: stop once the policy is written.
 
     Returns:
       The RESULT line's content.
 
     Raises:
       UserError: anything the user can fix, before compilation.
-      RunError: numbers that are not finite, a full disk, a full memory.
+      RunError: non-finite values, a full disk, out of memory.
       InterruptedRunError: SIGTERM or SIGINT, after saving.
     """
     with (
@@ -66,10 +66,10 @@ def _train(
         if not bucket.is_remote(home):
             failures.require_room(workdir, state, saves=KEPT + 1 - len(checkpoints.steps))
         if latest is not None and latest >= total:
-            logging.info("%s: finished before, nothing to do", home)
+            logging.info("%s: already finished, nothing to do", home)
             return run.finish(stop_after_search)
         if latest is not None:
-            logging.info("going on from step %d in %s", step, phase_at(step, schedule).phase.name)
+            logging.info("resuming from step %d in %s", step, phase_at(step, schedule).phase.name)
         with (
             MetricWriter(run.workdir, resume_step=-1 if latest is None else latest) as writer,
             Progress(total, step, config.batch_size, "setting up") as progress,
@@ -91,7 +91,7 @@ def _train(
                         state, metrics = train_step(
                             state, batch, run.branches, run.teacher_variables
                         )
-                        # One step ahead of the device and no more: keeps the rate true.
+                        # At most one step ahead of the device, so that the rate shown is correct.
                         run.guard.check_metrics(step, span.phase.name, before, state)
                         step += 1
                         progress.update(step, **{k: metrics[k] for k in metrics if "loss" in k})
@@ -108,7 +108,7 @@ def _train(
                     elif ends:
                         state = run.settle_statistics(state, span.phase)
                     if saves:
-                        # Before there can be the checkpoint: it counts on what came before it.
+                        # Before the checkpoint, because resuming from it needs these files.
                         bucket.push(run.workdir)
                         run.save(checkpoints, step, span.phase, state)
                     if stops:

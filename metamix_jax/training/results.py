@@ -1,4 +1,4 @@
-"""What came out of a run: results.json, the pictures, the report, the tables, the RESULT line."""
+"""The results of a run: results.json, charts, report, tables and the RESULT line."""
 
 import logging
 import platform
@@ -26,7 +26,7 @@ from metamix_jax.workdir.files import write_json
 from metamix_jax.workdir.metrics import read_rows
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-CHOICE = "choosing bits"  # beside the phases, where time is kept
+CHOICE = "choosing bits"  # key of the searcher's time, next to the phases' times
 
 
 def write(
@@ -39,16 +39,16 @@ def write(
     seconds: Mapping[str, float],
     search_end: int | None,
 ) -> dict[str, Any]:
-    """Writes what people read, logs the tables and returns the RESULT line's content.
+    """Writes results.json, charts and report, logs the tables and returns the RESULT content.
 
     Args:
-      workdir: holds config.json, metrics.jsonl and, with a policy, policy.json.
+      workdir: contains config.json, metrics.jsonl and, with a policy, policy.json.
       config: the run's configuration.
       network: what was trained.
       schedule: all phases.
       policy: the chosen bits, None for a full-precision run.
       seconds: training time by phase.
-      search_end: the step at which the policy was written, if the run stops there; else None.
+      search_end: the step at which the policy was written, if the run stops there, else None.
     """
     rows = read_rows(workdir / "metrics.jsonl")
     evaluations = [row for row in rows if row["kind"] == "eval"]
@@ -94,7 +94,7 @@ def write(
         logging.info("policy:\n%s", tables.policy_table(content))
     write_report(workdir)
     names = sorted(path.name for path in workdir.iterdir() if not path.name.startswith("."))
-    logging.info("in %s: %s", bucket.origin(workdir), ", ".join(names))
+    logging.info("files in %s: %s", bucket.origin(workdir), ", ".join(names))
     return result
 
 
@@ -105,7 +105,7 @@ def _average(
 
 
 def _budget(config_budget: ConfigDict, budget: Budget, policy: Policy) -> dict[str, Any]:
-    """Returns what was asked for, and what of it was spent, in the budget's own unit."""
+    """Returns the budget and the policy's cost, in the budget's own unit."""
     meaning = BUDGET_UNITS[config_budget.unit].meaning
     return {
         "asked": f"{config_budget.value} {meaning}",

@@ -1,4 +1,4 @@
-"""The parts of one run and the actions that its loop (loop.py) calls."""
+"""One run: its components, and the actions called by its loop (loop.py)."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ from metamix_jax.workdir.metrics import MetricWriter
 
 @dataclasses.dataclass
 class Run:
-    """The parts of one run and the actions of its loop."""
+    """The components of one run and the actions of its loop."""
 
     config: ConfigDict
     workdir: Path
@@ -60,7 +60,7 @@ class Run:
 
     @classmethod
     def prepare(cls, config: ConfigDict, workdir: Path) -> "Run":
-        """Builds and checks everything that a user can get wrong."""
+        """Builds and checks everything that depends on user input."""
         network = setup.make_network(config)
         validate_start(config)
         mesh = sharding.make_mesh()
@@ -86,12 +86,12 @@ class Run:
 
     @property
     def branches(self) -> Mapping[str, jax.Array]:
-        """The policy as the forward pass takes it; nothing before there is one."""
+        """The policy as branch indices for the forward pass; empty before there is one."""
         return {} if self.policy is None else self.policy.branches(self.network.costs)
 
     def init_state(self) -> TrainState:
-        """Returns the state before the first step, after a look at what is about to be trained."""
-        with waiting("initialising the network"):
+        """Returns the state before the first step; logs parameters, layers and schedule."""
+        with waiting("initializing the network"):
             state = setup.init_state(self.config, self.network, self.weights)
         state = sharding.replicate(state, self.mesh)
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -103,9 +103,9 @@ class Run:
         return state
 
     def resume(self, checkpoints: Checkpoints) -> tuple[int, TrainState] | None:
-        """Returns step and state of the newest good checkpoint; None if there are none at all.
+        """Returns step and state of the newest intact checkpoint; None without any checkpoint.
 
-        Takes up its policy and clock. Damaged ones after it are set aside.
+        Restores its policy and its times. Newer, damaged checkpoints are set aside.
 
         Raises:
           UserError: all are damaged; nothing was changed.
@@ -131,7 +131,7 @@ class Run:
             return checkpoints.restore(step, target, self.mesh), facts
 
     def begin(self, state: TrainState, span: Span) -> TrainState:
-        """Returns the state ready for a phase: policy decided, step sizes calibrated."""
+        """Returns the state at the start of a phase: policy chosen, step sizes calibrated."""
         phase = span.phase
         if span.start == 0 and self.weights is not None:
             self._evaluate_one(0, state, "pretrained", "full", FULL)
@@ -150,14 +150,14 @@ class Run:
             )
             with self.progress.pause(), waiting(f"calibrating step sizes for {phase.name}"):
                 state = jax.block_until_ready(calibrate(state, batch))
-        # The optimizer states belong to the phase, so its step count and schedule start anew.
+        # Optimizer states are per phase, so step count and schedule restart.
         state = sharding.replicate(enter_phase(state, span, self.config), self.mesh)
         if decides or calibrates:
             self.evaluate(span.start, state, phase)
         return state
 
     def _decide(self, state: TrainState) -> Policy:
-        """Returns the policy; writes those of further budgets to policies/."""
+        """Returns the policy; writes the policies of further budgets to policies/."""
         for key, search in state.searches.items():
             budget = self.network.further_budgets[key]
             policy = self._choose(with_logits(state, search.logits), budget)
@@ -174,7 +174,7 @@ class Run:
             return choose_policy(self.config, self.network, state, budget, self.batches)
 
     def make_step(self, state: TrainState, span: Span) -> Callable[..., Any]:
-        """Returns the training step of a phase, compiled by a step on a copy of the state."""
+        """Returns the training step of a phase, compiled by running it on a copy of the state."""
         network = self.network
         step = make_train_step(
             network.model, span, self.config, network.budget, self.teacher, network.further_budgets
@@ -186,22 +186,22 @@ class Run:
         return step
 
     def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
-        """Yields the global batches of steps start, ..., stop - 1 on the devices."""
+        """Yields the global batches of steps start to stop - 1, sharded over the devices."""
         return setup.train_batches(self.config, self.dataset, self.mesh, start, stop)
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to that of a phase, or of results.CHOICE."""
+        """Adds the time spent inside to `seconds[name]`; a phase or results.CHOICE."""
         started = time.monotonic()
         yield
         spent = time.monotonic() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
     def save(self, checkpoints: Checkpoints, step: int, phase: Phase, state: TrainState) -> None:
-        """Saves in the background; never a state with a number that is not finite.
+        """Saves in the background; never a state with non-finite values.
 
         Raises:
-          RunError: there is one; what is wrong is in nonfinite.json.
+          RunError: there are some; nonfinite.json lists them.
         """
         self.guard.check_state(step, phase.name, state)
         policy = self.policy and self.policy.to_json()
@@ -211,7 +211,7 @@ class Run:
     def log(
         self, step: int, phase: Phase, metrics: Mapping[str, jax.Array], state: TrainState
     ) -> None:
-        """Writes the step's numbers, and the logits where they are trained."""
+        """Writes the step's metrics, and the logits if they are trained."""
         numbers = {name: value.item() for name, value in metrics.items()}
         self.writer.write(step, {"phase": phase.name, "kind": "train", **numbers})
         if any("logits" in update.trains for update in phase.updates):
@@ -220,7 +220,7 @@ class Run:
         self.writer.write_speed(step, phase.name, self.progress.images_per_second)
 
     def evaluate(self, step: int, state: TrainState, phase: Phase) -> None:
-        """Judges the network as `phase` runs it: at every uniform width until there is a policy."""
+        """Evaluates the network as in `phase`; at every uniform width until there is a policy."""
         if phase.evaluation.activations == "full":
             self._evaluate_one(step, state, phase.name, "full", FULL)
         elif self.policy is not None:
@@ -236,7 +236,7 @@ class Run:
     def _evaluate_one(
         self, step: int, state: TrainState, phase: str, name: str, precision: Precision
     ) -> None:
-        """Writes the accuracy with the running and, if asked, with re-estimated statistics."""
+        """Writes the accuracy with running and, if configured, re-estimated statistics."""
         with self.progress.pause(), waiting(f"evaluating {phase} at {name} precision"):
             for kind, counts in self.evaluator.by_statistics(state.variables, precision).items():
                 row = {"phase": phase, "kind": "eval", "precision": name, "statistics": kind}
@@ -255,7 +255,7 @@ class Run:
         return state.replace(batch_stats=self.evaluator.reestimate(state.variables, precision))
 
     def finish(self, stop_after_search: bool) -> dict[str, Any]:
-        """Writes results.json and the pictures; returns the RESULT, {} but in process 0."""
+        """Writes results.json and charts; returns the RESULT content, {} except in process 0."""
         if not distributed.is_first():
             return {}
         first_step = next((span.start for span in self.schedule if span.phase.needs_policy), None)

@@ -1,4 +1,4 @@
-"""The phases of a run in place: which of them makes which steps."""
+"""The schedule of a run: which phase covers which steps."""
 
 import dataclasses
 import math
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from metamix_jax.errors import UserError
 from metamix_jax.selection.phases import Phase
 
-MOST_STEPS = 2**28  # of a phase; all are counted as int32
+MOST_STEPS = 2**28  # per phase; steps are counted as int32
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A phase in place: it makes the steps start, ..., stop - 1."""
+    """A phase and its steps, start to stop - 1."""
 
     phase: Phase
     start: int
     stop: int
     calibrates_acts: bool  # the first phase with quantized activations
-    calibrates_weights: bool  # with quantized weights, and none in the phase before
+    calibrates_weights: bool  # quantized weights, unlike the previous phase
 
     @property
     def steps(self) -> int:
@@ -27,10 +27,10 @@ class Span:
 
 
 def make_spans(phases: Sequence[Phase], steps_per_epoch: float) -> tuple[Span, ...]:
-    """Returns the spans of all phases of more than 0 epochs, in order.
+    """Returns the spans of all phases with more than 0 epochs, in order.
 
     Raises:
-      UserError: a phase has more steps than can be counted.
+      UserError: a phase has more than MOST_STEPS steps.
     """
     spans, start, calibrated, weights_quantized = [], 0, False, False
     for phase in phases:
@@ -39,7 +39,7 @@ def make_spans(phases: Sequence[Phase], steps_per_epoch: float) -> tuple[Span, .
                 f"{phase.name}: {phase.epochs:g} epochs are {phase.epochs * steps_per_epoch:g} "
                 f"steps, expected at most {MOST_STEPS}; lower the epochs"
             )
-        # Rounded first: 51 / 390.625 epochs are 51 steps, not 52.
+        # Rounded before ceil: 51 / 390.625 epochs are 51 steps, not 52.
         steps = math.ceil(round(phase.epochs * steps_per_epoch, 6))
         if steps == 0:
             continue
@@ -59,7 +59,7 @@ def make_spans(phases: Sequence[Phase], steps_per_epoch: float) -> tuple[Span, .
 
 
 def phase_at(step: int, schedule: Sequence[Span]) -> Span:
-    """Returns the span that makes step number `step`, counted from 0."""
+    """Returns the span that contains step `step`, counted from 0."""
     for span in schedule:
         if span.start <= step < span.stop:
             return span

@@ -1,4 +1,4 @@
-"""What a run is made of, built and checked before anything is compiled or written."""
+"""The components of a run, built and checked before anything is compiled or written."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -26,14 +26,14 @@ from metamix_jax.training.step.state import TrainState, enter_phase, further_sea
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network and what it costs."""
+    """A network, the costs of its layers, and its budgets."""
 
     model: nn.Module
     label: str
     image_shape: tuple[int, int, int]
     costs: LayerCosts
-    budget: Budget | None  # None where no bits are chosen
-    further_budgets: Mapping[str, Budget]  # searched beside it, by the keys of their states
+    budget: Budget | None  # None if no bits are chosen
+    further_budgets: Mapping[str, Budget]  # searched alongside, by the keys of their states
 
     @property
     def budget_gbops(self) -> float | None:
@@ -63,7 +63,7 @@ def make_network(config: ConfigDict) -> Network:
 
 
 def make_model(config: ConfigDict) -> tuple[nn.Module, LayerCosts]:
-    """Returns the network that config.model names, and its layers."""
+    """Returns the network selected by config.model, and the costs of its layers."""
     options = config.quant
     settings = QuantSettings(
         act_bits=tuple(options.act_bits),
@@ -99,17 +99,17 @@ def init_state(
     """Returns the state before the first step.
 
     Args:
-      config: seed.
-      network: what to initialise.
-      weights: params and batch_stats to start from; None: random ones.
+      config: its seed is used.
+      network: the network to initialize.
+      weights: params and batch_stats to start from; None for random ones.
     """
     given = {} if weights is None else {key: weights[key] for key in ("params", "batch_stats")}
 
-    def missing() -> dict[str, Any]:  # what is given is not compiled either
+    def missing() -> dict[str, Any]:  # the given collections are not compiled at all
         variables = _init_variables(network, config.seed)
         return {name: tree for name, tree in variables.items() if name not in given}
 
-    # It runs once, so that compiling takes longer than what optimization could save.
+    # It runs once, so optimizing it would take longer than it could save.
     make = jax.jit(missing, compiler_options={"xla_backend_optimization_level": 0})
     return _first_state(config, make() | given)
 
@@ -126,7 +126,7 @@ def abstract_state(config: ConfigDict, network: Network, span: Span) -> TrainSta
 
 def _first_state(config: ConfigDict, variables: Mapping[str, Any]) -> TrainState:
     return TrainState(
-        # An array, not a Python int, or the first step would be compiled twice.
+        # An array; with a Python int, the first step would be compiled twice.
         step=jnp.int32(0),
         rng=jax.random.fold_in(jax.random.key(config.seed), 2),
         **variables,
@@ -149,7 +149,7 @@ def load_dataset(config: ConfigDict, mesh: Mesh) -> datasets.Dataset:
 def train_batches(
     config: ConfigDict, dataset: datasets.Dataset, mesh: Mesh, start: int, stop: int
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the global batches of steps start, ..., stop - 1 on the devices."""
+    """Yields the global batches of steps start to stop - 1, sharded over the devices."""
     batches = batching.train_batches(
         dataset.train,
         seed=config.seed,

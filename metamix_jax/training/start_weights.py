@@ -1,4 +1,4 @@
-"""Trained weights to start from, to learn from or to judge: weight files and checkpoints."""
+"""Trained weights to start from, to distill from or to evaluate: weight files, checkpoints."""
 
 import dataclasses
 import logging
@@ -28,10 +28,10 @@ from metamix_jax.workdir import bucket
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A checkpoint's variables, all of them, and what they are.
+    """All variables of a checkpoint, and where they come from.
 
-    policy: None where the bits have not been chosen.
-    finished: whether it is the run's last, whose batch norm statistics are settled.
+    policy: None if no bits are chosen yet.
+    finished: whether it is the run's last checkpoint, whose batch norm statistics are final.
     """
 
     name: str
@@ -45,17 +45,17 @@ class Trained:
 def load_checkpoint(
     config: ConfigDict, network: Network, workdir: Path, train_examples: int, mesh: Mesh
 ) -> Trained:
-    """Returns what config.checkpoint names, or the newest good checkpoint of `workdir`.
+    """Returns the checkpoint at config.checkpoint, or the newest intact one of `workdir`.
 
     Args:
       config: of the run.
       network: of the run.
-      workdir: used where config.checkpoint names none.
-      train_examples: what an epoch is.
+      workdir: used if config.checkpoint is empty.
+      train_examples: examples per epoch.
       mesh: devices.
 
     Raises:
-      UserError: not there, damaged, or of another network.
+      UserError: missing, damaged, or of another network.
     """
     directory, step = locate(bucket.path_of(config.checkpoint) if config.checkpoint else workdir)
     with Checkpoints(directory, create=False) as checkpoints:
@@ -64,8 +64,8 @@ def load_checkpoint(
             facts = checkpoints.read_facts(step)
             if facts["model"] != network.label:
                 raise OtherNetworkError(
-                    f"{directory}/{step} holds {facts['model']}, not {network.label}; leave out "
-                    "--config to use the run's own"
+                    f"{directory}/{step} is a checkpoint of {facts['model']}, expected "
+                    f"{network.label}; set config.model or config.checkpoint accordingly"
                 )
             return facts, checkpoints.restore_items(step, abstract_variables(network), mesh)
 
@@ -84,22 +84,22 @@ def load_checkpoint(
 def load_weights(
     path: str | Path, network: Network, mesh: Mesh
 ) -> tuple[dict[str, Any], int | None]:
-    """Returns trained params and batch_stats, and the step of the checkpoint they come from.
+    """Returns trained params and batch_stats, and the checkpoint's step (None for weight files).
 
     Args:
-      path: a weight file, or a workdir (its newest checkpoint), or one checkpoint.
-      network: what they belong to.
+      path: a weight file, a workdir (its newest checkpoint), or one checkpoint.
+      network: the network they are for.
       mesh: devices.
 
     Raises:
-      UserError: not there, damaged, or of another network.
+      UserError: missing, damaged, or of another network.
     """
     shapes = abstract_variables(network)
     target = {name: shapes[name] for name in ("params", "batch_stats")}
     path = bucket.path_of(path)
     if not path.is_dir():
         if bucket.is_remote(path):
-            raise UserError(f"{path}: no workdir there; copy weight files to this machine first")
+            raise UserError(f"{path}: expected a workdir; copy weight files to this machine first")
         names = registry.architecture_of(network.model).torch_names
         weights, report = torch_weights.load_pretrained(path, target, names)
         logging.info("%s:\n%s", path, torch_weights.format_report(report))
@@ -120,13 +120,13 @@ def load_weights(
 def load_calibrated(
     config: ConfigDict, network: Network, dataset: Dataset, mesh: Mesh
 ) -> TrainState:
-    """Returns the weights of config.pretrained, all step sizes calibrated, nothing trained.
+    """Returns the weights of config.pretrained with all step sizes calibrated, without training.
 
-    The step sizes come from the first training batch. Raises UserError: no weights given, or see
-    `load_weights`.
+    The step sizes come from the first training batch. Raises UserError without config.pretrained,
+    and as `load_weights` does.
     """
     if not config.pretrained:
-        raise UserError("config.pretrained='': expected a file of trained weights, or a workdir")
+        raise UserError("config.pretrained='': expected a weight file or a workdir")
     loaded, _ = load_weights(config.pretrained, network, mesh)
     state = sharding.replicate(setup.init_state(config, network, loaded), mesh)
     passes = calibrations(config, acts=True, weights=True)
@@ -139,7 +139,7 @@ def load_teacher(
 ) -> tuple[nn.Module | None, dict[str, Any]]:
     """Returns the distillation teacher and its variables, (None, {}) without one.
 
-    config.teacher.path is as `load_weights` takes it; the teacher runs at full precision.
+    config.teacher.path is a path for `load_weights`; the teacher runs at full precision.
     """
     if not config.teacher.path:
         return None, {}

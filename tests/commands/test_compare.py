@@ -1,4 +1,4 @@
-"""Comparisons: what the runs differ in, the summary over seeds, a small one through main.py."""
+"""Comparisons: the runs' configurations, the summary over seeds, a small one through main.py."""
 
 import json
 
@@ -56,10 +56,10 @@ def test_table_has_a_line_for_each_row():
 def test_every_method_differs_in_its_fields_alone(method):
     config = config_of()
     asked = config_of(**{"compare.methods": ("uniform", method), "compare.seeds": (5,)})
-    own = compare.run_config(asked, method, 0.9, 3)  # what else is compared makes no difference
+    own = compare.run_config(asked, method, 0.9, 3)  # independent of what else is compared
     expected = compare.METHODS[method] | {"seed": 3, "budget.value": 0.9}
     if method == "uniform":
-        expected["search.uniform_bits"] = 2  # 4 are one tenth too many
+        expected["search.uniform_bits"] = 2  # uniform 4 bits would cost a tenth too much
     config.update_from_flattened_dict(expected)
     assert own.to_dict() == config.to_dict()
 
@@ -101,7 +101,7 @@ def test_comparison_through_main_and_again(processes, tmp_path):
         assert run["gbops"] <= run["budget_gbops"] * (1 + 1e-9)
         folder = workdir / f"{run['method']}_{run['budget']:g}_{run['seed']}"
         assert json.loads((folder / "results.json").read_text())["top1"] == run["top1"]
-    # A run that was lost is made again, the others are not.
+    # A deleted run is repeated, the others are not.
     metrics = workdir / "random_0.9_3" / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
     (workdir / "comparison.json").unlink()

@@ -41,7 +41,7 @@ def test_files_of_a_finished_run(finished):
     assert (cost["steps"], cost["forward_passes"]) == (32, 16 * 2 + 16 * (2 + 1))
     policy = json.loads((workdir / "policy.json").read_text())
     assert policy["gbops"] == result["gbops"]
-    # One row for each step, and none twice.
+    # Exactly one row per step.
     rows = rows_of(workdir)
     steps = [row["step"] for row in rows if row["kind"] == "train"]
     assert steps == list(range(1, TOTAL + 1))
@@ -65,7 +65,7 @@ def test_killed_in_every_phase_and_stopped_after_the_search_it_is_the_same_run(
     reference, result = finished
     search = command(f"--workdir={workdir}", "--mode=search")
     train = command(f"--workdir={workdir}")
-    # At different places: before a phase's first checkpoint, on one, between two.
+    # At different points: before a phase's first checkpoint, at one, between two.
     processes.kill_at(search, workdir, "full_precision", 3)
     processes.kill_at(search, workdir, "bit_meta", 16 + 9)
     processes.kill_at(search, workdir, "bit_search", 32 + 8)
@@ -93,7 +93,7 @@ def test_killed_in_every_phase_and_stopped_after_the_search_it_is_the_same_run(
     }
     assert_same_run(workdir, reference)
 
-    # A search in a workdir that has gone further changes nothing and says what was found.
+    # A search in a workdir past its search changes nothing and reports its policy.
     before = json.loads((workdir / "results.json").read_text())
     again = processes.result(search)
     assert again["mode"] == "search"
@@ -118,7 +118,7 @@ def test_run_again_when_finished(processes, finished, finished_copy):
 def test_leftovers_of_a_kill_are_ignored(processes, finished, finished_copy):
     checkpoints = finished_copy / DIRECTORY
     newest = checkpoints / str(TOTAL)
-    # A checkpoint that was being written, and one line of metrics torn.
+    # A partial checkpoint, and an incomplete line of metrics.
     shutil.copytree(newest, checkpoints / f"{TOTAL}.orbax-checkpoint-tmp-0")
     shutil.rmtree(checkpoints / f"{TOTAL}.orbax-checkpoint-tmp-0" / "params")
     (checkpoints / f"{TOTAL}.orbax-checkpoint-tmp-0" / "commit_success.txt").unlink(missing_ok=True)
@@ -135,7 +135,7 @@ def test_leftovers_of_a_kill_are_ignored(processes, finished, finished_copy):
 def test_evaluate_counts_as_training_did(devices, processes, finished):
     workdir, result = finished
     before = files_of(workdir)
-    # Of 104 over 8 devices: the last one is padded.
+    # The batch is 104 over 8 devices, so the last one is padded.
     batches = {"eval.batch_size": 100} if devices == 8 else {}
     arguments = command(f"--workdir={workdir}", "--mode=evaluate", **batches)
     found = processes.result(arguments, devices=devices)
@@ -193,7 +193,7 @@ def test_calibration_alone_of_another_runs_weights(processes, finished, tmp_path
 def test_calibration_needs_weights(processes, tmp_path):
     done = processes.finish(command(f"--workdir={tmp_path / 'run'}", "--mode=calibrate"))
     assert done.returncode == 2
-    assert "config.pretrained='': expected a file of trained weights" in done.stderr
+    assert "config.pretrained='': expected a weight file or a workdir" in done.stderr
 
 
 def test_searcher_none_and_its_network_as_a_teacher(processes, tmp_path):
@@ -251,7 +251,7 @@ def test_budget_in_average_bits(processes, tmp_path):
     assert bits / sum(searched.values()) == pytest.approx(result["average_act_bits"])
 
 
-# Pairs of activation and weight bits; 3 steps in each of 3 phases, the search's with bit-meta's.
+# Pairs of activation and weight bits; 3 steps in each of 3 phases, search steps with bit-meta's.
 PAIRS = {
     "quant.weight_bits": (4, 2),
     "full_precision.epochs": 0.1,
@@ -282,7 +282,7 @@ def test_search_over_pairs(processes, tmp_path):
     costs = setup.make_network(tiny_config(**settings)).costs
     bits = searched_bits(workdir, costs)
     assert set(bits.values()) <= {(4, 4), (4, 2), (2, 4), (2, 2)}
-    assert len({weight for _, weight in bits.values()}) == 2  # each layer has its own
+    assert len({weight for _, weight in bits.values()}) == 2  # they differ between layers
     bit_operations = sum(costs[path].macs * act * weight for path, (act, weight) in bits.items())
     bit_operations += (costs["conv1"].macs + costs["fc"].macs) * 64
     assert result["gbops"] == pytest.approx(bit_operations / 1e9, rel=1e-12)
@@ -297,12 +297,12 @@ def test_search_over_pairs(processes, tmp_path):
     rows = rows_of(workdir)
     steps = [row["step"] for row in rows if row["kind"] == "train"]
     assert steps == list(range(1, 3 * 3 + 1))
-    judged = {}
+    evaluated = {}
     for row in rows:
         if row["kind"] == "eval":
-            judged.setdefault(row["phase"], set()).add((row["precision"], row["weights"]))
+            evaluated.setdefault(row["phase"], set()).add((row["precision"], row["weights"]))
     pairs = {(f"uniform {pair}", "quantized") for pair in ("4/4", "4/2", "2/4", "2/2")}
-    assert judged == {
+    assert evaluated == {
         "full_precision": {("full", "full")},
         "bit_search": pairs,
         "weight_training": {("chosen", "quantized")},

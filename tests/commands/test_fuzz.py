@@ -1,4 +1,4 @@
-"""What a user hands in, at random: one line of error or success; no traceback, no hang.
+"""Random user input: one error line or success; no traceback, no hang.
 
 A few dozen examples each in `make test`, many more in `make check-faults`.
 """
@@ -42,11 +42,11 @@ counts = pytest.mark.parametrize(
 
 
 def fuzz(count, check, *strategies):
-    """Calls `check` with `count` examples, the same ones each time."""
+    """Calls `check` with `count` examples, always the same."""
     settings(max_examples=count, derandomize=True, **QUIET)(given(*strategies)(check))()
 
 
-# Text for any field, and what numbers, tuples and names are likely to be mistaken for.
+# Texts for any field, and likely mistakes in numbers, tuples and names.
 TEXTS = (
     "", "0", "-1", "1", "3", "64", "1.5", "nan", "inf", "-inf", "1e308", "1e400", "1" + 30 * "0",
     "1" + 400 * "0", "None", "True", "()", "(1,)", "('a',)", "(nan,)", "(0.0,)", "(None,)",
@@ -67,7 +67,7 @@ FIELDS = sorted({*leaf_paths(default().to_dict()), *(f"model.{k}" for k in ("dep
 
 
 def run_command_line(arguments):
-    """Parses as main.py does and builds what needs no data; SystemExit or UserError if refused."""
+    """Parses like main.py and builds all that needs no data; SystemExit or UserError if invalid."""
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:
         delattr(flags.FLAGS, name)
     flags.FLAGS.unparse_flags()
@@ -81,7 +81,7 @@ def run_command_line(arguments):
 
 @counts
 def test_command_lines(count):
-    """Any field set to any text."""
+    """Sets any field to any text."""
     start = ["main.py", f"--config={ROOT}/configs/digits.py", "--workdir=nowhere"]
 
     def check(changes):
@@ -105,7 +105,7 @@ def test_command_lines(count):
 
 @st.composite
 def damaged(draw, contents):
-    """Bytes with one to four faults: bits flipped, parts cut out, doubled, put in or at the end."""
+    """Bytes with one to four faults: bits flipped; parts removed, repeated, inserted, appended."""
     content = bytearray(draw(st.sampled_from(contents)))
     for _ in range(draw(st.integers(1, 4))):
         if not content:
@@ -129,7 +129,7 @@ def damaged(draw, contents):
 
 
 def refused(function, *arguments):
-    """Returns what a function returns, or the message of its UserError, which is one line."""
+    """Returns a function's result, or the message of its UserError, which is one line."""
     try:
         return function(*arguments)
     except UserError as error:
@@ -149,7 +149,7 @@ JSON = st.recursive(
 
 @counts
 def test_policy_files(count, tmp_path):
-    """Any JSON in any place of a policy, and damaged text."""
+    """Puts any JSON in any place of a policy, and damages its text."""
     network = setup.make_network(make_config())
     facts = dict.fromkeys(("model", "image_size", "searcher", "seed", "budget_gbops"), 1)
     good = policy.make_policy(network.costs, widest_bits(network.costs), **facts).to_json()
@@ -185,7 +185,7 @@ WEIGHTS = {
 
 
 def weight_files(kind):
-    """Returns the bytes of good weight files of a kind."""
+    """Returns the bytes of valid weight files of one type."""
     if kind == "safetensors":
         return [safetensors.numpy.save(WEIGHTS)]
     buffers = [io.BytesIO(), io.BytesIO()]
@@ -217,13 +217,13 @@ def test_weight_files(count, kind, tmp_path):
 
 
 def header_of_npy(shape):
-    """Returns a .npy file that announces an array of zeros and holds none of them."""
+    """Returns a .npy file whose header announces an array of zeros that is missing."""
     header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
 
 
 def memory():
-    """Most MiB that this process has ever held."""
+    """Peak memory of this process in MiB."""
     status = pathlib.Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1]) / 1024
 
@@ -242,7 +242,7 @@ def test_small_files_that_unfold_to_large_ones(tmp_path, monkeypatch):
         file.truncate(1 << 40)
     assert "expected at most" in refused(policy.load_policy, path)
     assert "MiB of weights" in refused(torch_weights.read_weights, path.rename(tmp_path / "a.npz"))
-    # A picture of one column, which a shorter side of 256 would make 16 million high.
+    # An image of one column; a shorter side of 256 would make it 16 million pixels high.
     column = to_bytes(Image.new("RGB", (1, 65500)))
     with pytest.raises(images.DamagedImageError):
         images.Resize((224, 224, 3), 256)(column)
@@ -288,7 +288,7 @@ def test_pictures(count):
 
 @pytest.mark.parametrize("size", [(1, 1), (30, 64), (48, 10), (2000, 2000), (65535, 65535)])
 def test_pictures_with_two_sizes(size):
-    """A second header with another size in a JPEG: Pillow may go by one, OpenCV by the other."""
+    """A JPEG with a second header of another size: Pillow may use one, OpenCV the other."""
     content = to_bytes(Image.new("RGB", (64, 48)))
     start = content.index(b"\xff\xc0")
     header = bytearray(content[start : start + 19])
@@ -302,7 +302,7 @@ def test_pictures_with_two_sizes(size):
 
 @counts
 def test_files_of_a_workdir(count, tmp_path):
-    """config.json and the like, as another program or a bad disk may leave them."""
+    """config.json and other files, as damaged by another program or a bad disk."""
     good = json.dumps({"seed": 0, "model": {"name": "cifar_resnet"}}).encode()
     path = tmp_path / "config.json"
 

@@ -1,4 +1,4 @@
-"""Trained weights on real images; needs ../shared/data, which is no part of this project."""
+"""Trained weights on real images; needs ../shared/data, which is not part of this project."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def count_right():
-    """Returns the function that evaluates the trained ResNet-20 at full precision."""
+    """Returns a function that evaluates the trained ResNet-20 at full precision."""
     pytest.importorskip("torch")
     config = cifar10_resnet20.get_config()
     config.data.data_dir = str(SHARED / "tfds")
@@ -51,19 +51,19 @@ def test_resnet20_on_lossless_cifar10(count_right):
 
 
 def test_resnet20_on_the_tfds_copy(count_right):
-    # JPEG images, hence far from the 91.6 % on the original pixels.
+    # JPEG images, hence far below the 91.6 % on the original pixels.
     found = count_right()
     assert (found["correct"], found["examples"]) == (8103, 10000)
     assert found["top1"] == pytest.approx(81.03)
 
 
-# ImageNet networks on the photographs ----------------------------------------------------------
+# ImageNet networks on photographs --------------------------------------------------------------
 
 PHOTOGRAPHS = SHARED / "tfds/imagenet2012"
 
 
 def imagenet_run(recipe, file, count, **fields):
-    """Returns images as the network gets them, their labels, our scores and the torch weights."""
+    """Returns the network's input images, their labels, our scores and the torch weights."""
     config = recipe.get_config()
     config.data.data_dir = str(SHARED / "tfds")
     config.data.eval_split = f"validation[:{count}]"
@@ -81,7 +81,7 @@ def imagenet_run(recipe, file, count, **fields):
 
 
 class TorchNetwork:
-    """Runs torch functions on a state dict; the reference that our import must reproduce."""
+    """Runs torch functions on a state dict, as the reference for our import."""
 
     def __init__(self, weights, *, same_padding=False):
         self.torch = pytest.importorskip("torch")

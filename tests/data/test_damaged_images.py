@@ -146,7 +146,7 @@ def test_killed_it_counts_and_replaces_the_same(processes, settings, tmp_path):
     limit = r"config.data.max_bad_examples \(currently 2\)"
     assert_one_error_line(stopped.stderr, "not a decodable image", limit)
     again = processes.finish(command(f"--workdir={workdir}", **settings))
-    assert again.returncode == 0 and "going on from step" in again.stderr, again.stderr
+    assert again.returncode == 0 and "resuming from step" in again.stderr, again.stderr
     assert replaced(again.stderr) == replaced(done.stderr)
     assert rows_of(workdir) == rows_of(reference) and rows_of(workdir)[-1]["step"] == STEPS
     assert digests_of(workdir) == digests_of(reference)

@@ -78,7 +78,7 @@ def test_mode_evaluate_accepts_a_bundle(run, exported):
     assert found["mode"] == "evaluate" and found["correct"] == exported[0]["correct"]
     config.data.channels = 3
     with pytest.raises(UserError, match="takes images of"):
-        quantized_network.judge_bundle(config, exported[1])
+        quantized_network.evaluate_bundle(config, exported[1])
 
 
 def test_a_damaged_bundle_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, capsys):
@@ -114,7 +114,7 @@ def test_a_finished_run_from_a_notebook(run, exported, tmp_path):
 def test_weights_and_a_policy_from_a_notebook(run, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "jit", compiled)
     config, chosen = run[0].copy_and_resolve_references(), metamix_jax.load_policy(run[2])
-    with pytest.raises(UserError, match="expected a file of trained weights"):
+    with pytest.raises(UserError, match="expected a weight file or a workdir"):
         metamix_jax.quantize(config, chosen)
     config.pretrained, config.eval.bn_reestimate_batches = str(run[2]), 0
     config.export.onnx, config.export.examples = False, 360

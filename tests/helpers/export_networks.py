@@ -1,4 +1,4 @@
-"""Networks ready for export, without training or initialising them."""
+"""Networks ready for export, without training or initializing them."""
 
 import jax
 import jax.numpy as jnp

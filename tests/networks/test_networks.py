@@ -37,7 +37,7 @@ def conv_bn(size, inputs, outputs):
 
 
 def cifar_resnet_parameters(depth, width, channels, classes, conv_shortcut):
-    """Adds up the layers one by one."""
+    """Adds up the parameters layer by layer."""
     total = conv_bn(3, channels, width)
     inputs = width
     for outputs in (width, 2 * width, 4 * width):
@@ -147,7 +147,7 @@ def test_first_and_last_layer_are_fixed():
         ({"name": "resnet18", "depth": 18}, r"config\.model\.depth: resnet18 has no such field"),
         ({"name": "cifar_resnet", "depth": 18}, r"config\.model\.depth=18: expected 6 n \+ 2"),
         ({"name": "cifar_resnet", "depth": 2}, r"config\.model\.depth=2: expected 6 n \+ 2"),
-        ({"name": "cifar_resnet", "width": 0}, r"config\.model\.width=0: expected at least 1"),
+        ({"name": "cifar_resnet", "width": 0}, r"config\.model\.width=0: expected 1 to 4096"),
         (
             {"name": "cifar_resnet", "shortcut": "convs"},
             r"config\.model\.shortcut='convs': expected identity or conv",

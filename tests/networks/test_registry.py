@@ -45,7 +45,7 @@ def test_what_a_network_offers(name):
     assert registry.label(ConfigDict({"name": name})) == name
     assert 0 < architecture.module.bn_momentum < 1
     assert callable(architecture.draw) and architecture.torch_names.modules
-    if architecture.shortcut is not None and name != "cifar_resnet":  # there by choice
+    if architecture.shortcut is not None and name != "cifar_resnet":  # its shortcut is optional
         paths = layer_costs(model, (33, 33, 3))
         assert any(path.endswith(f"/{architecture.shortcut}") for path in paths)
 
@@ -67,7 +67,7 @@ def test_a_network_that_nobody_drew_is_not_exported(monkeypatch):
 def test_no_other_module_knows_networks_by_name():
     names = {*ARCHITECTURES, *(found.module.__name__ for found in ARCHITECTURES.values())}
     names |= {found.shortcut for found in ARCHITECTURES.values()} - {None}
-    recipes = PACKAGE / "recipes.py"  # names the teacher of the paper's
+    recipes = PACKAGE / "recipes.py"  # names the paper's teacher
     for path in PACKAGE.rglob("*.py"):
         if FOLDER in path.parents or path == recipes:
             continue

@@ -1,4 +1,4 @@
-"""Weights from .npz, .safetensors and .pth files, and the errors of files that do not fit."""
+"""Weights from .npz, .safetensors and .pth files, and the errors for files that do not fit."""
 
 import pathlib
 import pickle
@@ -21,7 +21,7 @@ SUFFIXES = (".npz", ".safetensors", PTH)
 
 
 class Malicious:
-    """Unpickling it creates a file: the proof that code ran."""
+    """Unpickling it creates a file, as proof that code ran."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -70,7 +70,7 @@ def small_variables():
 
 
 def small_weights():
-    """The torch side of small_variables, names and shapes written out: nothing from our rules."""
+    """The torch version of small_variables, written out without our naming rules."""
     shapes = {
         "conv1.weight": (4, 3, 3, 3),
         "layer1.0.conv1.weight": (4, 4, 3, 3),
@@ -146,7 +146,7 @@ def test_round_trip(tmp_path, suffix):
     assert loaded["quant"] is variables["quant"]
     assert not any(leaf.any() for leaf in jax.tree.leaves(variables["params"]))  # not modified
     block, stats = loaded["params"]["layer2_0"], loaded["batch_stats"]["layer2_0"]
-    # Element by element, not by another transpose.
+    # Element by element, without another transpose.
     kernel = weights["layer2.0.conv1.weight"]
     ours, dense = np.asarray(block["conv1"]["kernel"]), np.asarray(loaded["params"]["fc"]["kernel"])
     for o, i, h, w in np.ndindex(*kernel.shape):
@@ -311,7 +311,7 @@ def test_pickled_npz_runs_nothing(tmp_path):
     marker = tmp_path / "code_ran"
     weights = small_weights() | {"fc.bias": np.array([Malicious(marker)], object)}
     message = error_line(torch_weights.read_weights, write(tmp_path / "weights.npz", weights))
-    assert "refused, it holds Python objects" in message
+    assert "refused, contains Python objects" in message
     (tmp_path / "plain.npz").write_bytes(pickle.dumps(Malicious(marker)))
     error_line(torch_weights.read_weights, tmp_path / "plain.npz")
     assert not marker.exists()
@@ -325,13 +325,13 @@ def test_pickled_pth_runs_nothing(tmp_path, zipped):
     content = {"fc.bias": torch.zeros(5), "extra": Malicious(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     message = error_line(torch_weights.read_weights, path)
-    assert "refused, it holds Python objects" in message
+    assert "refused, contains Python objects" in message
     for protocol in (2, 5):
         path.write_bytes(pickle.dumps(content, protocol))
         assert "torch.save(model.state_dict()" in error_line(torch_weights.read_weights, path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(content["extra"]))
-    assert marker.exists()  # the trap does work
+    assert marker.exists()  # the trap works
 
 
 @pytest.mark.torch
@@ -344,7 +344,7 @@ def test_pth_contents(tmp_path):
     torch.save({"fc.bias": bias, "epoch": 3}, path)
     assert "entry 'epoch' is of type int, expected" in error_line(torch_weights.read_weights, path)
     torch.save([bias], path)
-    assert "holds a list, expected a state_dict" in error_line(torch_weights.read_weights, path)
+    assert "contains a list, expected a state_dict" in error_line(torch_weights.read_weights, path)
 
 
 @pytest.mark.torch

@@ -98,7 +98,7 @@ def test_two_stopped_by_a_signal_to_one(processes, finished, on_two_devices, tmp
     assert len(said) == 2 and len(set(said)) == 1 and "SIGTERM at step" in said[0]
     with two(processes, arguments, tmp_path) as (pair, logs):
         assert [process.wait(TIMEOUT) for process in pair] == [0, 0], logs[0].read_text()
-    assert "going on from step" in logs[0].read_text()
+    assert "resuming from step" in logs[0].read_text()
     assert "RESULT" in logs[0].read_text() and "RESULT" not in logs[1].read_text()
     assert_as_on_two_devices(processes, workdir, on_two_devices)
     found, alone = of_full_precision(numbers_of(workdir)), numbers_of(finished[0])
@@ -124,7 +124,7 @@ def test_one_of_two_killed(processes, on_two_devices, tmp_path):
             assert_one_error_line(text, "lost another process of this run", "restart all processes")
     with two(processes, arguments, tmp_path) as (pair, logs):
         assert [process.wait(TIMEOUT) for process in pair] == [0, 0], logs[0].read_text()
-    assert "going on from step" in logs[0].read_text()
+    assert "resuming from step" in logs[0].read_text()
     assert_as_on_two_devices(processes, workdir, on_two_devices)
 
 
@@ -144,7 +144,7 @@ def test_both_killed_at_random(processes, on_two_devices, tmp_path):
         print("both killed at step", rows_of(workdir)[-1]["step"] if rows_of(workdir) else "none")
     with two(processes, arguments, tmp_path) as (pair, logs):
         assert [process.wait(TIMEOUT) for process in pair] == [0, 0], logs[0].read_text()
-    assert "going on from step" in logs[0].read_text()
+    assert "resuming from step" in logs[0].read_text()
     assert_as_on_two_devices(processes, workdir, on_two_devices)
 
 
@@ -156,7 +156,7 @@ def test_going_on_with_other_devices(first, then, processes, finished, tmp_path)
     with processes.running(arguments, workdir, 8, devices=first):
         pass
     with processes.running(arguments, workdir, 17, devices=then) as (_, log):
-        assert "going on from step" in log.read_text()
+        assert "resuming from step" in log.read_text()
     found = of_full_precision(numbers_of(workdir))
     assert len({key[0] for key in found}) == 16
     expected = of_full_precision(numbers_of(finished[0]))

@@ -115,7 +115,7 @@ def test_uniform_bits_are_those_of_the_searched_widths_alone(costs, arguments, e
     ids=["activations", "pairs", "weights"],
 )
 def test_widest_and_narrowest_bits(costs, widest, narrowest):
-    # Whatever the order of the candidates.
+    # For any order of the candidates.
     backwards = {
         path: layer.replace(act_bits=layer.act_bits[::-1], weight_bits=layer.weight_bits[::-1])
         for path, layer in costs.items()
@@ -160,7 +160,7 @@ def test_average_act_bits_by_hand():
 
 
 def test_average_weight_bits_by_hand():
-    # Weighted by the kernels' sizes (200 and 600), not by MACs or activations.
+    # Weighted by kernel sizes (200 and 600), not by MACs or activations.
     bits = FIXED_BITS | {"a": Bits(4, 8), "b": Bits(8, 2)}
     assert cost.average_weight_bits(PAIR_COSTS, bits) == (200 * 8 + 600 * 2) / 800
     assert cost.average_weight_bits(PAIR_COSTS, cost.uniform_bits(PAIR_COSTS, 8, 2)) == 2

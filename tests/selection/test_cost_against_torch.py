@@ -1,6 +1,6 @@
-"""Costs layer by layer against PyTorch's own counter, run on definitions of its own.
+"""Costs layer by layer against PyTorch's counter, on independent definitions of the networks.
 
-The networks are written from the papers' tables, in torchvision's structure and naming.
+The networks are written from the papers' tables, with torchvision's structure and names.
 """
 
 from collections import OrderedDict
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.torch
 SIZE, CLASSES = 224, 1000
 FLOPS_PER_MAC = 2
 
-# expansion factor, channels, blocks, stride of the first; table 2 of MobileNet-v2
+# expansion factor, channels, blocks, stride of the first block; table 2 of MobileNet-v2
 V2_TABLE = [
     (1, 16, 1, 1),
     (6, 24, 2, 2),
@@ -32,7 +32,7 @@ V2_TABLE = [
     (6, 320, 1, 1),
 ]
 # kernel, expanded, channels, squeezed or 0, activation, stride; table 1 of MobileNet-v3.
-# Squeezed to a quarter, rounded to a multiple of 8 and no more than 10 % down.
+# Squeezed to a quarter, rounded to a multiple of 8, at most 10 % down.
 V3_TABLE = [
     (3, 16, 16, 0, nn.ReLU, 1),
     (3, 64, 24, 0, nn.ReLU, 2),
@@ -135,7 +135,7 @@ def mobilenet_v3_large():
 
 
 def counted_by_torch(network):
-    """Returns the (torch name, MACs) of a network's layers in the order in which they run."""
+    """Returns the (torch name, MACs) of a network's layers in order of execution."""
     layers = {
         f"{type(network).__name__}.{name}": name
         for name, module in network.named_modules()
@@ -150,7 +150,7 @@ def counted_by_torch(network):
         if name in layers
     }
     assert len(flops) == len(layers)
-    assert sum(flops.values()) == counter.get_total_flops()  # nothing counts outside of layers
+    assert sum(flops.values()) == counter.get_total_flops()  # nothing outside the layers counts
     assert not any(number % FLOPS_PER_MAC for number in flops.values())
     return [(name, number // FLOPS_PER_MAC) for name, number in flops.items()]
 
@@ -164,7 +164,7 @@ def counted_by_torch(network):
     ],
 )
 def test_costs_are_what_torch_counts(definition, layers, parameters, million_macs, gbops):
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes only
         network = nn.Sequential(OrderedDict(definition())).eval()
     assert sum(leaf.numel() for leaf in network.parameters()) == parameters  # torchvision's
     counted = counted_by_torch(network)

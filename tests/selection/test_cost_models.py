@@ -1,4 +1,4 @@
-"""Cost models against sums written out, and the one place where a cost is held to a limit."""
+"""Cost models against explicit sums, and the one place where a cost is compared with a limit."""
 
 import ast
 import itertools

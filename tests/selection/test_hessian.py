@@ -1,4 +1,4 @@
-"""The Hessian searcher against exact Hessians, NumPy and every policy of a small network."""
+"""The Hessian searcher against exact Hessians, NumPy and all policies of a small network."""
 
 import itertools
 import math
@@ -47,7 +47,7 @@ class Small(nn.Module):
 
 
 class Single(nn.Module):
-    """One searched layer of one input and a fixed one."""
+    """A searched layer with one input, and a fixed layer."""
 
     @nn.compact
     def __call__(self, x, train=False, precision=FULL):
@@ -60,7 +60,7 @@ LABELS = np.int32([0, 2, 1])
 
 
 def model_state(model):
-    """Returns params and statistics that are not those of a new network."""
+    """Returns params and statistics different from a new network's."""
     variables = compiled(model.init)(KEYS, IMAGES)
     statistics = jax.tree.map(lambda leaf: leaf - 0.3, variables["batch_stats"])
     return {"params": variables["params"], "batch_stats": statistics}
@@ -85,7 +85,7 @@ def loss_of(model, variables, images, labels):
 
 
 def exact_traces(model, variables, images, labels):
-    """Returns the sum of each tensor's part of the diagonal of the whole Hessian."""
+    """Returns the sum of each tensor's part of the diagonal of the full Hessian."""
     loss, zeros = loss_of(model, variables, images, labels)
     row, unravel = ravel_pytree(zeros)
     diagonal = jnp.diag(compiled(jax.hessian(lambda row: loss(unravel(row))))(row))
@@ -109,11 +109,11 @@ def test_probes_average_to_the_exact_traces(kind, small, exact):
         samples = np.asarray(samples, float)
         error = samples.std() / len(samples) ** 0.5
         assert abs(samples.mean() - exact[name]) < 5 * error + 1e-6
-        assert error < 0.1 * abs(exact[name])  # or the bound would hold anything
+        assert error < 0.1 * abs(exact[name])  # otherwise the bound would be meaningless
 
 
 def test_every_probe_of_a_diagonal_hessian_is_its_trace(caplog):
-    # One input an image: images do not mix in evaluation mode, so nothing is off the diagonal.
+    # One input per image: images do not mix in evaluation mode, so the Hessian is diagonal.
     model = Single()
     images, labels = IMAGES[:, 0, 0], LABELS
     variables = {"params": model.init(KEYS, images)["params"]}
@@ -123,7 +123,7 @@ def test_every_probe_of_a_diagonal_hessian_is_its_trace(caplog):
     with caplog.at_level("INFO"):
         traces = hessian.mean_traces(model, variables, batches, "act", jax.random.key(0))
     assert traces == pytest.approx(exact, rel=1e-5)
-    # The mean over images of each one's, whatever the batch's size; no more probes than needed.
+    # The mean of the traces per image, for any batch size; no more probes than needed.
     single = [exact_traces(model, variables, images[[i]], labels[[i]]) for i in range(3)]
     assert traces["first/act"] == pytest.approx(np.mean([row["first/act"] for row in single]), 1e-5)
     assert f"{hessian.FEWEST_PROBES} probes on 6 images" in caplog.text
@@ -139,7 +139,7 @@ def test_an_error_of_no_direction_raises_the_loss_by_half_of_omega():
     @compiled
     @jax.vmap
     def rise(key):
-        """Both signs at once, which cancels the gradient."""
+        """Both signs together, which cancels the gradient."""
         rises = {}
         for name, zero in zeros.items():
             signs = size * jax.random.rademacher(key, zero.shape, jnp.float32)
@@ -149,14 +149,14 @@ def test_an_error_of_no_direction_raises_the_loss_by_half_of_omega():
 
     rises = rise(jax.random.split(jax.random.key(0), 5000))
     for name, samples in rises.items():
-        omega = exact[name] * size**2  # the error's mean square is size^2
+        omega = exact[name] * size**2  # the mean squared error is size^2
         samples = np.asarray(samples, float)
         error = samples.std() / len(samples) ** 0.5
         assert samples.mean() == pytest.approx(omega / 2, abs=5 * error, rel=0.05)
 
 
 def numpy_error(x, bits, signed, shift, axes, rule):
-    """Returns the mean squared error at LSQ's first step, as quantizers.init_step documents it."""
+    """Returns the mean squared error at LSQ's initial step, documented in quantizers.init_step."""
     high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
     size = np.abs(x + np.float32(shift))
     if rule == "unshifted":
@@ -202,7 +202,7 @@ def test_sensitivities_by_hand():
     omegas = hessian.sensitivities(costs, traces, errors)
     assert list(omegas) == ["first", "a"]
     np.testing.assert_allclose(omegas["first"], [0.2, 1.2, 2.2, 2, 3, 4])
-    # A negative trace counts as next to none.
+    # A negative trace counts as almost zero.
     np.testing.assert_allclose(omegas["a"], [3, 6, 9, 3 + 3e-6, 6 + 3e-6, 9 + 3e-6], rtol=1e-9)
     acts = {"a": cost.LayerCost(1, 1, 1, act_bits=(8, 2), weight_bits=(4,))}
     np.testing.assert_allclose(
@@ -267,5 +267,5 @@ def test_policy_is_the_best_of_all(monkeypatch):
     assert tuple(chosen) in feasible
     best = min(total(picks, omegas) for picks in feasible)
     assert total(chosen, omegas) == pytest.approx(best, rel=1e-6)
-    # Wider is better everywhere, so that a roomy budget would be spent.
+    # Wider is better everywhere, so a large budget would be spent.
     assert all(np.argmin(row) == 0 for row in omegas.values())

@@ -1,4 +1,4 @@
-"""OMPQ against NumPy and every policy; test_ompq_sizes.py has its way to a size."""
+"""OMPQ against NumPy and all policies; test_ompq_sizes.py covers size budgets."""
 
 import copy
 import dataclasses
@@ -49,7 +49,7 @@ def grams(context):
 
 @pytest.fixture(scope="module")
 def weights_context():
-    """Weights alone are searched, for a size."""
+    """Only weights are searched, with a size budget."""
     return make_context(
         **{"quant.act_bits": (4,), "quant.weight_bits": WIDTHS},
         **{"budget.unit": "mebibytes", "budget.value": 0.0035},
@@ -108,7 +108,7 @@ def test_cka_is_blind_to_rotations_scales_and_offsets():
         for k, x in enumerate(rows)
     ]
     np.testing.assert_allclose(cka(turned), cka(rows), rtol=1e-9)
-    # Not to any linear map.
+    # Not invariant to any linear map.
     assert np.abs(cka([x * np.arange(1, x.shape[1] + 1) for x in rows]) - cka(rows)).max() > 0.01
 
 
@@ -150,7 +150,7 @@ def test_suffix_means_by_hand():
 
 
 def exhaustive(values, costs, room):
-    """Returns the greatest total value of a choice inside the budget."""
+    """Returns the greatest total value of a choice within the budget."""
     best = -np.inf
     for picks in itertools.product(*(range(len(row)) for row in values.values())):
         chosen = list(zip(values, picks, strict=True))
@@ -190,7 +190,7 @@ def test_policy_depends_on_beta_and_on_nothing_random(context, grams, monkeypatc
         changed = with_field(context, "ompq.beta", beta)
         found[beta] = ompq.choose(changed)
         assert found[beta] == ompq.choose(changed)
-        # Layers of next to no importance do not leave what they could have.
+        # Layers of almost no importance still use what is left.
         spare = context.budget.limit - context.budget.cost(found[beta])
         for path, row in context.budget.cost_model.branch_costs.items():
             width = context.costs[path].candidates.index(found[beta][path])
@@ -222,8 +222,8 @@ def test_policies_for_a_size_are_inside_it(below, weights_context, grams, caplog
         for path in bits:
             if path.endswith("downsample_conv"):
                 assert bits[path] == bits[path.replace("downsample_conv", "conv2")]
-    assert bits == cost.uniform_bits(costs, 4, 8)  # the last budget is for all
-    # Rounding below needs no projection; rounding to the nearest about every other time.
+    assert bits == cost.uniform_bits(costs, 4, 8)  # the last budget allows 8 bits everywhere
+    # Rounding down needs no projection; rounding to nearest needs one about half of the time.
     assert any(projected) != below
     assert not all(projected)
 

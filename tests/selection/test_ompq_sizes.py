@@ -1,4 +1,4 @@
-"""OMPQ's way to a size against a linear program's solver and every rounding; published sizes."""
+"""OMPQ with size budgets, against a linear programming solver, all roundings, published sizes."""
 
 import itertools
 
@@ -47,7 +47,7 @@ def test_rounding_below_equals_brute_force(seed, widths):
     rng = np.random.default_rng(seed)
     sizes = rng.uniform(0.1, 3, 6)
     bits = rng.uniform(2, 8, 6)
-    bits[seed % 6] = 4.0  # a width already: stays
+    bits[seed % 6] = 4.0  # already a width, so it stays
     around = [
         {max(w for w in widths if w <= value), min(w for w in widths if w >= value)}
         for value in bits
@@ -96,7 +96,7 @@ def resnet18():
 
 
 def policy_of(digits, costs, act_bits=8):
-    """Returns the bits of every layer; shortcuts have those of the convolution before them."""
+    """Returns the bits of every layer; shortcuts have those of the preceding convolution."""
     units = ompq.merge_shortcuts(costs, "downsample_conv")
     assert len(units) == len(digits) == 18
     return {

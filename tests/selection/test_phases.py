@@ -29,12 +29,12 @@ def schedule_of(epochs, steps_per_epoch=10.0, searcher="metamix", **overrides):
 
 
 def default_updates(name):
-    """Returns the updates of a row of the default configuration."""
+    """Returns the updates of a row for the default configuration."""
     return ROWS[name](config_lib.default()).updates
 
 
 def branch_of(run):
-    """Returns the branch of a pass that runs all searched layers at one."""
+    """Returns the branch of a pass that runs all searched layers at the same one."""
     assert run.activations == "chosen"
     assert list(run.branches) == SEARCHED
     (branch,) = set(run.branches.values())
@@ -104,7 +104,7 @@ PAIRS = {"quant.weight_bits": (8, 4, 2)}
 
 
 def updates_and_weights(span):
-    """Returns (name, what trains, weights) of a span's updates."""
+    """Returns (name, trained labels, weights) of a span's updates."""
     return [(u.name, set(u.trains), u.precision.weights) for u in span.phase.updates]
 
 
@@ -123,7 +123,7 @@ def test_rows_of_the_search_with_searched_weights():
         for update in search_updates:
             assert update.precision == Precision("mixture", "quantized")
             assert update.budget_term and not update.every_branch
-    # The others are as they were.
+    # The others are unchanged.
     for name in ("full_precision", "act_training", "weight_training"):
         assert spans[name].phase.updates == default_updates(name)
     assert not spans["act_training"].phase.quantizes_weights
@@ -167,7 +167,7 @@ def test_searched_weights_are_calibrated_where_they_come_to_be_quantized(epochs)
 @pytest.mark.parametrize(
     ("epochs", "calibrating"),
     [
-        ((1, 1, 1, 1, 1), ["bit_meta", "weight_training"]),  # act_training has full weights
+        ((1, 1, 1, 1, 1), ["bit_meta", "weight_training"]),  # act_training: float weights
         ((1, 1, 1, 0, 1), ["bit_meta"]),
         ((1, 0, 1, 0, 1), ["bit_search"]),
         ((1, 0, 1, 1, 1), ["bit_search", "weight_training"]),
@@ -204,7 +204,7 @@ def test_bit_meta_passes_of_pairs_go_from_few_bit_operations_to_many(act_bits, w
     (update,) = span.phase.updates
     candidates = bit_candidates(act_bits, weight_bits)
     runs = passes(update, candidates, {}, SEARCHED)
-    # Of equal products the narrower activations first.
+    # For equal products, narrower activations come first.
     order = [(2, 2), (2, 4), (4, 2), (2, 8), (4, 4), (8, 2), (4, 8), (8, 4), (8, 8)]
     assert [candidates[branch_of(run)] for run in runs] == order
     assert {run.weights for run in runs} == {"quantized"}
@@ -292,7 +292,7 @@ def test_what_commits_statistics_and_how_rates_run():
 
 
 def test_searches_without_a_meta_state_make_as_many_passes():
-    # 2 epochs of three passes and 1 of four; a sharpness-aware step makes two.
+    # 2 epochs of three passes and 1 of four; a sharpness-aware step has two.
     epochs = (0, 2, 1, 1, 1)
     joint, sharp = (schedule_of(epochs, searcher=name)[0] for name in ("joint", "asga"))
     assert (joint.phase.name, joint.steps) == ("joint_search", 100)

@@ -10,7 +10,7 @@ from metamix_jax.selection.budget import make_budget
 
 
 def costs_of(act_bits, weight_bits):
-    """Returns a network whose two inner layers have these candidates."""
+    """Returns the costs of a network whose two inner layers have these candidates."""
     fixed = {"act_bits": (8,), "weight_bits": (8,)}
     searched = {"act_bits": act_bits, "weight_bits": weight_bits}
     return {

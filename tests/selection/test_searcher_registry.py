@@ -71,7 +71,7 @@ def test_the_documentation_has_the_table():
 
 
 def test_no_other_module_lists_searchers():
-    # The configuration's default comparison is a choice, not a list of what there is.
+    # The default of compare.methods is a choice, not a list of all searchers.
     others = [
         path
         for path in PACKAGE.rglob("*.py")

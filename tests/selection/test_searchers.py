@@ -20,7 +20,7 @@ SEARCHED = ("activations", "pairs", "weights")
 
 
 def random_costs(rng, layers=4, searched=ACTIVATIONS):
-    """Returns a network of hand-made layers, its first and last ones fixed at 8/8."""
+    """Returns hand-made layers of a network, the first and last fixed at 8/8."""
     names = ["first", *(f"layer{i}" for i in range(layers)), "last"]
     costs = {}
     for name in names:
@@ -44,7 +44,7 @@ def random_logits(rng, costs):
 
 
 def argmax_of(logits, costs):
-    """Returns the most likely bits of every layer."""
+    """Returns the most probable bits of every layer."""
     picks = {path: int(np.argmax(row)) for path, row in logits.items()}
     return FIXED | {path: costs[path].candidates[k] for path, k in picks.items()}
 
@@ -57,7 +57,7 @@ PAPERS = ConfigDict({"search": {"least_spent": 0.0}})
 
 
 def choose(searcher, logits, costs, budget, config):
-    """Returns the choice of a searcher that looks at the logits alone."""
+    """Returns the choice of a searcher that only uses the logits."""
     return searcher.choose(SearchContext(None, costs, budget, config, {}, logits, None))
 
 
@@ -101,7 +101,7 @@ def test_knapsack_equals_brute_force(seed):
 def test_knapsack_at_the_least_cost_takes_the_cheapest_everywhere(scale):
     rng = np.random.default_rng(5)
     costs = {f"layer{i}": (scale * rng.uniform(0.1, 3, size=3)).tolist() for i in range(20)}
-    values = {path: row for path, row in costs.items()}  # what costs most is worth most
+    values = {path: row for path, row in costs.items()}  # the most expensive is worth most
     least = sum(min(row) for row in costs.values())
     choice = knapsack.maximise(values, costs, least)
     assert choice == {path: int(np.argmin(row)) for path, row in costs.items()}
@@ -114,7 +114,7 @@ def test_knapsack_does_not_exceed_its_limit_by_a_little(excess):
 
 
 def test_knapsack_of_values_of_many_scales():
-    # Layer i matters 10^-3i times as much as the first; the last ones still get what is left.
+    # Layer i matters 10^-3i times as much as the first; the last layers still get what is left.
     values = {f"layer{i}": [0.0, 10.0 ** (-3 * i)] for i in range(100)}
     costs = {path: (1.0, 2.0) for path in values}
     choice = knapsack.maximise(values, costs, 150.0)
@@ -139,7 +139,7 @@ def test_argmax_inside_the_budget_is_kept(seed, unit, searched):
     spent = cost.bops(costs, argmax) / 1e9
     if unit == "average_act_bits":
         spent = cost.average_act_bits(costs, argmax)
-    # At the limit itself too, whatever order the sums are made in.
+    # At the limit itself too, for any order of summation.
     assert choose(metamix, logits, costs, budget_of(costs, spent, unit), PAPERS) == argmax
 
 
@@ -179,7 +179,7 @@ def test_argmax_above_the_budget_is_projected_to_the_most_probable_inside(
     value = total(shares, {path: costs[path].candidates.index(chosen[path]) for path in shares})
     best = best_value(shares, budget.cost_model.branch_costs, budget.room)
     assert value == pytest.approx(best, abs=1e-5)
-    # The log says what was changed.
+    # The log lists the changes.
     for path in logits:
         note = "{} {}/{}->{}/{}".format(path, *argmax[path], *chosen[path])
         assert (note in caplog.text) == (argmax[path] != chosen[path])
@@ -242,7 +242,7 @@ def test_budget_at_the_least_cost_leaves_the_narrowest_pairs():
     logits = random_logits(rng, costs)
     budget = budget_of(costs, cost.totals(costs)["gbops_min"])
     assert choose(metamix, logits, costs, budget, PAPERS) == cost.uniform_bits(costs, 2, 2)
-    # A budget of activation bits leaves each layer its likeliest weight bits.
+    # A budget of activation bits leaves each layer its most probable weight bits.
     budget = budget_of(costs, 2.0, "average_act_bits")
     chosen = choose(metamix, logits, costs, budget, PAPERS)
     narrow = {path: Bits(2, BITS[int(np.argmax(row[-3:]))]) for path, row in logits.items()}
@@ -289,7 +289,7 @@ def test_random_prefers_no_policy_of_equal_cost():
     draws = [random.draw(budget, np.random.default_rng(seed)) for seed in range(300)]
     assert {tuple(sorted(draw.values())) for draw in draws} == {(1, 2, 2)}
     counts = np.bincount([list(draw.values()).index(1) for draw in draws])
-    assert counts.min() > 70  # 100 each, give or take four standard deviations
+    assert counts.min() > 70  # 100 each, plus or minus four standard deviations
 
 
 def test_random_takes_what_comes_closest_where_nothing_costs_about_the_budget():
@@ -300,7 +300,7 @@ def test_random_takes_what_comes_closest_where_nothing_costs_about_the_budget():
 def test_random_says_so_where_it_found_nothing(monkeypatch):
     monkeypatch.setattr(random, "ROUNDS", 0)
     costs = {"a": LayerCost(10**6, 10, 10, (8, 2), (4,))}
-    with pytest.raises(UserError, match="take another config.budget.value"):
+    with pytest.raises(UserError, match="try another config.budget.value"):
         random.draw(budget_of(costs, 0.02), np.random.default_rng(0))
 
 

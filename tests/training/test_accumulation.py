@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch in micro-batches, against the same by hand."""
+"""Gradient accumulation over micro-batches, against the same by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ PARTS = 2
 
 @pytest.fixture(scope="module")
 def config():
-    # Not Adam: it makes a whole step of the sign of a gradient that is 0 but for rounding.
+    # Not Adam, which takes a full step along a gradient that is zero up to rounding.
     return make_config(**{"accumulation_steps": PARTS, "optimizer.name": "sgd"})
 
 
@@ -48,14 +48,14 @@ def state(config, network):
 
 
 def parts_of(config):
-    """Returns the micro-batches that make one batch, as updates take them."""
+    """Returns the micro-batches of one batch, in the form that updates take."""
     batch = make_batch()
     images = batching.preprocess(batch["image"], mean=config.data.mean, std=config.data.std)
     return [(images[part::PARTS], batch["label"][part::PARTS], None) for part in range(PARTS)]
 
 
 def recorded(monkeypatch, network, config, update, state, parts, branches):
-    """Returns the gradient that the optimizer gets, and the state after."""
+    """Returns the gradient passed to the optimizer, and the new state."""
     recorder = optax.GradientTransformation(
         lambda trained: trained,
         lambda gradient, _, trained: (jax.tree.map(jnp.zeros_like, trained), gradient),
@@ -70,7 +70,7 @@ def recorded(monkeypatch, network, config, update, state, parts, branches):
 
 
 def test_gradient_is_the_mean_of_the_micro_batches(monkeypatch, config, network, state):
-    """Statistics are handed from one to the next, the widths in their order."""
+    """Statistics are passed from one micro-batch to the next, for the widths in order."""
     (update,), branches = phase_of("bit_meta", config).updates, make_branches(network)
     parts = parts_of(config)
     trained, frozen = split_by_label(state, update.trains)
@@ -110,7 +110,7 @@ def test_gradient_is_the_mean_of_the_micro_batches(monkeypatch, config, network,
 def test_micro_batches_alike_are_one_batch(config, network, state):
     """All of them the same images, so that batch norm makes no difference: the whole batch's step.
 
-    Of the update with everything in it: two gradients, a budget, weights, steps and logits.
+    Uses the update with all features: two gradients, a budget, weights, steps and logits.
     """
     half, found = parts_of(config)[0], []
     (update,) = phase_of("sharpness_search", config).updates

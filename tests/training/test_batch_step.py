@@ -1,4 +1,4 @@
-"""What one batch does in each phase, recomputed by hand; calibration, devices."""
+"""The training step in each phase, recomputed by hand; calibration, devices."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def state(config, network, batch):
 
 
 def recorded_gradient(monkeypatch, network, config, update, state, images, labels, branches):
-    """Returns the gradient that `make_update` hands to its optimizer, and the state after."""
+    """Returns the gradient that `make_update` passes to its optimizer, and the new state."""
     recorder = optax.GradientTransformation(
         lambda trained: trained,
         lambda gradient, _, trained: (jax.tree.map(jnp.zeros_like, trained), gradient),
@@ -98,8 +98,8 @@ def distance(actual, expected):
     return float(optax.tree.norm(difference) / optax.tree.norm(expected))
 
 
-# Programs that are compiled apart round sums differently, by 1e-7, and then an activation next to
-# a rounding boundary can land on the other level. Hence norms are compared, and to 1 %.
+# Separately compiled programs round sums differently, by 1e-7, so an activation close to a rounding
+# boundary can be quantized to another level. Hence norms are compared, to 1 %.
 def test_bit_meta_gradient_is_the_mean_of_one_pass_per_width(
     monkeypatch, config, network, state, images, batch, branches
 ):
@@ -125,7 +125,7 @@ def test_bit_meta_gradient_is_the_mean_of_one_pass_per_width(
     }
 
     batch_stats, losses, gradients = state.batch_stats, [], []
-    for branch in (1, 0):  # 2 bits before 8; each pass goes on with the statistics of the last
+    for branch in (1, 0):  # 2 bits before 8; each pass updates the statistics of the last
         (loss, batch_stats), gradient = run_branch[branch](batch_stats)
         losses.append(loss)
         gradients.append(gradient)
@@ -144,7 +144,7 @@ def test_bit_meta_gradient_is_the_mean_of_one_pass_per_width(
     found, after, metrics = recorded_gradient(monkeypatch, network, last, *arguments)
     assert distance(found, gradients[-1]) < 1e-2
     assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    # What is told apart does differ by more than the tolerances.
+    # The alternatives differ by more than the tolerances.
     assert distance(gradients[-1], mean) > 0.1
     (_, once), _ = run_branch[0](state.batch_stats)
     (_, swapped), _ = run_branch[1](once)
@@ -153,7 +153,7 @@ def test_bit_meta_gradient_is_the_mean_of_one_pass_per_width(
 
 @pytest.fixture(scope="module")
 def apply_updates(network):
-    """Update name -> the compiled update, with a rate of bit-meta that shows."""
+    """Update name -> the compiled update, with a bit-meta rate large enough to matter."""
     config = make_config(**{"bit_meta.learning_rate": 1e-2})
     return {
         update.name: compiled(make_update(network.model, update, STEPS, config, network.budget))
@@ -201,12 +201,12 @@ def test_frozen_weights_cost_no_gradient(network, state, images, batch, branches
         parts = [(images, batch["label"], None)]
         before = entered(state, phase, config)
         traced = jax.jit(apply_update).trace(before, parts, branches)
-        # The form for CPUs leaves it to XLA to drop a gradient that nothing needs.
+        # The CPU form relies on XLA to drop unused gradients.
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
         return program.count("stablehlo.convolution")
 
     layers = sum(leaf.ndim == 4 for leaf in jax.tree.leaves(state.params))
-    # Each is run, and differentiated for its input (not the first's, the image) and its kernel.
+    # Each layer runs, and is differentiated for its input (except the image) and its kernel.
     (full_precision,) = phase_of("full_precision").updates
     assert convolutions(full_precision, "full_precision") == 3 * layers - 1
     assert convolutions(phase_of("bit_search").updates[1], "bit_search") == 2 * layers - 1
@@ -231,7 +231,7 @@ def test_bit_search_sees_the_weights_after_bit_metas_step(
 
     assert metrics["bit_meta_loss"] == pytest.approx(float(meta_metrics["loss"]), rel=1e-4)
     assert metrics["loss"] == pytest.approx(float(search_metrics["loss"]), rel=2e-3)
-    # At the weights before bit-meta's step it would have been quite another loss.
+    # At the weights before the bit-meta step, the loss would be quite different.
     _, too_early = apply_updates["bit_search"](before, *arguments)
     assert metrics["loss"] != pytest.approx(float(too_early["loss"]), rel=2e-2)
 
@@ -259,7 +259,7 @@ def test_distillation_learns_from_the_teacher_in_evaluation_mode(
     network, state, images, batch, branches
 ):
     config = make_config(**{"loss": "distillation", "data.augment": "none"})
-    # Other weights than the student's. Its step sizes are not read at full precision.
+    # Weights different from the student's. Step sizes are not used at full precision.
     louder = jax.tree.map(lambda leaf: 1.5 * leaf + 0.1, state.params)
     teacher = state.variables | {"params": louder}
     step = make_train_step(
@@ -308,7 +308,7 @@ def test_calibration_takes_act_steps_from_what_the_layers_get(config, network, f
     rtol = sum_error(images.size)
     np.testing.assert_allclose(state.quant["conv1"]["act_step"], [stem], rtol=rtol)
 
-    # The next layer gets the stem's output, normalised with the batch's own statistics.
+    # The next layer gets the stem's output, normalized with the batch's own statistics.
     y = jax.lax.conv_general_dilated(
         images, fresh.params["conv1"]["kernel"], (1, 1), ((1, 1), (1, 1)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -332,7 +332,7 @@ def test_weight_calibration_fills_weight_steps_only(config, network, state, batc
     assert moved_labels(before, after) == {"weight_steps"}
 
     kernel = np.float64(state.params["layer1_0"]["conv2"]["kernel"])
-    expected = 2 * np.mean(np.abs(kernel), axis=(0, 1, 2)) / np.sqrt(7)  # 4 bits: 7 levels a side
+    expected = 2 * np.mean(np.abs(kernel), axis=(0, 1, 2)) / np.sqrt(7)  # 4 bits: 7 levels per side
     found = after.quant["layer1_0"]["conv2"]["weight_step"]
     np.testing.assert_allclose(found, expected[None], rtol=1e-6)
 
@@ -341,7 +341,7 @@ def test_weight_calibration_fills_weight_steps_only(config, network, state, batc
 
 
 def run_three_steps(name, devices, config, network, state, branches):
-    """Returns the state and the numbers after each of three steps."""
+    """Returns the state and the metrics after each of three steps."""
     mesh = mesh_of(devices)
     generator = np.random.default_rng(3)
     state = sharding.replicate(entered(state, name, config), mesh)
@@ -350,8 +350,8 @@ def run_three_steps(name, devices, config, network, state, branches):
         batch = sharding.shard_batch(make_batch(generator, number), mesh)
         arguments = (state, batch, branches, {})
         if step is None:
-            # Compiled once, as a run does it: from then on other shapes, types or placements of
-            # what a step returns would be an error, not a second compilation.
+            # Compiled once, as in a run: if a step returned other shapes, types or placements, the
+            # next call would be an error instead of a second compilation.
             function = make_train_step(
                 network.model, span_of(name, config), config, network.budget, None
             )
@@ -364,7 +364,7 @@ def run_three_steps(name, devices, config, network, state, branches):
 
 @pytest.mark.parametrize("name", list(ROWS))
 def test_one_and_two_devices_agree_with_one_compilation(name, network, state, branches):
-    # Not Adam: it makes a whole step of the sign of a gradient that is 0 but for rounding.
+    # Not Adam, which takes a full step along a gradient that is zero up to rounding.
     config = make_config(**{"optimizer.name": "sgd"})
     states_of_one, rows_of_one = run_three_steps(name, 1, config, network, state, branches)
     states_of_two, rows_of_two = run_three_steps(name, 2, config, network, state, branches)
@@ -374,9 +374,9 @@ def test_one_and_two_devices_agree_with_one_compilation(name, network, state, br
     moving = set().union({"batch_stats"}, *(update.trains for update in phase_of(name).updates))
     assert moved_labels(state, one) == moved_labels(state, two) == moving
 
-    # Sums over the batch are rounded differently on two devices, by 1e-7, and stay so until that
-    # moves something across a rounding boundary. Of quantized weights, which are few and weigh
-    # much, one does so in the second step: there only the first is compared.
+    # Sums over the batch are rounded differently on two devices, by 1e-7, until this moves a value
+    # across a rounding boundary. With quantized weights, which are few and have a large effect,
+    # this happens in the second step, so there only the first is compared.
     steps, tolerance = (1, 1e-3) if name == "weight_training" else (3, 1e-5)
     for number in range(steps):
         assert rows_of_one[number].keys() == rows_of_two[number].keys()

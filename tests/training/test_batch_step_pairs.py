@@ -1,4 +1,4 @@
-"""What one batch does in the search over pairs of activation and weight bits."""
+"""The training step in a search over pairs of activation and weight bits."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from tests.helpers.tiny_network import (
 pytestmark = pytest.mark.usefixtures("optax_arithmetic")
 PAIRS = (Bits(8, 4), Bits(8, 2), Bits(2, 4), Bits(2, 2))
 NARROW_FIRST = (3, 2, 1, 0)
-# The gradient is to be read from what the step changes.
+# SGD, so that the gradient can be read from the change of the parameters.
 PLAIN = {
     "quant.weight_bits": (4, 2),
     "optimizer.name": "sgd",
@@ -52,7 +52,7 @@ def network(config):
 
 @pytest.fixture(scope="module")
 def span(config):
-    """Of the bit search, whose updates are bit-meta's and its own."""
+    """The span of bit search, with the bit-meta update and its own."""
     schedule = setup.make_schedule(config, STEPS * BATCH)
     return next(span for span in schedule if span.phase.name == "bit_search")
 
@@ -73,7 +73,7 @@ def state(config, network, batch, span):
 
 
 def stepped(name, config, network, span, state, images, batch):
-    """Returns the state and the numbers after one step of an update."""
+    """Returns the state and the metrics after one step of an update."""
     (update,) = [update for update in span.phase.updates if update.name == name]
     apply_update = compiled(make_update(network.model, update, STEPS, config, network.budget))
     return apply_update(state, [(images, batch["label"], None)], {})
@@ -88,7 +88,7 @@ def test_bit_meta_moves_all_but_the_logits(state, after_bit_meta, network):
     after, _ = after_bit_meta
     moving = {"kernels", "weights", "act_steps", "weight_steps", "batch_stats"}
     assert moved_labels(state, after) == moving
-    # Each width of each searched layer was trained; what is fixed was too.
+    # Every width of every searched layer was trained, and so were the fixed layers.
     old, new = leaves(state), leaves(after)
     for path, cost in network.costs.items():
         widths = {"act_step": cost.act_bits, "weight_step": cost.weight_bits}
@@ -103,7 +103,7 @@ def test_bit_meta_moves_all_but_the_logits(state, after_bit_meta, network):
             assert old[logits].tobytes() == new[logits].tobytes()
 
 
-# Programs that are compiled apart round sums differently, see test_train_step.py: hence norms.
+# Separately compiled programs round sums differently, see test_batch_step.py; hence norms.
 def test_bit_meta_gradient_is_the_mean_of_one_pass_per_pair(
     config, network, span, state, images, batch, after_bit_meta
 ):
@@ -125,7 +125,7 @@ def test_bit_meta_gradient_is_the_mean_of_one_pass_per_pair(
 
     run_branch = compiled(jax.value_and_grad(loss_of, has_aux=True))
     batch_stats, losses, gradients = state.batch_stats, [], []
-    for branch in NARROW_FIRST:  # each pass goes on with the statistics of the last
+    for branch in NARROW_FIRST:  # each pass updates the statistics of the last
         (loss, batch_stats), gradient = run_branch(trained, batch_stats, jnp.int32(branch))
         losses.append(float(loss))
         gradients.append({path: np.asarray(leaf) for path, leaf in gradient.items()})
@@ -140,11 +140,11 @@ def test_bit_meta_gradient_is_the_mean_of_one_pass_per_pair(
     assert metrics["gradient_norm"] == pytest.approx(float(optax.tree.norm(mean)), rel=1e-2)
     statistics = traverse_util.flatten_dict(batch_stats, sep="/")
     assert distance(traverse_util.flatten_dict(after.batch_stats, sep="/"), statistics) < 1e-4
-    # The kinds of gradients are of quite different sizes.
+    # The types of gradients differ greatly in size.
     for name in ("act_step", "weight_step", "kernel"):
         part = [path for path in mean if path.endswith(name)]
         assert distance({p: found[p] for p in part}, {p: mean[p] for p in part}) < 1e-2, name
-    # What is told apart does differ by more than the tolerances.
+    # The alternatives differ by more than the tolerances.
     assert min(distance(gradient, mean) for gradient in gradients) > 0.1
     assert min(np.abs(np.diff(losses))) > 1e-3
     batch_stats = state.batch_stats
@@ -170,7 +170,7 @@ def test_bit_search_moves_logits_only(config, network, span, state, images, batc
         logits = f"quant/{path}/logits"
         assert (old[logits] != new[logits]).all()
         bits[path] = PAIRS[int(np.argmax(old[logits]))]
-    # The cost is that of the most likely pairs.
+    # The cost is that of the most probable pairs.
     assert len({bits[path] for path in searched}) > 1
     spent = network.budget.cost(bits)
     assert metrics["cost"] == pytest.approx(spent, rel=1e-5)

@@ -54,7 +54,7 @@ def test_damaged_newest_checkpoint(processes, finished, finished_copy):
     done = processes.finish(command(f"--workdir={finished_copy}"))
     assert done.returncode == 0, done.stderr
     aside = newest.with_name(f"{TOTAL}.damaged")
-    assert f"set aside as {aside}" in done.stderr and "going on from step 75" in done.stderr
+    assert f"set aside as {aside}" in done.stderr and "resuming from step 75" in done.stderr
     assert "Traceback" not in done.stderr
     assert [content for _, content in sorted(files_of(aside).items())] == [
         content for _, content in sorted(damaged.items())

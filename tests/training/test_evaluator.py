@@ -1,4 +1,4 @@
-"""Evaluation: what is counted, and the statistics of batch norm."""
+"""Evaluation: counts, and batch norm statistics."""
 
 import math
 
@@ -125,8 +125,7 @@ def test_reestimated_statistics_are_the_plain_average_over_batches(
     found = evaluator.reestimate(variables, precision)
     assert jax.tree.structure(found) == jax.tree.structure(state.batch_stats)
 
-    # By hand for the stem, whose input and kernel are known: 3 batches, augmented as in
-    # training.
+    # By hand for the stem, whose input and kernel are known: 3 batches, augmented as in training.
     levels = 127  # 8 bits, signed
 
     def fake_quant(x, step):

@@ -1,4 +1,4 @@
-"""What the optimizers do with known gradients, without a network."""
+"""The optimizers with known gradients, without a network."""
 
 import collections.abc
 import dataclasses
@@ -32,7 +32,7 @@ GRADIENTS = {
     "quant/conv1/weight_step": np.float32([20.0]),
     "quant/layer1_0/conv1/logits": np.float32([30.0, -0.5]),
 }
-ADAM_CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # 1 - 0.999 has 5 digits in float32
+ADAM_CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # 1 - 0.999 is accurate to 5 digits in float32
 KERNEL, DENSE, SCALE, ACT_STEP, WEIGHT_STEP, LOGITS = TRAINED
 
 
@@ -42,7 +42,7 @@ def one_label(path):
 
 
 def adam(gradients, rate, b1, b2, eps):
-    """Returns the changes that Adam makes for a sequence of gradients."""
+    """Returns Adam's updates for a sequence of gradients."""
     mean, square, changes = 0.0, 0.0, []
     for t, gradient in enumerate(gradients, start=1):
         gradient = np.float64(gradient)
@@ -79,7 +79,7 @@ def test_labels():
 
 @pytest.mark.parametrize("path", [KERNEL, DENSE, SCALE, ACT_STEP, WEIGHT_STEP])
 def test_weights_and_steps_take_adam_steps(path):
-    decay = 0.5  # large, so that it shows next to Adam's normalisation
+    decay = 0.5  # large, so that it matters despite Adam's normalization
     config = make_config(
         **{
             "optimizer.weight_decay": decay,
@@ -109,7 +109,7 @@ def test_logits_take_adam_steps_with_their_own_rates_and_are_not_clipped():
     second_gradient = GRADIENTS[LOGITS] + decay * after_one
     after_two = after_one + adam([gradient, second_gradient], **options)[1]
     np.testing.assert_allclose(second[LOGITS], after_two, **ADAM_CLOSE)
-    # Adam's first step is blind to scale, so the unclipped gradient is read from its momentum.
+    # Adam's first step does not depend on scale, so the gradient is read from its momentum.
     opt_state = make_optimizer(update, STEPS, config)
     trained = {LOGITS: jnp.asarray(TRAINED[LOGITS])}
     _, opt_state = opt_state.update(
@@ -135,7 +135,7 @@ def test_gradient_is_clipped_over_all_weights_and_steps_at_once():
     norm = np.sqrt(sum(np.sum(GRADIENTS[path].astype(np.float64) ** 2) for path in paths))
     assert norm > 10
     for path in paths:
-        # Clipped before the decay is added, as torch's clip_grad_norm_ and Adam do.
+        # Clipped before weight decay is added, as with torch's clip_grad_norm_ and Adam.
         gradient = GRADIENTS[path] * 10 / norm + (0.5 * TRAINED[path] if path == KERNEL else 0)
         np.testing.assert_allclose(after[path], TRAINED[path] - 0.1 * gradient, rtol=1e-5)
 
@@ -186,7 +186,7 @@ def test_rate_stays_in_the_search_phases(name):
     path = {"bit_meta": ACT_STEP, "bit_search": LOGITS}[name]
     update = dataclasses.replace(phase_of(name, config).updates[-1], trains=one_label(path))
     rows = optimize(update, [path], config, steps=STEPS)
-    # With the same gradient every time Adam moves by the rate.
+    # With a constant gradient, Adam moves by the learning rate.
     moves = np.diff([TRAINED[path], *(row[path] for row in rows)], axis=0)
     np.testing.assert_allclose(np.abs(moves), 0.01, rtol=1e-3)
 
@@ -208,8 +208,8 @@ class OrderedLabels(collections.abc.Set):
 
 
 def test_compiled_program_does_not_depend_on_the_order_of_a_set():
-    # The order of a frozenset of strings differs from process to process. The processes of a pod
-    # must compile the same program, and a compilation cache must find that of an earlier run.
+    # The order of a frozenset of strings differs between processes. The processes of a pod must
+    # compile the same program, and a compilation cache must find that of an earlier run.
     programs = set()
     trained = {path: jnp.asarray(leaf) for path, leaf in TRAINED.items() if path != LOGITS}
     labels = sorted({label(path, leaf) for path, leaf in trained.items()})

@@ -56,7 +56,7 @@ def copied(state):
 
 
 def searched(network, state, config, budgets):
-    """Returns the state after two steps of bit-search with the first of `budgets` and the rest."""
+    """Returns the state after two steps of bit search with `budgets`, the first as the main one."""
     first, *others = (make_budget(network.costs, value, "fraction") for value in budgets)
     further = dict(zip(further_searches(config), others, strict=True))
     span = span_of("bit_search", config)
@@ -135,7 +135,7 @@ def test_sharpness_aware_gradient_is_the_mean_of_two_at_different_weights(
         )  # fmt: skip
         return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
-    # The budget term has no weights in it, so that it is left out here and below.
+    # The budget term does not depend on weights, so it is left out here and below.
     config.bit_search.budget_weight = 0.0
     gradient_of = compiled(jax.value_and_grad(loss_of))
     loss, first = gradient_of(trained)
@@ -159,12 +159,12 @@ def test_sharpness_aware_gradient_is_the_mean_of_two_at_different_weights(
     after, metrics = compiled(apply_update)(before, [(images, labels, None)], {})
     found = after.opt_states[update.name]
     difference = optax.tree.norm({path: found[path] - expected[path] for path in expected})
-    assert float(difference / optax.tree.norm(expected)) < 0.01  # roundings, see test_train_step
+    assert float(difference / optax.tree.norm(expected)) < 0.01  # rounding, see test_batch_step
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
     gap = max(float(greatest - loss), 0.0)
     assert gap > 0
     assert float(after.surrogate_gap) == pytest.approx(gap, rel=0.05)
-    # The weights are where they were: the perturbation is undone.
+    # The weights are unchanged: the perturbation is undone.
     assert {p: a.tobytes() for p, a in leaves(after).items() if p.startswith("params")} == {
         p: a.tobytes() for p, a in leaves(state).items() if p.startswith("params")
     }

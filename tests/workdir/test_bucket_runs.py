@@ -150,7 +150,7 @@ def test_stopped_killed_and_taken_over(processes, buckets, finished, url, tmp_pa
     step = last_step(buckets, url)
     process = processes.start(arguments, log)
     wait_for_step(buckets, url, 40, [process], log)
-    assert f"going on from step {step} " in log.read_text()
+    assert f"resuming from step {step} " in log.read_text()
     process.kill()
     process.wait()
     started = time.monotonic()
@@ -177,7 +177,7 @@ def test_damaged_newest_checkpoint(processes, buckets, finished, url, tmp_path):
     done = processes.finish(command(f"--workdir={url}"))
     assert done.returncode == 0, done.stderr
     assert f"set aside as {url}/checkpoints/{TOTAL}.damaged" in done.stderr
-    assert "going on from step 75" in done.stderr
+    assert "resuming from step 75" in done.stderr
     copy = copy_of(buckets, url, tmp_path / "copy")
     assert (copy / name.replace("80/", "80.damaged/", 1)).read_bytes() == bytes(content)
     assert_same_run(copy, finished[0])
@@ -211,7 +211,7 @@ def test_two_processes(processes, buckets, on_two_devices, url, tmp_path):  # no
     with two(processes, arguments, tmp_path) as (pair, logs):
         assert [process.wait(TIMEOUT) for process in pair] == [0, 0], logs[0].read_text()
     assert "STALE LOCK" in logs[0].read_text() and "STALE LOCK" not in logs[1].read_text()
-    assert "going on from step" in logs[0].read_text()
+    assert "resuming from step" in logs[0].read_text()
     copy = copy_of(buckets, url, tmp_path / "copy")
     assert rows_of(copy)[-1]["step"] == TOTAL
     assert_as_on_two_devices(processes, copy, on_two_devices)

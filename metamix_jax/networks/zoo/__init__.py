@@ -1,1 +1,1 @@
-"""Networks, a file a family."""
+"""Networks, one file per family."""

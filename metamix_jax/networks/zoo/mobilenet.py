@@ -1,6 +1,6 @@
 """MobileNet-v2 (Sandler et al., 2018) and MobileNet-v3-large (Howard et al., 2019).
 
-Quantizers sit where MetaMix's code has them: linear bottleneck outputs are signed, ReLU outputs
+Quantizers are placed as in MetaMix's code: linear bottleneck outputs are signed, ReLU outputs
 unsigned, hswish outputs unsigned after a shift of 3/8; squeeze-and-excite layers are searched too.
 """
 
@@ -20,7 +20,7 @@ DROPOUT = 0.2
 _V2_MOMENTUM, _V2_EPSILON = 0.9, 1e-5
 _V3_MOMENTUM, _V3_EPSILON = 0.99, 1e-3
 
-# expansion factor, channels, blocks, stride of the first
+# expansion factor, channels, blocks, stride of the first block
 V2_STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
@@ -38,8 +38,8 @@ class Bneck(NamedTuple):
     kernel_size: int
     expanded: int  # channels of the depthwise convolution
     features: int
-    squeeze: bool  # with squeeze-and-excite
-    hswish: bool  # else ReLU
+    squeeze: bool  # squeeze-and-excite
+    hswish: bool  # otherwise ReLU
     stride: int
 
 
@@ -65,8 +65,8 @@ V3_LARGE = (
 class InvertedResidual(nn.Module):
     """Expand, depthwise, squeeze-and-excite, project; [n, h, w, c] -> [n, h / s, w / s, features].
 
-    input_shift: shift of the input's quantizer where the block does not expand (it then follows an
-    activation; otherwise its input is a linear bottleneck's output, which is signed).
+    input_shift: shift of the input's quantizer if the block does not expand. Its input is then an
+    activation's output; otherwise it is a linear bottleneck's, which is signed.
     """
 
     expanded: int
@@ -129,7 +129,7 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
-        """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
+        """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
         norm = _batch_norm(_V2_MOMENTUM, _V2_EPSILON)
         stem = QuantConv(
             32, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"
@@ -166,7 +166,7 @@ class MobileNetV3Large(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
-        """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
+        """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
         norm = _batch_norm(_V3_MOMENTUM, _V3_EPSILON)
         stem = QuantConv(
             16, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"
@@ -208,12 +208,12 @@ def _batch_norm(momentum: float, epsilon: float) -> Callable[..., nn.BatchNorm]:
 
 def _divisible_by_8(channels: float) -> int:
     rounded = max(8, int(channels + 4) // 8 * 8)
-    # Never more than 10 % below, as in the papers' code.
+    # At most 10 % below, as in the papers' code.
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 def draw_mobilenet_v2(model: MobileNetV2, drawing: Drawing) -> None:
-    """Adds the nodes of MobileNet-v2."""
+    """Adds the nodes of a MobileNet-v2."""
     x = drawing.layer(IMAGE, "stem", "stem_bn", "relu6")
     for block in range(1, 1 + sum(repeats for _, _, repeats, _ in V2_STAGES)):
         x = _draw_block(drawing, x, f"block{block}", "relu6")
@@ -222,7 +222,7 @@ def draw_mobilenet_v2(model: MobileNetV2, drawing: Drawing) -> None:
 
 
 def draw_mobilenet_v3_large(model: MobileNetV3Large, drawing: Drawing) -> None:
-    """Adds the nodes of MobileNet-v3-large."""
+    """Adds the nodes of a MobileNet-v3-large."""
     x = drawing.layer(IMAGE, "stem", "stem_bn", "hswish")
     for i, row in enumerate(V3_LARGE):
         x = _draw_block(drawing, x, f"bneck{i + 1}", "hswish" if row.hswish else "relu")
@@ -250,7 +250,7 @@ def _conv_and_norm(ours: str, theirs: str) -> Rules:
 
 V2_TORCH_NAMES = TorchNames(
     modules=(
-        # The first block has no expansion, so its layers move up.
+        # The first block has no expansion, so its layers have lower indices.
         *_conv_and_norm(r"block1\.depthwise", "features.1.conv.0"),
         (r"^block1\.project$", "features.1.conv.1"),
         (r"^block1\.project_bn$", "features.1.conv.2"),
@@ -264,7 +264,7 @@ V2_TORCH_NAMES = TorchNames(
         *_conv_and_norm("stem", "features.0"),
     )
 )
-# The same, and the projection follows squeeze-and-excite where there is.
+# The same; the projection comes after squeeze-and-excite, if there is one.
 _SQUEEZING = "|".join(str(i + 1) for i, row in enumerate(V3_LARGE) if row.squeeze)
 V3_TORCH_NAMES = TorchNames(
     modules=(

@@ -1,6 +1,6 @@
 """ResNets with post-activation blocks (He et al., 2016): the CIFAR family, ResNet-18, 50 and 101.
 
-Module names follow PyTorch's, so that weight files map by name (TORCH_NAMES).
+Module names follow PyTorch's, so that weight files can be mapped by name (TORCH_NAMES).
 """
 
 from typing import ClassVar
@@ -27,8 +27,8 @@ def _batch_norm(name: str, train: bool) -> nn.BatchNorm:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, [n, h, w, c] -> [n, h / stride, w / stride, features].
 
-    shortcut, where shapes differ: "conv" is a quantized, searched 1x1 convolution; "identity"
-    subsamples and pads channels with zeros (option A of the paper).
+    shortcut, used if shapes differ: "conv" is a quantized, searched 1x1 convolution; "identity"
+    subsamples and zero-pads channels (the paper's option A).
     """
 
     features: int
@@ -67,18 +67,18 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet for small images: a 3x3 stem and 3 stages of (depth - 2) / 6 blocks."""
+    """A ResNet for small images: a 3x3 stem and 3 stages of (depth - 2) / 6 blocks."""
 
     bn_momentum: ClassVar[float] = BN_MOMENTUM
     num_classes: int
     settings: QuantSettings
     depth: int = 20
-    width: int = 16  # channels of the first stage; doubled twice
+    width: int = 16  # channels of the first stage, doubled by each later one
     shortcut: str = "identity"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
-        """Returns class scores [n, num_classes] of normalised images [n, h, w, c]."""
+        """Returns class scores [n, num_classes] of normalized images [n, h, w, c]."""
         ends = self.settings.ends()
         x = QuantConv(self.width, self.settings.stem(), signed=True, name="conv1")(x, precision)
         x = nn.relu(_batch_norm("bn1", train)(x))
@@ -131,7 +131,7 @@ class BottleneckBlock(nn.Module):
 
 
 class ImageNetResNet(nn.Module):
-    """A 7x7 stem with max-pooling and four stages; shortcut convolutions are searched too."""
+    """A ResNet for ImageNet: 7x7 stem, max pooling, four stages; shortcuts are searched too."""
 
     bn_momentum: ClassVar[float] = BN_MOMENTUM
     stage_sizes: ClassVar[tuple[int, ...]]
@@ -142,7 +142,7 @@ class ImageNetResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
-        """Returns class scores [n, num_classes] of normalised images [n, h, w, 3]."""
+        """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
         stem = QuantConv(
             64,
             self.settings.stem(),
@@ -203,7 +203,7 @@ def draw_cifar_resnet(model: CifarResNet, drawing: Drawing) -> None:
 
 
 def draw_imagenet_resnet(model: ImageNetResNet, drawing: Drawing) -> None:
-    """Adds the nodes of a ResNet for ImageNet."""
+    """Adds the nodes of an ImageNet ResNet."""
     x = drawing.layer(IMAGE, "conv1", "bn1", "relu")
     x = drawing.node("max_pool", x, size=3, stride=2, padding=model.padding)
     for stage, blocks in enumerate(model.stage_sizes):
@@ -230,12 +230,12 @@ def _draw_block(drawing: Drawing, x: str, name: str, convolutions: int) -> str:
 
 
 def check_cifar_resnet(fields: Fields, source: str) -> None:
-    """Raises UserError for a depth, width or shortcut that there is none of."""
+    """Raises UserError for an unsupported depth, width or shortcut."""
     depth = fields.get("depth", 20)
     if not 8 <= depth <= 1202 or (depth - 2) % 6:
         raise UserError(f"{source}.depth={depth}: expected 6 n + 2, such as 8, 20, 32, 56")
     if not 1 <= fields.get("width", 16) <= 4096:
-        raise UserError(f"{source}.width={fields['width']}: expected at least 1, at most 4096")
+        raise UserError(f"{source}.width={fields['width']}: expected 1 to 4096")
     if fields.get("shortcut", "identity") not in ("identity", "conv"):
         raise UserError(f"{source}.shortcut={fields['shortcut']!r}: expected identity or conv")
 
@@ -246,7 +246,7 @@ TORCH_NAMES = TorchNames(
         (r"\bdownsample_conv\b", "downsample.0"),
         (r"\bdownsample_bn\b", "downsample.1"),
     ),
-    aliases=((r"^linear\.", "fc."),),  # the CIFAR networks' classifier
+    aliases=((r"^linear\.", "fc."),),  # the classifier of CIFAR networks
 )
 _RESNET = {"torch_names": TORCH_NAMES, "shortcut": "downsample_conv"}
 _IMAGENET = {"draw": draw_imagenet_resnet, **_RESNET}

@@ -1,4 +1,4 @@
-"""Searchers by name; a file of this folder that defines `SEARCHER` is one."""
+"""Searchers by name; every file of this folder defines one, as `SEARCHER`."""
 
 import importlib
 import pkgutil
@@ -18,10 +18,10 @@ SEARCHERS = _find()
 
 
 def table() -> str:
-    """Returns the table of all searchers as the documentation has it, in Markdown."""
+    """Returns the Markdown table of all searchers, as in docs/USAGE.md."""
     rows = [
         f"| `{searcher.name}` | {searcher.summary} | {'yes' if searcher.trains else 'no'} |"
         for searcher in SEARCHERS.values()
     ]
-    head = ["| name | how it chooses | trains while it searches |", "|---|---|---|"]
+    head = ["| name | how it chooses | trains while searching |", "|---|---|---|"]
     return "\n".join([*head, *rows])

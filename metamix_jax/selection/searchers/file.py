@@ -1,4 +1,4 @@
-"""The policy of another run, another resolution or a hand-written one; costs are this network's."""
+"""A policy from a file: of another run, of another resolution, or written by hand."""
 
 from pathlib import Path
 
@@ -16,26 +16,26 @@ from metamix_jax.selection.searcher import Searcher
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
-    """Returns the bits in config.search.policy; see `read_bits`."""
+    """Returns the bits from config.search.policy; see `read_bits`."""
     return read_bits(context.config.search.policy, context.costs, context.budget)
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError unless a file is named."""
+    """Raises UserError unless config.search.policy is set."""
     path = config.search.policy
     require(bool(path), "search.policy", path, "a policy.json with searcher file")
 
 
 def check_network(config: ConfigDict, costs: LayerCosts, budget: Budget) -> None:
-    """Raises UserError where the policy cannot be used; see `read_bits`."""
+    """Raises UserError if the policy cannot be used; see `read_bits`."""
     read_bits(config.search.policy, costs, budget)
 
 
 def read_bits(path: str, costs: LayerCosts, budget: Budget) -> dict[str, Bits]:
-    """Reads a policy and checks that it fits the network and its budget.
+    """Reads a policy and checks it against the network and the budget.
 
     Raises:
-      UserError: unreadable, of other layers or widths, or above the budget.
+      UserError: unreadable, for other layers or widths, or above the budget.
     """
     bits = read_policy(Path(path), costs).bits
     if not budget.admits(bits):
@@ -48,8 +48,8 @@ def read_bits(path: str, costs: LayerCosts, budget: Budget) -> dict[str, Bits]:
 
 SEARCHER = Searcher(
     name="file",
-    summary="`config.search.policy`, a policy.json of the same architecture: another budget's, "
-    "another resolution's, or yours",
+    summary="reads `config.search.policy`, a policy.json for the same architecture: of another "
+    "budget, another resolution, or your own",
     phases=FINE_TUNING,
     choose=choose,
     fields=(

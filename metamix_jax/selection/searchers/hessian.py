@@ -1,15 +1,15 @@
-"""Hessian-aware bits: quantize where the loss curves least (HAWQ-V2, Dong et al., NeurIPS 2020).
+"""Hessian-aware bits: fewer bits where the loss curves less (HAWQ-V2, Dong et al., NeurIPS 2020).
 
-HAWQ-V2 looks at weights; here the same is done for a layer's input, and for its kernel where weight
-bits are searched. A quantizer that adds an error e to a tensor of n elements raises the loss by
-e^T H e / 2, which for an error of no preferred direction is Tr(H) |e|^2 / (2 n). Per branch, the
-sensitivity is
+HAWQ-V2 considers weights; here the same is done for a layer's input, and for its kernel where
+weight bits are searched. A quantizer that adds an error e to a tensor of n elements raises the loss
+by e^T H e / 2, which for an error without preferred direction is Tr(H) |e|^2 / (2 n). The
+sensitivity of a branch is
 
     Omega = Tr(H_input) * mean e_input^2 + Tr(H_kernel) * mean e_kernel^2,
 
-twice that rise: HAWQ-V2's Tr(H) / n * |e|^2, n and |e|^2 over the same elements. H is that of the
-mean cross-entropy over a batch, with respect to the whole batch's inputs: its trace is the mean
-over images of the trace per image, whatever the batch's size.
+twice that increase: HAWQ-V2's Tr(H) / n * |e|^2, with n and |e|^2 over the same elements. H is the
+Hessian of the batch's mean cross-entropy with respect to the inputs of the whole batch; its trace
+is the mean of the traces per image, whatever the batch size.
 """
 
 import logging
@@ -29,16 +29,16 @@ from metamix_jax.selection.cost import LayerCosts
 from metamix_jax.selection.phases import FINE_TUNING
 from metamix_jax.selection.searcher import Searcher
 
-IMAGES = 512  # at least so many, in whole batches
+IMAGES = 512  # at least, in whole batches
 PROBES = 50  # at most
 FEWEST_PROBES = 5
-PRECISION = 0.05  # standard error of every trace, relative to it, that ends the probing
-LEAST = 1e-6  # of the greatest trace: what a trace counts as at least
-KEY = 3  # folded into config.seed's; 0 to 2 initialise the network and drive dropout
+PRECISION = 0.05  # relative standard error of every trace at which probing ends
+LEAST = 1e-6  # lower bound of a trace, relative to the greatest
+KEY = 3  # folded into the seed's key; 0 to 2 are for initialization and dropout
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
-    """Returns the policy of the least total Omega inside the budget."""
+    """Returns the policy with the smallest total Omega within the budget."""
     config = context.config
     variables = {name: context.variables[name] for name in ("params", "batch_stats")}
     batches = list(context.batches(-(-IMAGES // config.batch_size)))
@@ -59,10 +59,10 @@ def sensitivities(
 
     Args:
       costs: the network's layers.
-      traces: LAYER/act and LAYER/weight, where their widths are searched -> trace of the Hessian.
-      errors: the same -> mean squared error of each width.
+      traces: LAYER/act and LAYER/weight, if their widths are searched -> trace of the Hessian.
+      errors: the same keys -> mean squared error of each width.
 
-    What is not searched adds the same to every branch, and is left out.
+    Widths that are not searched would add a constant, and are left out.
     """
     omegas = {}
     for path, cost in costs.items():
@@ -72,8 +72,8 @@ def sensitivities(
         for kind, shape in (("act", (-1, 1)), ("weight", (1, -1))):
             name = f"{path}/{kind}"
             if name in traces:
-                # Below 0 (a noisy estimate, or curved down) greater errors would seem better; as
-                # it is, the layer has the bits that the others leave.
+                # With a negative trace (noise, or negative curvature) greater errors would seem
+                # better; with the lower bound, the layer gets the bits that the others leave.
                 least = LEAST * max(traces.values())
                 omega += max(traces[name], least) * errors[name].reshape(shape)
         omegas[path] = omega.ravel()
@@ -85,18 +85,18 @@ def mean_errors(
 ) -> dict[str, np.ndarray]:
     """Returns LAYER/act and LAYER/weight -> mean squared error of each width.
 
-    Step sizes are initialised on each batch by quant.init_rule, on what the full-precision network
-    passes; those in its state are not calibrated yet.
+    Step sizes are initialized on each batch by quant.init_rule, from full-precision activations;
+    those in the state are not calibrated yet.
     """
 
     @jax.jit
     def measure(variables: Any, images: jax.Array) -> Any:
         return model.apply(variables, images, mutable=["errors"])[1]["errors"]
 
-    found = [
+    errors = [
         flatten_dict(jax.device_get(measure(variables, images)), sep="/") for images in batches
     ]
-    return {name: np.mean([row[name] for row in found], axis=0) for name in found[0]}
+    return {name: np.mean([row[name] for row in errors], axis=0) for name in errors[0]}
 
 
 def mean_traces(
@@ -106,7 +106,7 @@ def mean_traces(
     kind: str,
     key: jax.Array,
 ) -> dict[str, float]:
-    """Returns LAYER/kind -> trace of the loss's Hessian there, Hutchinson's way.
+    """Returns LAYER/kind -> trace of the loss's Hessian, by Hutchinson's estimator.
 
     Args:
       model: run at full precision in evaluation mode.
@@ -118,12 +118,12 @@ def mean_traces(
     probe, rows = jax.jit(make_probe(model, kind)), []
     for number in range(PROBES):
         keys = jax.random.split(jax.random.fold_in(key, number), len(batches))
-        found = [
+        samples = [
             jax.device_get(probe(variables, *batch, batch_key))
             for batch, batch_key in zip(batches, keys, strict=True)
         ]
-        names = list(found[0])
-        rows.append(np.mean([[sample[name] for name in names] for sample in found], axis=0))
+        names = list(samples[0])
+        rows.append(np.mean([[sample[name] for name in names] for sample in samples], axis=0))
         traces = np.mean(rows, axis=0)
         errors = np.full_like(traces, np.inf)
         if len(rows) >= FEWEST_PROBES:
@@ -131,7 +131,7 @@ def mean_traces(
         if np.all(errors <= PRECISION * np.abs(traces)):
             break
     logging.info(
-        "traces of the Hessian, +- standard error of %d probes on %d images each: %s",
+        "traces of the Hessian, +- standard error over %d probes on %d images each: %s",
         len(rows), sum(len(labels) for _, labels in batches),
         ", ".join(
             f"{name} {trace:.3g} +- {error:.1g}"
@@ -144,11 +144,11 @@ def mean_traces(
 def make_probe(model: nn.Module, kind: str) -> Callable[..., dict[str, jax.Array]]:
     """Returns `probe(variables, images, labels, key) -> {LAYER/kind: v_l^T (H v)_l}`.
 
-    v holds random signs, and H is that of the batch's mean cross-entropy for the inputs (kind
-    "act") or the kernels ("weight") of all layers together. Its blocks between layers drop out of
-    the mean over v, whose parts are independent: E[v_l^T (H v)_l] = Tr(H_ll) for all l from one
-    product. They do add noise; those between inputs and kernels would add most of it, hence one
-    kind at a time.
+    v are random signs, and H is the Hessian of the batch's mean cross-entropy with respect to the
+    inputs (kind "act") or kernels ("weight") of all layers together. The parts of v are
+    independent, so blocks between layers cancel in the mean over v, and one product gives
+    E[v_l^T (H v)_l] = Tr(H_ll) for all l. These blocks add noise; those between inputs and kernels
+    would add most of it, hence one kind at a time.
     """
 
     def probe(
@@ -175,8 +175,8 @@ def make_probe(model: nn.Module, kind: str) -> Callable[..., dict[str, jax.Array
 
 SEARCHER = Searcher(
     name="hessian",
-    summary="trace of the Hessian at each layer's input x squared quantization error, exact "
-    "knapsack",
+    summary="least sum of Hessian trace x squared quantization error at the layers' inputs, by "
+    "exact knapsack (after HAWQ-V2)",
     phases=FINE_TUNING,
     choose=choose,
 )

@@ -1,4 +1,4 @@
-"""Weights, step sizes and logits trained together on one loss, as EdMIPS does; no meta-state."""
+"""Joint search without meta-state: weights, steps and logits trained on one loss, as in EdMIPS."""
 
 from ml_collections import ConfigDict
 
@@ -8,7 +8,7 @@ from metamix_jax.selection.searchers.metamix import check_epochs, choose
 
 
 def joint_search(config: ConfigDict) -> phases.Phase:
-    """One update of everything; as many passes as MetaMix makes."""
+    """One update that trains everything; as many passes as MetaMix."""
     update = phases.search_update(config, "joint_search", fixed_meta_state=False)
     epochs = phases.metamix_passes(config)
     return phases.Phase("joint_search", epochs, (update,), phases.search_evaluation(config))
@@ -16,7 +16,8 @@ def joint_search(config: ConfigDict) -> phases.Phase:
 
 SEARCHER = Searcher(
     name="joint",
-    summary="logits, weights and steps together on one batch, no meta-state (as EdMIPS does)",
+    summary="trains logits, weights and step sizes together on each batch, without a meta-state "
+    "(like EdMIPS)",
     phases=(joint_search, *phases.FINE_TUNING),
     choose=choose,
     check=check_epochs,

@@ -1,4 +1,4 @@
-"""MetaMix: bit-meta training, bit-search on the frozen meta-state, policy by argmax."""
+"""MetaMix: bit-meta training, bit search on the frozen meta-state, policy by argmax."""
 
 import logging
 
@@ -16,12 +16,12 @@ from metamix_jax.selection.searcher import Searcher
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
-    """Returns layer path -> bits: the argmax of the logits, inside the budget.
+    """Returns layer path -> bits: the argmax of the logits, or its projection into the budget.
 
-    The search loss is two-sided (Eq. 4), so the argmax can end above the budget; the most probable
-    policy inside it (multiple-choice knapsack over log-probabilities) then takes its place. So it
-    does where the argmax leaves more of the budget unspent than config.search.least_spent allows,
-    which is ours.
+    The search loss is two-sided (Eq. 4), so the argmax can end above the budget; it is then
+    replaced by the most probable policy within the budget (multiple-choice knapsack over
+    log-probabilities). The same happens if the argmax spends less than config.search.least_spent,
+    our addition.
     """
     logits, costs, budget = context.logits, context.costs, context.budget
     argmax = bits_at(costs, {path: int(np.argmax(row)) for path, row in logits.items()})
@@ -33,7 +33,7 @@ def choose(context: SearchContext) -> dict[str, Bits]:
     if spent > budget.limit and not least:
         choice = knapsack.maximise(log_shares, branch_costs, budget.room)
     else:
-        # Not every sum is the cost of a policy, so no more is asked than the dearest one's.
+        # No policy may cost exactly this much, so at most the greatest feasible cost is required.
         least = min(least, knapsack.dearest(budget)) - budget.cost_model.fixed_cost
         choice = knapsack.spend(log_shares, branch_costs, budget.room, least)
     projected = bits_at(costs, choice)
@@ -53,25 +53,26 @@ def choose(context: SearchContext) -> dict[str, Bits]:
 
 
 def check_epochs(config: ConfigDict) -> None:
-    """Raises UserError unless logits are searched for a while."""
+    """Raises UserError unless the logits are trained at all."""
     epochs = config.bit_search.epochs
     expected = f"more than 0 for searcher {config.search.searcher}"
     require(epochs > 0, "bit_search.epochs", epochs, expected)
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError where there is no search, or further ones would disturb it."""
+    """Raises UserError if there is no search, or if further searches would disturb it."""
     check_epochs(config)
     options, budgets = config.bit_search, tuple(config.search.budgets)
     require(
         not budgets or (options.fixed_meta_state and not options.commit_batch_stats),
-        "search.budgets", budgets, "none, but with searcher metamix and a fixed meta-state",
+        "search.budgets", budgets,
+        "none, unless the meta-state is fixed and keeps its batch norm statistics",
     )  # fmt: skip
 
 
 SEARCHER = Searcher(
     name="metamix",
-    summary="the most probable policy on the frozen meta-state",
+    summary="the paper's method: the most probable policy on the frozen meta-state",
     phases=(phases.bit_meta, phases.bit_search, *phases.FINE_TUNING),
     choose=choose,
     exclusive=("search.budgets",),

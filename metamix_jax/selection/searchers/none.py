@@ -1,4 +1,4 @@
-"""No bits at all: full-precision training, of a teacher or of weights to start from."""
+"""No bits: full-precision training, for a teacher or for weights to start from."""
 
 from ml_collections import ConfigDict
 

@@ -1,13 +1,13 @@
-"""OMPQ: wider bits for layers unlike the others (Ma et al., AAAI 2023).
+"""OMPQ: more bits for layers whose outputs differ from the others' (Ma et al., AAAI 2023).
 
-How alike the outputs of two layers are is their linear CKA over the images of one batch. A layer's
-importance is theta = exp(-beta gamma), gamma its likeness to all others together, and what a bit is
-worth there is the mean theta of that layer and all after it.
+The similarity of two layers is the linear CKA of their outputs over the images of one batch. A
+layer's importance is theta = exp(-beta gamma), with gamma the sum of its similarities to all other
+layers, and the value of a bit in a layer is the mean theta of that layer and all later ones.
 
-The paper chooses weight bits for a model size: that is done where weight bits alone are searched
-and the budget is in mebibytes. Anything else here is an adaptation of ours: the same worth of a bit
-of the activations (or of the weights), under the run's budget, by the exact knapsack. Features are
-ours as well: the outputs of the convolutions, where the paper takes those of its blocks' parts.
+The paper chooses weight bits for a model size; so does this searcher if only weight bits are
+searched and the budget is in mebibytes. Everything else is our adaptation: the same value for a bit
+of the activations (or weights), under the run's budget, by exact knapsack. So are the features: we
+use the outputs of the convolutions, the paper those of parts of its blocks.
 """
 
 import logging
@@ -33,7 +33,7 @@ from metamix_jax.selection.searcher import Searcher
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
-    """Returns the policy that gives the bits to the layers where they are worth most."""
+    """Returns the policy with the greatest total value of its bits."""
     grams = gram_matrices(context)
     if context.budget.cost_model.name == WEIGHTS:
         return _choose_for_size(context, grams)
@@ -46,12 +46,12 @@ def choose(context: SearchContext) -> dict[str, Bits]:
 
 
 def _choose_for_size(context: SearchContext, grams: Mapping[str, np.ndarray]) -> dict[str, Bits]:
-    """The paper's own setting: a linear program over weight bits, then rounding."""
+    """The paper's setting: a linear program over weight bits, then rounding."""
     costs, budget, room = context.costs, context.budget, context.budget.room
     architecture = registry.architecture_of(context.model)
     units = merge_shortcuts(grams, architecture.shortcut)
     worths = _worths(context, {path: grams[path] for path in units})
-    widths = costs[next(iter(units))].weight_bits  # everywhere the same
+    widths = costs[next(iter(units))].weight_bits  # the same in all layers
     branch_costs = budget.cost_model.branch_costs
     sizes = np.array([sum(branch_costs[path][0] for path in unit) for unit in units.values()])
     sizes /= widths[0]
@@ -61,7 +61,7 @@ def _choose_for_size(context: SearchContext, grams: Mapping[str, np.ndarray]) ->
     else:
         rounded = round_nearest(continuous, widths)
     if not within(sizes @ rounded, room):
-        logging.info("rounded to the nearest widths, the policy is above the budget; projected")
+        logging.info("policy above the budget after rounding to the nearest widths; projected")
         rounded = _projected(worths, widths, sizes, room)
     fixed = {path: cost.candidates[0] for path, cost in costs.items()}
     bits = fixed | {
@@ -70,21 +70,21 @@ def _choose_for_size(context: SearchContext, grams: Mapping[str, np.ndarray]) ->
         for path in unit
     }
     logging.info(
-        "%.4f MiB of weights; %.4f MiB as the published code counts, with batch norm",
+        "%.4f MiB of weights; %.4f MiB as counted by the published code, with batch norm",
         budget.cost(bits), published_size(context.variables["params"], bits),
     )  # fmt: skip
     return bits
 
 
 def _worths(context: SearchContext, grams: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns what a bit is worth in each layer."""
+    """Returns the value of a bit in each layer."""
     return suffix_means(importances(linear_cka(grams), context.config.ompq.beta))
 
 
 def gram_matrices(context: SearchContext) -> dict[str, np.ndarray]:
-    """Returns searched layer -> centred inner products [n, n] of its outputs on the first batch.
+    """Returns searched layer -> centered Gram matrix [n, n] of its outputs on the first batch.
 
-    The network runs at full precision and, as in the published code, in training mode.
+    The network runs at full precision and in training mode, as in the published code.
     """
     searched = [path for path, cost in context.costs.items() if cost.searched]
 
@@ -113,19 +113,19 @@ def _gram(features: jax.Array) -> jax.Array:
 
 
 def linear_cka(grams: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns the similarities [layers, layers], 0 to 1, of centred Gram matrices [n, n].
+    """Returns the similarities [layers, layers], 0 to 1, of centered Gram matrices [n, n].
 
-    <K_i, K_j> / (|K_i| |K_j|) in the Frobenius sense (Kornblith et al., ICML 2019): the paper's
-    orthogonality metric.
+    <K_i, K_j> / (|K_i| |K_j|) with Frobenius products and norms (Kornblith et al., ICML 2019): the
+    paper's orthogonality metric.
     """
     rows = np.stack([np.asarray(gram, float).ravel() for gram in grams.values()])
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    rows /= np.where(norms > 0, norms, 1)  # outputs that do not vary resemble nothing
+    rows /= np.where(norms > 0, norms, 1)  # constant outputs resemble nothing
     return rows @ rows.T
 
 
 def importances(similarity: np.ndarray, beta: float) -> np.ndarray:
-    """Returns theta of each layer divided by the greatest, which keeps it from underflowing."""
+    """Returns the theta of each layer, divided by the greatest to prevent underflow."""
     gamma = similarity.sum(axis=1) - np.diag(similarity)
     return np.exp(-beta * (gamma - gamma.min()))
 
@@ -136,7 +136,7 @@ def suffix_means(theta: np.ndarray) -> np.ndarray:
 
 
 def merge_shortcuts(paths: Iterable[str], shortcut: str | None) -> dict[str, list[str]]:
-    """Returns what shares a width: shortcut convolutions go with the layer before them."""
+    """Returns groups of layers that share a width: shortcut convolutions join the layer before."""
     units = {}
     for path in paths:
         if path.rsplit("/", 1)[-1] == shortcut:
@@ -149,10 +149,10 @@ def merge_shortcuts(paths: Iterable[str], shortcut: str | None) -> dict[str, lis
 def continuous_bits(
     worths: np.ndarray, sizes: np.ndarray, bounds: tuple[int, int], room: float
 ) -> np.ndarray:
-    """Returns the bits, within the bounds, of greatest sum(worths * bits) at sizes @ bits <= room.
+    """Returns the bits within `bounds` with greatest worths @ bits and sizes @ bits <= room.
 
-    The optimum of this linear program is to raise the layers in the order of worth per size; the
-    last of them stays in between. Unlike a solver's, it is exact for worths of any scale.
+    The optimum of this linear program raises layers in order of worth per size, the last one only
+    in part. Unlike a solver's result, it is exact for worths of any scale.
     """
     low, high = bounds
     bits = np.full(len(worths), float(low))
@@ -167,9 +167,9 @@ def continuous_bits(
 
 
 def round_below(bits: np.ndarray, widths: Sequence[int], sizes: np.ndarray) -> np.ndarray:
-    """Returns the next widths below or above whose size is closest to that of `bits`, not above.
+    """Returns the adjacent widths whose total size is closest to that of `bits`, but not above.
 
-    The published code finds them depth first, from the last layer. It is a knapsack.
+    The published code finds them depth first, from the last layer; this is a knapsack.
     """
     table = {}
     for k, (value, size) in enumerate(zip(bits, sizes, strict=True)):
@@ -181,7 +181,7 @@ def round_below(bits: np.ndarray, widths: Sequence[int], sizes: np.ndarray) -> n
 
 
 def round_nearest(bits: np.ndarray, widths: Sequence[int]) -> np.ndarray:
-    """Returns the nearest widths, the narrower in a tie."""
+    """Returns the nearest widths, the narrower one in a tie."""
     table = np.sort(widths)
     return table[np.abs(bits[:, None] - table).argmin(axis=1)]
 
@@ -189,7 +189,7 @@ def round_nearest(bits: np.ndarray, widths: Sequence[int]) -> np.ndarray:
 def _projected(
     worths: np.ndarray, widths: Sequence[int], sizes: np.ndarray, room: float
 ) -> np.ndarray:
-    """Returns the widths of greatest worth inside the budget."""
+    """Returns the widths of greatest worth within the budget."""
     table = np.array(widths)
     values = {k: worth * table for k, worth in enumerate(worths)}
     choice = knapsack.maximise(values, {k: size * table for k, size in enumerate(sizes)}, room)
@@ -197,9 +197,9 @@ def _projected(
 
 
 def published_size(params: Mapping[str, Any], bits: Mapping[str, Bits]) -> float:
-    """Returns the MiB of a network as the published code counts them.
+    """Returns the MiB of a network as counted by the published code.
 
-    A layer's bias, or batch norm's scale and bias where it has none, are as wide as its weights.
+    A layer's bias, or else batch norm's scale and bias, are counted at the width of its weights.
     """
     flat, total = flatten_dict(params, sep="/"), 0
     for path, layer in bits.items():
@@ -210,18 +210,19 @@ def published_size(params: Mapping[str, Any], bits: Mapping[str, Bits]) -> float
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError where activation and weight bits are searched together."""
+    """Raises UserError if activation and weight bits are searched together."""
     act_bits, weight_bits = tuple(config.quant.act_bits), tuple(config.quant.weight_bits)
     require(
         min(len(act_bits), len(weight_bits)) == 1,
-        "quant.weight_bits", weight_bits, "one, or one of quant.act_bits, for searcher ompq",
+        "quant.weight_bits", weight_bits,
+        "one width, or one in quant.act_bits, for searcher ompq",
     )  # fmt: skip
 
 
 SEARCHER = Searcher(
     name="ompq",
-    summary="layers whose outputs resemble the others' least get the bits (Ma et al., AAAI 2023): "
-    "the paper's linear program over weight bits for a size in `mebibytes`; for BOPs, our "
+    summary="more bits for the layers whose outputs resemble the others' least (Ma et al., AAAI "
+    "2023): the paper's linear program over weight bits for a size in `mebibytes`; for BOPs, our "
     "adaptation by exact knapsack",
     phases=FINE_TUNING,
     choose=choose,
@@ -229,8 +230,8 @@ SEARCHER = Searcher(
         Field(
             "ompq.beta",
             10.0,
-            "How strongly a layer's likeness to the others counts. Published for ResNet-18: 10, "
-            "after training 100; for ResNet-50: 3.3.",
+            "How strongly a layer's similarity to the others counts. Published values: 10 for "
+            "ResNet-18 (after training 100), 3.3 for ResNet-50.",
             at_least(0),
         ),
     ),

@@ -1,4 +1,4 @@
-"""A random policy that spends the budget: what a search has to beat."""
+"""A random policy that spends the budget: the baseline that a search has to beat."""
 
 import math
 
@@ -13,30 +13,31 @@ from metamix_jax.selection.cost import bits_at
 from metamix_jax.selection.phases import FINE_TUNING
 from metamix_jax.selection.searcher import Searcher
 
-WITHIN = 0.01  # of the dearest policy's cost, below it
+WITHIN = 0.01  # allowed cost below the most expensive policy's, relative to it
 DRAWS, ROUNDS = 10_000, 100
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
-    """Returns a policy drawn evenly from those that spend the budget, to within 1 %.
+    """Returns a policy drawn uniformly from those that spend the budget to within 1 %.
 
-    Layers of equal size make costs of few different sums, none of which may lie that close to the
-    budget; the 1 % is therefore of the dearest policy inside it. Draws depend on config.seed alone.
+    With layers of equal size, only a few total costs are possible, perhaps none that close to the
+    budget, so the 1 % is relative to the most expensive policy within it. Draws depend on
+    config.seed alone.
 
     Raises:
-      UserError: none was found.
+      UserError: no such policy was found.
     """
     rng = np.random.default_rng(context.config.seed)
     return bits_at(context.costs, draw(context.budget, rng))
 
 
 def draw(budget: Budget, rng: np.random.Generator) -> dict[str, int]:
-    """Returns searched layer -> branch, such that the cost is just inside the budget.
+    """Returns searched layer -> branch, such that the cost is just within the budget.
 
-    Layers are drawn independently with probabilities proportional to exp(-tilt * cost), the tilt
-    such that the mean cost is the budget, until a policy falls inside. A policy's probability then
-    depends on its cost alone, so that among those of about one cost none is preferred, and a
-    policy near a tight budget is found too.
+    Layers are drawn independently with probabilities proportional to exp(-tilt * cost), where the
+    tilt makes the mean cost equal to the budget, until a policy costs the right amount. A policy's
+    probability then depends on its cost alone, so policies of about the same cost are equally
+    likely, and policies near a tight budget are found too.
     """
     model = budget.cost_model
     tables = [np.asarray(table) for table in model.branch_costs.values()]
@@ -51,7 +52,7 @@ def draw(budget: Budget, rng: np.random.Generator) -> dict[str, int]:
             return dict(zip(model.branch_costs, first, strict=True))
     raise UserError(
         f"config.search.searcher='random': none of {DRAWS * ROUNDS:,} random policies costs "
-        f"{low:.6g} to {budget}; take another config.budget.value"
+        f"{low:.6g} to {budget}; try another config.budget.value"
     )
 
 
@@ -76,7 +77,7 @@ def _tilt(tables: list[np.ndarray], target: float) -> float:
 
 SEARCHER = Searcher(
     name="random",
-    summary="uniformly drawn, within 1 % below the budget",
+    summary="drawn uniformly from the policies within 1 % below the budget",
     phases=FINE_TUNING,
     choose=choose,
 )

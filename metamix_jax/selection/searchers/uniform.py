@@ -1,4 +1,4 @@
-"""No search: the same bit-width everywhere. The control for every searcher."""
+"""No search: the same bit-width everywhere, the control for every searcher."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from metamix_jax.selection.searcher import Searcher
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
-    """Returns config.search.uniform_bits wherever bits are searched, fixed ones as they are."""
+    """Returns config.search.uniform_bits wherever bits are searched; fixed bits stay."""
     return uniform_bits(context.costs, context.config.search.uniform_bits)
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError unless the width is a candidate wherever there are several."""
+    """Raises UserError unless the width is among the candidates, if there are several."""
     width = config.search.uniform_bits
     for name in ("act_bits", "weight_bits"):
         bits = tuple(config.quant[name])
@@ -31,28 +31,31 @@ def check(config: ConfigDict) -> None:
 
 
 def check_network(config: ConfigDict, costs: LayerCosts, budget: Budget) -> None:
-    """Raises UserError where the network at that width is above the budget."""
+    """Raises UserError if the network at that width is above the budget."""
     width = config.search.uniform_bits
     bits = uniform_bits(costs, width)
     if not budget.admits(bits):
         raise UserError(
             f"config.search.uniform_bits={width}: {budget.cost(bits):.6g} {budget.cost_model.unit}"
-            f", above the budget of {budget.limit:.6g}; raise config.budget.value or take fewer "
+            f", above the budget of {budget.limit:.6g}; raise config.budget.value or use fewer "
             "bits"
         )
 
 
 def fit(config: ConfigDict, costs: LayerCosts, budget: Budget) -> dict[str, Any]:
-    """Returns the widest activation candidate whose uniform network is inside the budget."""
+    """Returns the widest activation candidate whose uniform network is within the budget."""
     for width in sorted(config.quant.act_bits, reverse=True):
         if budget.admits(uniform_bits(costs, width)):
             return {"search.uniform_bits": width}
-    raise UserError(f"config.compare.budgets: no uniform network fits {budget}")
+    raise UserError(
+        f"config.compare.budgets: no uniform network is within {budget}; raise the budget or add "
+        "narrower bit-widths to config.quant.act_bits"
+    )
 
 
 SEARCHER = Searcher(
     name="uniform",
-    summary="`config.search.uniform_bits` everywhere",
+    summary="the same width everywhere, `config.search.uniform_bits`",
     phases=FINE_TUNING,
     choose=choose,
     fields=(Field("search.uniform_bits", 4, "The width of searcher `uniform`."),),

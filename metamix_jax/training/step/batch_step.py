@@ -1,4 +1,4 @@
-"""The training step: what one batch does in one phase."""
+"""The training step: all updates of a phase on one batch."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ Part = tuple[jax.Array, jax.Array, jax.Array | None]  # images, labels, soft tar
 
 
 def training_images(batch: Batch, config: ConfigDict) -> jax.Array:
-    """Returns the batch's images [b, h, w, c] as the network sees them in training."""
+    """Returns the batch's images [b, h, w, c], augmented and normalized for training."""
     options = config.data
     images = batching.augment(
         batch["image"], batch["index"], batch["epoch"], seed=config.seed, kind=options.augment
@@ -29,7 +29,7 @@ def training_images(batch: Batch, config: ConfigDict) -> jax.Array:
 
 
 def micro_batch(rows: jax.Array, number: jax.Array, parts: int) -> jax.Array:
-    """Returns every `parts`-th of `rows`, from `number` on: the same share of each device's."""
+    """Returns every `parts`-th of `rows` from `number`: an equal share of each device's rows."""
     return rows.reshape(-1, parts, *rows.shape[1:])[:, number]
 
 
@@ -43,20 +43,20 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `step(state, batch, branches, teacher_variables) -> (state, metrics)`.
 
-    It calls compiled parts and consumes the state it is given. All branches go through the same
-    compiled pass, one after the other, so that neither compile time nor memory grow with their
-    number. With config.accumulation_steps > 1 so do the micro-batches that the batch is split into
-    (not by `lax.scan`, in which XLA's convolutions on CPUs are many times slower). Gradients are
-    averaged over them; batch norm normalises by the statistics of a micro-batch, and each moves
-    the running ones, one after the other.
+    The step calls several compiled functions and consumes (donates) the given state. All branches
+    run through the same compiled pass, one after the other, so neither compile time nor memory
+    grows with their number. With config.accumulation_steps > 1, so do the micro-batches of a batch
+    (without `lax.scan`, in which XLA's CPU convolutions are many times slower). Gradients are
+    averaged over micro-batches; batch norm normalizes each micro-batch by its own statistics, and
+    each updates the running statistics in turn.
 
     Args:
       model: the network.
       span: the phase and its length.
       config: the run's configuration.
       budget: for updates with a budget term.
-      teacher: network that gives the soft targets, or None.
-      further_budgets: of searches beside the first, by the keys that `enter_phase` gave them.
+      teacher: network that provides the soft targets, or None.
+      further_budgets: of additional searches, by the keys used in `enter_phase`.
     """
     updates = [
         (update, make_update(model, update, span.steps, config, budget))
@@ -84,7 +84,7 @@ def make_train_step(
         metrics = {}
         for update, apply_update in updates:
             state, numbers = apply_update(state, inputs, branches)
-            # Of the alternation, the search's numbers are the phase's own.
+            # When updates alternate, the last one's metrics are the phase's own, without a prefix.
             prefix = "" if update is span.phase.updates[-1] else f"{update.name}_"
             metrics |= {prefix + name: value for name, value in numbers.items()}
             for key, other in (further_budgets or {}).items() if update.budget_term else ():
@@ -101,9 +101,9 @@ def make_train_step(
 def _skipping(
     train_step: Callable[..., tuple[TrainState, Metrics]],
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Returns a step that changes nothing but the step's number where one is not finite.
+    """Returns a step that only advances the step number if any value is non-finite.
 
-    It counts such steps in the state, and in the metric of the same name.
+    Skipped steps are counted in the state and in the metric `skipped_steps`.
     """
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -118,7 +118,7 @@ def _skipping(
         return kept, metrics | {"skipped_steps": skipped}
 
     def step(state: TrainState, *inputs: Any) -> tuple[TrainState, Metrics]:
-        before = jax.tree.map(jnp.copy, state)  # the step consumes its own
+        before = jax.tree.map(jnp.copy, state)  # the step consumes its state
         return choose(before, *train_step(state, *inputs))
 
     return step

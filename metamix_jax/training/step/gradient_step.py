@@ -1,7 +1,8 @@
-"""One gradient step on a batch, as an `Update` of the phase table describes it.
+"""One gradient step on a batch, as described by an `Update` of the phase table.
 
-The step is a sequence of small compiled programs, so that all passes share one of them: a gradient
-is accumulated over passes and micro-batches (`accumulate`), and then applied (`apply_gradient`).
+The step is a sequence of small compiled functions, so that all passes share one of them: the
+gradient is accumulated over passes and micro-batches (`accumulate`), then applied
+(`apply_gradient`).
 """
 
 import functools
@@ -23,7 +24,7 @@ from metamix_jax.selection.phases import Update
 from metamix_jax.training.step.optimizer import label, make_optimizer
 from metamix_jax.training.step.state import Metrics, TrainState, branch_logits, split_by_label
 
-Gradient = dict[str, jax.Array]  # by path, as split_by_label has it
+Gradient = dict[str, jax.Array]  # by path, as returned by split_by_label
 
 
 def make_update(
@@ -35,10 +36,10 @@ def make_update(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `apply(state, parts, branches, limit) -> (state, metrics)`.
 
-    As `make_train_step`, it calls compiled parts and consumes the state. `parts` are the batch's
-    micro-batches, each (images, labels, soft targets or None): the gradient is the mean of theirs,
-    and each moves the running statistics on from where the one before left them. `limit` is by
-    default the budget's.
+    Like `make_train_step`'s, it calls several compiled functions and consumes the state. `parts`
+    are the batch's micro-batches, each (images, labels, soft targets or None): the gradient is the
+    mean of theirs, and each updates the running statistics in turn. `limit` defaults to the
+    budget's.
     """
     optimizer = make_optimizer(update, steps, config)
     candidates = bit_candidates(config.quant.act_bits, config.quant.weight_bits)
@@ -93,7 +94,7 @@ def make_update(
             )
             rows += found
         if update.sharpness_aware:
-            # The second pass moves no running statistics, and its loss is not the step's.
+            # The second pass leaves the running statistics alone, and its loss is not reported.
             copy, perturbed = jax.tree.map(jnp.copy, gradient), ascend(state, gradient)
             gradient, _, above = add_pass(
                 copy, perturbed, state.batch_stats, parts, limit, precision, 0
@@ -115,20 +116,20 @@ def passes(
     """Returns how the network runs in each forward and backward pass of an update.
 
     Args:
-      update: a row's update.
-      candidates: what the branches stand for.
-      branches: the policy's, where there is one.
+      update: an update of a phase.
+      candidates: the bit-widths of the branches.
+      branches: the policy's branches, if there is one.
       searched: paths of the searched layers.
 
-    Bit-meta goes from the narrowest candidate to the widest, so that the running statistics see
-    the widths in the order of the published code.
+    Bit-meta runs from the narrowest candidate to the widest, so that the running statistics are
+    updated in the order of the published code.
     """
     if update.every_branch:
         narrow_first = sorted(
             range(len(candidates)), key=lambda k: (math.prod(candidates[k]), candidates[k])
         )
         return tuple(
-            # As a chosen branch, and not as a fixed one, so that one compiled pass serves all.
+            # A chosen branch rather than a fixed one, so that all share one compiled pass.
             update.precision.replace(
                 activations="chosen", branches={path: np.int32(k) for path in searched}
             )
@@ -149,22 +150,22 @@ def objective(
     config: ConfigDict,
     budget: Budget | None,
 ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-    """Returns the loss of one pass (Eq. 3 where there is a budget term), statistics and metrics.
+    """Returns the loss of one pass (Eq. 3 if there is a budget term), statistics and metrics.
 
     Args:
-      trained: leaves by path that the gradient is for.
+      trained: leaves to differentiate with respect to, by path.
       frozen: the other leaves.
       batch_stats: running statistics before the pass.
-      inputs: images, labels, soft targets or None, limit of the budget, key for dropout.
+      inputs: images, labels, soft targets or None, budget limit, dropout key.
       precision: how the layers run.
       model: the network.
-      update: what is done with the gradient.
-      config: loss, and the form and weight of the budget term.
-      budget: what the budget term counts.
+      update: whether the loss has a budget term.
+      config: loss, form and weight of the budget term.
+      budget: its cost model gives the cost in the budget term.
     """
     images, labels, soft_targets, limit, rng = inputs
     variables = unflatten_dict({**frozen, **trained}, sep="/") | {"batch_stats": batch_stats}
-    scores, moved = model.apply(
+    scores, updated = model.apply(
         variables, images, train=True, precision=precision,
         mutable=["batch_stats"], rngs={"dropout": rng},
     )  # fmt: skip
@@ -177,7 +178,7 @@ def objective(
         gap = jnp.abs(spent - limit) / budget.cost_model.reference
         metrics |= {"cost": spent, "budget_term": options.budget_weight * gap}
         loss += metrics["budget_term"]
-    return loss, (moved["batch_stats"], metrics)
+    return loss, (updated["batch_stats"], metrics)
 
 
 def task_loss(
@@ -195,7 +196,7 @@ def task_loss(
 def pass_gradient(
     loss: Callable[..., Any], trained: Gradient, *inputs: Any
 ) -> tuple[Gradient, Any, Metrics]:
-    """Returns gradient, running statistics and metrics of one pass over a micro-batch."""
+    """Returns the gradient, running statistics and metrics of one pass over a micro-batch."""
     (_, (batch_stats, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(trained, *inputs)
     return gradient, batch_stats, metrics
 
@@ -222,7 +223,7 @@ def of_whole_batch(part: Gradient, micro_batches: int) -> Gradient:
 def apply_gradient(
     state: TrainState, gradient: Gradient, update: Update, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the state after the optimizer's step; what the update does not train stays as is."""
+    """Returns the state after the optimizer's step; leaves not trained by it are unchanged."""
     trained, frozen = split_by_label(state, update.trains)
     changes, opt_state = optimizer.update(gradient, state.opt_states[update.name], trained)
     tree = unflatten_dict({**frozen, **optax.apply_updates(trained, changes)}, sep="/")
@@ -236,14 +237,14 @@ def apply_gradient(
 def sharpness_ascent(
     state: TrainState, gradient: Gradient, *, update: Update, config_asga: ConfigDict
 ) -> TrainState:
-    """Returns the state with its weights moved to where the loss is about greatest (ASGA).
+    """Returns the state with its weights moved to approximately the greatest loss nearby (ASGA).
 
-    w + g (radius / |g| - alignment), radius = min(max_radius, ln(surrogate gap + 1)), g the
-    gradient of the weights; step sizes and logits stay as they are.
+    w + g (radius / |g| - alignment), radius = min(max_radius, ln(surrogate gap + 1)), with g the
+    gradient of the weights; step sizes and logits are unchanged.
     """
     weights = {path: leaf for path, leaf in gradient.items() if path.startswith("params/")}
     radius = jnp.minimum(config_asga.max_radius, jnp.log1p(state.surrogate_gap))
-    # Less a step downhill: aligns the two gradients without ever multiplying them.
+    # The alignment is a step downhill; it aligns the two gradients without computing their product.
     factor = radius / (optax.tree.norm(weights) + 1e-12) - config_asga.alignment
     trained, frozen = split_by_label(state, update.trains)
     moved = {path: trained[path] + factor * weights[path] for path in weights}
@@ -251,6 +252,6 @@ def sharpness_ascent(
 
 
 def mean_rise(above: Sequence[Metrics], rows: Sequence[Metrics]) -> jax.Array:
-    """Returns the surrogate gap: by how much the loss is higher on average, at least 0."""
+    """Returns the surrogate gap: the mean increase of the loss, at least 0."""
     rises = [up["loss"] - row["loss"] for up, row in zip(above, rows, strict=True)]
     return jnp.maximum(sum(rises) / len(rises), 0.0)

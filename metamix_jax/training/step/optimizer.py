@@ -1,4 +1,4 @@
-"""Which rule trains what: one optax transformation per label of a leaf."""
+"""The optimizer of an update: one optax transformation per label of a leaf."""
 
 import jax
 import optax
@@ -13,21 +13,21 @@ SCHEDULES = {
 
 
 def label(path: str, leaf: jax.Array) -> str:
-    """Returns what kind of trained thing lies at `path`, e.g. `params/conv1/kernel`."""
+    """Returns the label of the leaf at `path`, such as `params/conv1/kernel`."""
     name = path.rsplit("/", 1)[-1]
     if path.startswith("quant/"):
         return {"act_step": "act_steps", "weight_step": "weight_steps", "logits": "logits"}[name]
-    # Weight decay applies to convolution kernels alone.
+    # Weight decay applies to convolution kernels only.
     return "kernels" if name == "kernel" and leaf.ndim == 4 else "weights"
 
 
 def make_optimizer(update: Update, steps: int, config: ConfigDict) -> optax.GradientTransformation:
-    """Returns the optimizer of an update: one transformation per label that it trains.
+    """Returns the optimizer of an update: one transformation per label it trains.
 
     Args:
-      update: what is trained, at which rate.
+      update: the labels it trains, learning rate and schedule.
       steps: length of the phase, for the cosine schedule.
-      config: optimizer, and bit_search for the logits.
+      config: the sections `optimizer` and, for the logits, `bit_search`.
     """
     options, search = config.optimizer, config.bit_search
     rate = SCHEDULES[update.schedule](update.learning_rate, steps)
@@ -47,7 +47,7 @@ def make_optimizer(update: Update, steps: int, config: ConfigDict) -> optax.Grad
             optax.adam(search.learning_rate, b1=search.b1, b2=search.b2, eps=options.eps),
         ),
     }
-    # Sorted: a set's order differs from process to process, and the compiled program with it.
+    # Sorted, because a set's order, and so the compiled program, would differ between processes.
     split = optax.multi_transform(
         {name: transforms[name] for name in sorted(update.trains)},
         lambda flat: {path: label(path, leaf) for path, leaf in flat.items()},

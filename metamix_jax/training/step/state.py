@@ -1,4 +1,4 @@
-"""The training state, and what it is made of from phase to phase."""
+"""The training state, and how it changes between phases."""
 
 from collections.abc import Mapping, Set
 from typing import Any
@@ -20,7 +20,7 @@ Metrics = dict[str, jax.Array]
 
 @struct.dataclass
 class Search:
-    """Logits that are trained beside the state's own, for a further budget."""
+    """Logits trained alongside the state's own, for a further budget."""
 
     logits: dict[str, jax.Array]  # path -> [branches]
     opt_state: optax.OptState
@@ -30,13 +30,13 @@ class Search:
 class TrainState:
     """Everything that training changes."""
 
-    step: jax.Array  # int32 scalar, steps made so far over all phases
+    step: jax.Array  # int32 scalar, steps taken so far in all phases
     params: Any  # kernels, biases, batch norm's scale and bias
     batch_stats: Any  # running mean and variance
     quant: Any  # step sizes and architecture logits, see layers.py
     rng: jax.Array  # key for dropout
     opt_states: dict[str, optax.OptState] = struct.field(default_factory=dict)  # by update's name
-    # Further budget -> its search, while the phase has one.
+    # Key of a further budget -> its search; only in phases that search.
     searches: dict[str, Search] = struct.field(default_factory=dict)
     surrogate_gap: jax.Array | None = None  # float32 scalar, of the last sharpness-aware step
     skipped_steps: jax.Array | None = None  # int32 scalar, with config.max_skipped_steps
@@ -47,9 +47,9 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats, "quant": self.quant}
 
     def to_tree(self) -> dict[str, Any]:
-        """Returns the state as checkpoints hold it: the collections, and "training".
+        """Returns the state as saved in checkpoints: the collections, and "training".
 
-        Version 0.1 kept everything beside step and key among the optimizer states; so do files.
+        Everything but step and key is saved among the optimizer states, as in version 0.1.
         """
         others = {
             key: {"logits": search.logits, "optimizer": search.opt_state}
@@ -63,7 +63,7 @@ class TrainState:
         return self.variables | {"training": training}
 
     def from_tree(self, tree: Mapping[str, Any]) -> "TrainState":
-        """Returns a state of this one's structure with the arrays of what `to_tree` returned."""
+        """Returns a state of the same structure with the arrays of a tree from `to_tree`."""
         training = tree["training"]
         saved = training["opt_states"]
         searches = {
@@ -81,7 +81,7 @@ class TrainState:
 
 
 def split_by_label(state: TrainState, labels: Set[str]) -> tuple[dict, dict]:
-    """Returns params and quant with one of `labels`, and the rest, as flat dicts by path."""
+    """Returns the leaves of params and quant with one of `labels`, and the rest, by path."""
     flat = flatten_dict({"params": state.params, "quant": state.quant}, sep="/")
     chosen = {path: leaf for path, leaf in flat.items() if label(path, leaf) in labels}
     return chosen, {path: leaf for path, leaf in flat.items() if path not in chosen}
@@ -90,7 +90,7 @@ def split_by_label(state: TrainState, labels: Set[str]) -> tuple[dict, dict]:
 def enter_phase(state: TrainState, span: Span, config: ConfigDict) -> TrainState:
     """Returns the state with the optimizer states of a phase.
 
-    An update that the phase before had, too (bit-meta in the alternation), continues with its own.
+    An update that the previous phase had too (bit-meta in the alternation) keeps its own.
     """
 
     def new_optimizer_state(update: Update) -> optax.OptState:
@@ -108,7 +108,7 @@ def enter_phase(state: TrainState, span: Span, config: ConfigDict) -> TrainState
             for key in further_searches(config):
                 searches[key] = state.searches.get(key) or new_search(update)
         if update.sharpness_aware:
-            # The gap whose radius, ln(gap + 1), is the one to start with.
+            # The gap whose radius, ln(gap + 1), is start_radius.
             gap = jnp.expm1(jnp.float32(config.asga.start_radius))
     if config.max_skipped_steps and skipped is None:
         skipped = jnp.int32(0)
@@ -118,7 +118,7 @@ def enter_phase(state: TrainState, span: Span, config: ConfigDict) -> TrainState
 
 
 def further_searches(config: ConfigDict) -> dict[str, float]:
-    """Returns the budgets searched beside config.budget.value: key -> value."""
+    """Returns the budgets searched alongside config.budget.value: key -> value."""
     return {f"budget_{value:g}": value for value in config.search.budgets}
 
 
@@ -132,13 +132,13 @@ def branch_logits(flat: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def with_logits(state: TrainState, logits: Mapping[str, jax.Array]) -> TrainState:
-    """Returns the state with other logits, path -> [branches]."""
+    """Returns the state with the given logits, path -> [branches]."""
     _, rest = split_by_label(state, {"logits"})
     return state.replace(quant=unflatten_dict(rest | dict(logits), sep="/")["quant"])
 
 
 def swap_search(state: TrainState, key: str, update: Update) -> TrainState:
-    """Exchanges the logits and optimizer state of a search update for those of a further budget."""
+    """Swaps the logits and optimizer state of a search update with those of a further budget."""
     logits, _ = split_by_label(state, {"logits"})
     here, there = Search(logits, state.opt_states[update.name]), state.searches[key]
     return with_logits(state, there.logits).replace(
