@@ -76,7 +76,7 @@ def answer(steps: int, step: Callable, device_bytes: Callable, before: int) -> N
 
 def resident(field: str) -> int:
     """Returns this process's memory in bytes: VmRSS, or VmHWM, its peak since `reset_peak`."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     found = next((line for line in status.splitlines() if line.startswith(field)), None)
     return int(found.split()[1]) * 1024 if found else resource.getrusage(0).ru_maxrss * 1024
 
@@ -84,7 +84,7 @@ def resident(field: str) -> int:
 def reset_peak() -> None:
     """Resets the peak, to exclude memory used by compilation."""
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def configuration(options: argparse.Namespace) -> Any:

@@ -73,7 +73,7 @@ def main() -> None:
     line = json.dumps(facts | {"rows": rows})
     print(line)
     if options.json:
-        Path(options.json).write_text(line + "\n")
+        Path(options.json).write_text(line + "\n", encoding="utf-8")
 
 
 def parse_options() -> argparse.Namespace:

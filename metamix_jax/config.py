@@ -164,7 +164,7 @@ def _budgets_differ(config: ConfigDict) -> None:
     )  # fmt: skip
 
 
-def _one_number_per_channel(config: ConfigDict) -> None:
+def _mean_and_std_per_channel(config: ConfigDict) -> None:
     channels = config.data.channels
     for name in ("mean", "std"):
         values = config.data[name]
@@ -173,7 +173,13 @@ def _one_number_per_channel(config: ConfigDict) -> None:
             len(values) in (1, channels) and all(map(is_finite, values)),
             "1 number" if channels == 1 else f"1 number, or {channels}, one per channel",
         )  # fmt: skip
-    _require(config, "data.std", min(config.data.std) > 0, "values above 0")
+        scaled = tuple(round(value / 255, 3) for value in values)
+        _require(
+            config, f"data.{name}", max(values) <= 1,
+            f"that of pixels in [0, 1]; divide by 255: {scaled}",
+        )  # fmt: skip
+    _require(config, "data.mean", min(config.data.mean) >= 0, "values from 0 to 1")
+    _require(config, "data.std", min(config.data.std) > 0, "values above 0, at most 1")
 
 
 def _resize_at_least_the_crop(config: ConfigDict) -> None:
@@ -189,7 +195,7 @@ RULES = (
     _several_candidates,
     _candidates_change_the_cost,
     _budgets_differ,
-    _one_number_per_channel,
+    _mean_and_std_per_channel,
     _resize_at_least_the_crop,
 )
 

@@ -72,6 +72,9 @@ FIELDS = (
           may_change=True),
     Field("checkpoint_every_steps", 200, "Training steps between checkpoints.", more_than(0),
           may_change=True),
+    Field("signal_grace_seconds", 10.0, "After the first SIGTERM or Ctrl-C, a run saves and stops; "
+          "a SIGTERM within this many seconds of it is the same request, a later one stops at once "
+          "without saving, as does a second Ctrl-C.", at_least(0), may_change=True),
     Field("compilation_cache", "", "Directory for compiled programs, so that later runs of the "
           "same network start in seconds; many runs may share one. Empty: none, or the one in "
           "`JAX_COMPILATION_CACHE_DIR`.", may_change=True),
@@ -87,10 +90,10 @@ FIELDS = (
           more_than(0, at_most=MOST_PIXELS)),
     Field("data.channels", 3, "Channels of the images.", more_than(0, at_most=MOST_PIXELS)),
     Field("data.num_classes", 10, "Number of classes.", more_than(0, at_most=MOST_IMAGES)),
-    Field("data.mean", (0.0,), "Mean subtracted from pixels in [0, 1]: one number per channel, or "
+    Field("data.mean", (0.0,), "Mean of pixels in [0, 1], to subtract: one number per channel, or "
           "one for all."),
-    Field("data.std", (1.0,), "Standard deviation to divide by, above 0: one number per channel, "
-          "or one for all."),
+    Field("data.std", (1.0,), "Standard deviation of pixels in [0, 1], to divide by, above 0: one "
+          "number per channel, or one for all."),
     Field("data.augment", "none", "`crop_flip`: pad by 1/8, crop and mirror at random; `crop`: "
           "without mirroring; `random_resized_crop_flip`: as usual for ImageNet, random crops of "
           "8 to 100 % of the image, mirrored at random.",

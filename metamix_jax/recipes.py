@@ -52,12 +52,13 @@ def load(recipe: str | Path) -> ConfigDict:
     name, _, argument = text.partition(":")
     if name in names():
         return _from_file(FOLDER / f"{name}.py", argument)
-    if text and (bucket.is_remote(text) or Path(text).is_dir()):
+    if text and (bucket.is_remote(text) or Path(text).expanduser().is_dir()):
         return from_workdir(bucket.path_of(text))
-    if not Path(name).is_file():
-        hint = suggestion(Path(name).stem, names())
+    file = Path(name).expanduser()
+    if not file.is_file():
+        hint = suggestion(file.stem, names())
         raise UserError(f"configuration {text!r}: no such recipe, file or workdir; {hint}")
-    return _from_file(Path(name), argument)
+    return _from_file(file, argument)
 
 
 def run_of(place: str) -> Path | None:

@@ -111,7 +111,10 @@ def test_unknown_names_of_a_registry_name_the_known(path, known, config):
         ("full_precision.epochs", 0.0, "more than 0, or config.pretrained"),
         ("data.mean", (0.1, 0.2), "1 number"),
         ("data.std", (0.1, 0.2, 0.3), "1 number"),
-        ("data.std", (0.0,), "values above 0"),
+        ("data.std", (0.0,), "values above 0, at most 1"),
+        ("data.mean", (123.675,), "that of pixels in [0, 1]; divide by 255: (0.485,)"),
+        ("data.std", (58.395,), "that of pixels in [0, 1]; divide by 255: (0.229,)"),
+        ("data.mean", (-0.1,), "values from 0 to 1"),
         ("teacher.path", "teacher.npz", "none with loss='cross_entropy'"),
         # Unchecked values would lead to a broken run or a traceback.
         ("full_precision.learning_rate", -1.0, ""),

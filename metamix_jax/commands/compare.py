@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         path = workdir / f"{method}_{budget:g}_{seed}"
         result = train_and_evaluate(own, path)
         jax.clear_caches()  # otherwise the compiled programs of all runs accumulate
-        summary = json.loads((path / "results.json").read_text())
+        summary = json.loads((path / "results.json").read_text(encoding="utf-8"))
         policy = load_policy(path / "policy.json")
         runs.append(
             {"method": method, "budget": budget, "seed": seed}

@@ -10,7 +10,7 @@ from metamix_jax.networks import registry
 from metamix_jax.report import tables
 from metamix_jax.selection import cost, cost_models
 from metamix_jax.training import setup
-from metamix_jax.workdir.files import write_text_atomic
+from metamix_jax.workdir.files import make_workdir, write_text_atomic
 
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -20,10 +20,10 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     validate(config)
     _, costs = setup.make_model(config)
+    make_workdir(workdir)
     table = cost.rows(costs)
     totals = cost.totals(costs) | {"reachable": cost_models.reachable(costs)}
     meanings = {name: unit.meaning for name, unit in cost_models.BUDGET_UNITS.items()}
     print(tables.cost_table(table, totals) + tables.reachable_table(totals["reachable"], meanings))
-    workdir.mkdir(parents=True, exist_ok=True)
     write_text_atomic(workdir / "cost.csv", cost.to_csv(table))
     return {"mode": "cost", "model": registry.label(config.model), **totals}

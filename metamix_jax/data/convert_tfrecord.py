@@ -133,14 +133,14 @@ def _convert_shard(path: Path, folder: Path, examples: int) -> None:
 
 
 def _write_info(path: Path) -> None:
-    info = json.loads(path.read_text())
+    info = json.loads(path.read_text(encoding="utf-8"))
     info["fileFormat"] = "array_record"
     info.pop("alternativeFileFormats", None)  # files in those formats were not copied
     for split in info["splits"]:
         if "filepathTemplate" in split:
             template = split["filepathTemplate"]
             split["filepathTemplate"] = template.replace(".tfrecord", ".array_record")
-    path.write_text(json.dumps(info, indent=2, sort_keys=True))
+    path.write_text(json.dumps(info, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def read_tfrecord(file: BinaryIO, path: Path) -> Iterator[bytes]:

@@ -109,8 +109,14 @@ def _open_tfds(config_data: ConfigDict) -> Callable[[str], Split]:
                 f"config.data.name={name!r}: expected a feature {key!r} of type {kind.__name__}; "
                 f"this data set has {', '.join(sorted(features))}"
             )
-    classes = features["label"].num_classes
-    if classes != config_data.num_classes:
+    kind = np.dtype(features["image"].np_dtype)
+    if kind not in (np.uint8, np.uint16):
+        raise UserError(
+            f"config.data.name={name!r}: images of type {kind}, whose range is not defined; "
+            "expected uint8 or uint16: prepare the data set again with such images"
+        )
+    classes = features["label"].num_classes  # None, or 0 in files: not stated
+    if classes and classes != config_data.num_classes:
         raise UserError(
             f"config.data.num_classes={config_data.num_classes}: {name!r} has {classes} classes; "
             f"set config.data.num_classes={classes}"
@@ -130,7 +136,12 @@ def _open_tfds(config_data: ConfigDict) -> Callable[[str], Split]:
             if config_data.augment == DECODING_AUGMENT:
                 transform = RandomResizedCropFlip(shape)
         return StreamedSplit(
-            records, parse, transform, f"{name} {config_data[key]}", max_bad_examples
+            records,
+            parse,
+            transform,
+            f"{name} {config_data[key]}",
+            config_data.num_classes,
+            max_bad_examples,
         )
 
     return open_split
@@ -178,6 +189,14 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
             "data sets (it contains <name>/<version>/dataset_info.json)"
         )
     found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if data_dir and not _holds(folder, name):
+        near = (folder.parent, folder.parent.parent, *(folder / entry for entry in found))
+        root = next((place for place in near if _holds(place, name)), None)
+        if root is not None:
+            raise UserError(
+                f"config.data.data_dir={data_dir!r}: not the directory that contains {name!r}; "
+                f"set config.data.data_dir={str(root)!r}"
+            )
     hint = suggestion(name, {"digits", *found})
     try:
         builder = tfds.builder(name, data_dir=folder)
@@ -192,3 +211,9 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
             f"{str(folder)!r}).download_and_prepare(file_format='array_record'); {hint}"
         )
     return builder
+
+
+def _holds(root: Any, name: str) -> bool:
+    """Returns whether a directory contains a TFDS data set of this name, in any version."""
+    folder = root / (name.partition(":")[0] or "no name")
+    return any(folder.glob("*/dataset_info.json")) or any(folder.glob("*/*/dataset_info.json"))

@@ -31,10 +31,16 @@ REDUCED = {  # downscaling factor of the sides -> OpenCV flag
 # The next JPEG marker in the scan data other than a restart marker.
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 SCAN, END = b"\xff\xda", b"\xff\xd9"
+# Formats whose "I" images have 16 bits; elsewhere, the mode is that of 32-bit integers.
+SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
 
 
 class DamagedImageError(Exception):
     """Bytes that are not an image, or not a complete one."""
+
+
+class UnsupportedImageError(Exception):
+    """An intact image whose pixels have no defined range; the message says what it is."""
 
 
 class Transform(Protocol):
@@ -45,7 +51,7 @@ class Transform(Protocol):
     def __call__(self, encoded: bytes, *, seed: int, epoch: int, index: int) -> np.ndarray:
         """Returns uint8 pixels of `shape`; randomness depends only on seed, epoch and index.
 
-        Raises DamagedImageError.
+        Raises DamagedImageError or UnsupportedImageError.
         """
 
 
@@ -174,9 +180,18 @@ def _open(encoded: bytes) -> Image.Image:
 
 
 def _load(image: Image.Image, channels: int) -> Image.Image:
+    """Returns the decoded image with 8 bits per channel, grey or RGB."""
     mode = "L" if channels == 1 else "RGB"
     try:
         image.load()
+    except Exception as error:
+        raise DamagedImageError from error
+    if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BITS):
+        kind = "floating-point" if image.mode == "F" else "32-bit integer"
+        raise UnsupportedImageError(f"{kind} pixels; expected 8 or 16 bits per channel")
+    if image.mode.startswith("I"):  # Pillow's conversion would clip at 255, not scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    try:
         return image if image.mode == mode else image.convert(mode)
     except Exception as error:
         raise DamagedImageError from error

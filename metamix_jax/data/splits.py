@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from metamix_jax.data.images import DamagedImageError, Transform
+from metamix_jax.data.images import DamagedImageError, Transform, UnsupportedImageError
 from metamix_jax.errors import UserError
 
 
@@ -62,6 +62,7 @@ class StreamedSplit:
     parse: Callable[[bytes], dict[str, Any]]  # record -> `image` as encoded bytes, `label` as int
     transform: Transform
     name: str  # for error messages
+    num_classes: int
     # How many examples with damaged images to replace; None: none, as in evaluation.
     max_bad_examples: int | None = None
     pool: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
@@ -76,7 +77,7 @@ class StreamedSplit:
     def gather(
         self, indices: np.ndarray, epochs: np.ndarray | int = 0, seed: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Split`. Raises UserError for damaged files or images and for missing labels."""
+        """See `Split`. Raises UserError for damaged files or images and for invalid labels."""
         images = np.empty((len(indices), *self.transform.shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
         epochs = np.broadcast_to(epochs, len(indices))
@@ -92,9 +93,9 @@ class StreamedSplit:
         return images, labels
 
     def labels_at(self, indices: np.ndarray) -> np.ndarray:
-        """See `Split`. Raises UserError for damaged files."""
-        examples = self._examples(indices.tolist())
-        return np.array([example["label"] for example in examples], np.int32)
+        """See `Split`. Raises UserError for damaged files and invalid labels."""
+        examples = zip(indices.tolist(), self._examples(indices.tolist()), strict=True)
+        return np.array([self._label(example, index) for index, example in examples], np.int32)
 
     def _examples(self, indices: list[int]) -> Iterator[dict[str, Any]]:
         try:
@@ -119,9 +120,22 @@ class StreamedSplit:
             index = (index + 1) % len(self)
             (example,) = self._examples([index])
             return self._decode(example, index=index, epoch=epoch, seed=seed)
-        if example["label"] < 0:
+        except UnsupportedImageError as error:
+            raise UserError(
+                f"{self.name}, example {index}: {error}; convert the data set's images"
+            ) from error
+        return image, self._label(example, index)
+
+    def _label(self, example: dict[str, Any], index: int) -> int:
+        label = example["label"]
+        if label < 0:
             raise UserError(f"{self.name}, example {index}: no label; use a labelled split")
-        return image, example["label"]
+        if label >= self.num_classes:
+            raise UserError(
+                f"{self.name}, example {index}: label {label}; expected 0 to "
+                f"{self.num_classes - 1}, because config.data.num_classes={self.num_classes}"
+            )
+        return label
 
     def _count_bad(self, index: int, size: int, error: DamagedImageError) -> None:
         """Logs an example with a damaged image, or raises UserError if there are too many."""

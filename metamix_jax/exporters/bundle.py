@@ -79,7 +79,7 @@ def read_bundle(directory: Path) -> Graph:
     Raises:
       UserError: a file is missing, damaged or not part of a bundle.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     contents = {}
     for name in FILES:
         try:

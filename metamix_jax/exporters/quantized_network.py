@@ -78,7 +78,7 @@ def load_policy(path: str | Path) -> Policy:
 
     Whether it fits a network is only checked when it is used with one.
     """
-    path = Path(path)
+    path = bucket.path_of(path)
     return policy_lib.load_policy(path / "policy.json" if path.is_dir() else path)
 
 
@@ -165,7 +165,7 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
     Raises:
       UserError: see `restore`; or onnx is not installed, or the directory cannot be written.
     """
-    found, directory = _network(source), Path(directory)
+    found, directory = _network(source), Path(directory).expanduser()
     graph, config = found.graph(), found.config
     contents = bundle.encode(graph)
     if config.export.onnx:

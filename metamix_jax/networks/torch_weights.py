@@ -4,6 +4,8 @@ All or nothing: every leaf of the network must be found, every entry of the file
 shape equal. Files are never unpickled in a way that could run code, so untrusted files are safe.
 """
 
+import json
+import logging
 import pickle
 import re
 import warnings
@@ -27,9 +29,15 @@ LEAF_NAMES = {
     ("batch_stats", "mean"): "running_mean",
     ("batch_stats", "var"): "running_var",
 }
-PREFIX = r"^(module\.)+"  # added to every name by DataParallel
+PREFIX = r"^((module|_orig_mod)\.)+"  # added to every name by DataParallel and torch.compile
 BATCH_COUNTER = "num_batches_tracked"  # BatchNorm's step counter; Flax has none
-WRAPPERS = ("state_dict", "model", "net")  # keys under which training scripts keep the weights
+# Keys under which training scripts keep the weights, and averages of them, the first found counts.
+WRAPPERS = (
+    "state_dict", "model_state_dict", "model", "net",
+    "ema_state_dict", "state_dict_ema", "model_ema", "ema",
+)  # fmt: skip
+NO_FLOATS = "expected float16, bfloat16, float32 or float64"
+_MOST_HEADER_BYTES = 100_000_000  # the format's own limit
 MOST_BYTES = 2**30  # far more than any network here has; small files can decompress to any size
 SHOWN = 5  # entries of each kind of problem named in an error
 
@@ -49,7 +57,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     it is missing, damaged, of an unknown type, or contains anything but float arrays.
     """
     path = Path(path)
-    reader = READERS.get(path.suffix.lower())
+    reader = next((read for end, read in READERS.items() if path.name.lower().endswith(end)), None)
     if reader is None:
         raise UserError(f"{path}: unknown file type, expected {', '.join(READERS)}")
     if not path.is_file():
@@ -86,12 +94,13 @@ def load_pretrained(
 
     Kernels change layout: convolutions [out, in/groups, h, w] -> [h, w, in/groups, out], dense
     layers [out, in] -> [in, out]. `variables` is not modified; other collections are passed
-    through. Raises one UserError listing all missing, extra, misshapen and non-finite entries.
+    through. Raises one UserError listing all missing, extra, misshapen, non-finite and
+    negative entries.
     """
     collections = [name for name in ("params", "batch_stats") if name in variables]
     targets = traverse_util.flatten_dict({name: variables[name] for name in collections})
     sources, extra = _normalise(read_weights(path), names)
-    missing, misshapen, non_finite = [], [], []
+    missing, misshapen, non_finite, negative = [], [], [], []
     loaded, report = {}, []
     for target, leaf in targets.items():
         name, ours = torch_name(target, names), "/".join(target)
@@ -105,6 +114,8 @@ def load_pretrained(
             misshapen.append(f"{source} {original.shape}{turned} (our {ours} {tuple(leaf.shape)})")
         elif not np.isfinite(value).all():
             non_finite.append(f"{source} (our {ours})")
+        elif target[-1] == "var" and value.min() < 0:
+            negative.append(f"{source} (our {ours}, down to {value.min():g})")
         else:
             loaded[target] = jnp.array(value, dtype=leaf.dtype)
             report.append(MappedEntry(source, ours, value.shape))
@@ -114,6 +125,7 @@ def load_pretrained(
         "extra in the file": extra,
         "of another shape": misshapen,
         "with NaN or infinity": non_finite,
+        "with negative variances": negative,
     }
     texts = [_summary(kind, entries) for kind, entries in problems.items() if entries]
     if texts:
@@ -155,14 +167,18 @@ def _read_torch(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             _require_small(path, sum(entry.file_size for entry in archive.infolist()))
             damaged = archive.testzip()
+            names = {entry.filename.partition("/")[2] for entry in archive.infolist()}
         if damaged:
             raise UserError(f"{path}: damaged, wrong checksum of {damaged}")
+        if "constants.pkl" in names:
+            raise UserError(
+                f"{path}: a TorchScript program, expected a state_dict; save its weights with "
+                f"torch.save(torch.jit.load({path.name!r}).state_dict(), ...)"
+            )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols; unreadable files still raise
         entries = torch.load(path, weights_only=True, map_location="cpu")
-    for wrapper in WRAPPERS:
-        if isinstance(entries, Mapping) and isinstance(entries.get(wrapper), Mapping):
-            entries = entries[wrapper]
+    entries = _unwrapped(path, entries)
     if not isinstance(entries, Mapping):
         raise UserError(f"{path}: contains a {type(entries).__name__}, expected a state_dict")
     arrays = {}
@@ -170,18 +186,45 @@ def _read_torch(path: Path) -> dict[str, Any]:
         if isinstance(value, torch.Tensor):
             value = value.detach()
             _require_small(path, 4 * value.numel())  # an expanded tensor is stored as one number
+            if value.is_floating_point() and value.itemsize == 1:
+                kind = str(value.dtype).removeprefix("torch.")
+                raise UserError(f"{path}: entry {name!r} is {kind}, {NO_FLOATS}")
             # NumPy has no bfloat16; integers are unchanged, to be rejected by name later.
             value = (value.float() if value.is_floating_point() else value).numpy()
         arrays[str(name)] = value
     return arrays
 
 
-READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+def _unwrapped(path: Path, entries: Any) -> Any:
+    """Returns the weights of a training script's file, which may hold more than one network."""
+    while isinstance(entries, Mapping):
+        found = [key for key in WRAPPERS if isinstance(entries.get(key), Mapping)]
+        if not found:
+            break
+        if others := ", ".join(map(repr, found[1:])):
+            logging.info("%s: weights of %r; not used: %s", path, found[0], others)
+        entries = entries[found[0]]
+    return entries
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size)) if size <= _MOST_HEADER_BYTES else {}
+    for name, entry in header.items() if isinstance(header, Mapping) else ():
+        kind = entry.get("dtype", "") if isinstance(entry, Mapping) else ""
+        if kind.startswith("F8"):  # the library would only say that its NumPy type is unknown
+            raise UserError(f"{path}: entry {name!r} is float8 ({kind}), {NO_FLOATS}")
+    return safetensors.numpy.load_file(path)
+
+
+READERS: dict[str, Callable[[Path], dict[str, Any]]] = {  # by the end of the file's name
     ".npz": _read_npz,
-    ".safetensors": safetensors.numpy.load_file,
+    ".safetensors": _read_safetensors,
     ".pth": _read_torch,
     ".pt": _read_torch,
     ".th": _read_torch,
+    ".pth.tar": _read_torch,
 }
 
 
@@ -212,7 +255,7 @@ def _as_float32(path: Path, name: str, value: Any) -> np.ndarray:
             f"{path}: entry {name!r} is of type {type(value).__name__}, expected an array"
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):  # knows bfloat16, which np.issubdtype doesn't
-        raise UserError(f"{path}: entry {name!r} is {value.dtype}, expected floating point")
+        raise UserError(f"{path}: entry {name!r} is {value.dtype}, {NO_FLOATS}")
     with np.errstate(over="ignore"):  # float64 beyond float32: infinite, reported by name later
         return value.astype(np.float32)
 

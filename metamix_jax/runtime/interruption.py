@@ -1,9 +1,10 @@
-"""SIGTERM and SIGINT: the first makes a run save and stop, the second kills it immediately."""
+"""SIGTERM and SIGINT: the first makes a run save and stop, a later one kills it immediately."""
 
 import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Self
 
@@ -13,19 +14,27 @@ from jax.experimental import multihost_utils
 from metamix_jax.errors import InterruptedRunError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ONE_PRESS_SECONDS = 0.2  # launchers repeat a Ctrl-C within milliseconds, people take longer
 
 
 class Interruption:
     """Context manager that catches the signals; only the main thread can enter it.
+
+    Schedulers and `timeout` signal a process and then its whole group: a SIGTERM within the grace
+    period of the first signal is the same request. A second Ctrl-C is a person's, and stops.
 
     A dedicated thread reads them from the wakeup pipe as they arrive: Python's own handlers would
     have to wait until the main thread returns from compilation or a step.
 
     With several processes, JAX detects a SIGTERM sent to any of them and makes all agree on a step;
     SIGINT and a second SIGTERM are then not handled here.
+
+    Args:
+      grace_seconds: config.signal_grace_seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_seconds: float) -> None:
+        self._grace_seconds = grace_seconds
         self._signals: list[int] = []
         self._alone = jax.process_count() == 1
 
@@ -70,14 +79,21 @@ class Interruption:
             number = arrived[0]
             if number not in _SIGNALS:
                 continue
-            if self._signals:
-                _print(f"second {signal.Signals(number).name}: stopping immediately, nothing saved")
+            name = signal.Signals(number).name
+            if not self._signals:
+                first = time.monotonic()
+                self._signals.append(number)
+                _print(
+                    f"{name}: saving and stopping after this step; a second Ctrl-C, or any signal "
+                    f"after {self._grace_seconds:g} s, stops immediately"
+                )
+                continue
+            grace = self._grace_seconds
+            if number == signal.SIGINT:
+                grace = min(grace, _ONE_PRESS_SECONDS)
+            if time.monotonic() - first >= grace:
+                _print(f"second {name}: stopping immediately, nothing saved")
                 os._exit(128 + number)
-            self._signals.append(number)
-            _print(
-                f"{signal.Signals(number).name}: saving and stopping after this step; a second "
-                "signal stops immediately"
-            )
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

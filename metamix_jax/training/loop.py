@@ -42,7 +42,7 @@ def train_and_evaluate(
       InterruptedRunError: SIGTERM or SIGINT, after saving.
     """
     with (
-        Interruption() as interruption,
+        Interruption(config.signal_grace_seconds) as interruption,
         failures.explained(workdir, config),
         distributed.files_of(workdir) as files,
     ):

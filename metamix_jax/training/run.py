@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from metamix_jax.config import validate_start
 from metamix_jax.data import datasets
+from metamix_jax.errors import require
 from metamix_jax.networks.precision import FULL, Precision
 from metamix_jax.report import tables
 from metamix_jax.runtime import distributed, sharding
@@ -70,6 +71,12 @@ class Run:
             weights, _ = start_weights.load_weights(config.pretrained, network, mesh)
         teacher, teacher_variables = start_weights.load_teacher(config, network.image_shape)
         dataset = setup.load_dataset(config, mesh)
+        require(
+            config.batch_size <= len(dataset.train),
+            "batch_size",
+            config.batch_size,
+            f"at most {len(dataset.train)}, the number of training images",
+        )
         return cls(
             config=config,
             workdir=workdir,

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,15 +39,32 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def path_of(text: str | os.PathLike[str]) -> Path:
-    """Returns a user-supplied path, local or in a bucket, as a readable Path.
+    """Returns a user-supplied path, local (~ is expanded) or in a bucket, as a readable Path.
 
     Raises:
-      UserError: it is in a bucket that cannot be reached.
+      UserError: it is in a bucket that cannot be reached, or this locale cannot express it.
     """
     if not is_remote(text):
-        return Path(text)
+        return _local(text)
     _require_bucket(os.fspath(text))
     return epath.Path(text)
+
+
+def _local(text: str | os.PathLike[str]) -> Path:
+    """Returns a local path; the libraries that write checkpoints take all paths as UTF-8."""
+    path = Path(text).expanduser()
+    whole = str(path.absolute())
+    if os.fsencode(whole) != whole.encode("utf-8", "replace"):
+        encoding = sys.getfilesystemencoding()
+        raise UserError(
+            f"{ascii(whole)}: letters outside ASCII in a locale with encoding {encoding}; expected "
+            "UTF-8: set PYTHONUTF8=1, or use another path"
+        )
+    try:
+        path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{path}: not a possible path ({error.strerror})") from error
+    return path
 
 
 def origin(path: Path) -> Path:
@@ -74,7 +92,7 @@ def opened(workdir: str, *, alone: bool) -> Iterator[Path]:
       RunError: an upload failed.
     """
     if not is_remote(workdir):
-        yield Path(workdir)
+        yield _local(workdir)
         return
     from metamix_jax.runtime import distributed  # imports JAX, which the report must not need
 
@@ -185,12 +203,12 @@ def _mirror_of(path: Path) -> tuple[Path, dict[str, Any]] | None:
         return None
     for folder in (path, *path.parents):
         if (folder / _NOTE).is_file():
-            return folder, json.loads((folder / _NOTE).read_text())
+            return folder, json.loads((folder / _NOTE).read_text(encoding="utf-8"))
     return None
 
 
 def _write_note(folder: Path, note: dict[str, Any]) -> None:
-    (folder / _NOTE).write_text(json.dumps(note))
+    (folder / _NOTE).write_text(json.dumps(note), encoding="utf-8")
 
 
 def _require_bucket(url: str) -> None:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from metamix_jax.errors import UserError
 from metamix_jax.runtime import distributed
 from metamix_jax.workdir import digests, lock
-from metamix_jax.workdir.files import read_json, write_json
+from metamix_jax.workdir.files import read_json, usable, write_json
 
 _MISMATCHES = {
     "config.json": "another configuration",
@@ -45,13 +45,9 @@ def claim_workdir(
     with contextlib.ExitStack() as stack:
         error = None
         try:
-            try:
+            with usable(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock.hold(workdir))
-            except OSError as reason:
-                raise UserError(
-                    f"{workdir}: not usable as --workdir ({reason}); use a writable directory"
-                ) from reason
             check_same_run(config, workdir, dataset_facts, may_change)
         except UserError as found:
             error = found
@@ -85,7 +81,7 @@ def check_same_run(
     # Written last, so that a refused run changes nothing.
     for name, new in wanted.items():
         path = workdir / name
-        if not path.exists() or json.loads(path.read_text()) != new:
+        if not path.exists() or json.loads(path.read_text(encoding="utf-8")) != new:
             write_json(path, new)
 
 

@@ -1,13 +1,34 @@
 """Small files of a workdir, written atomically."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from metamix_jax.errors import UserError
+
 _MAX_JSON_BYTES = 2**26
+
+
+@contextlib.contextmanager
+def usable(workdir: Path) -> Iterator[None]:
+    """Explains in one line why files cannot be written to a workdir; raises UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{workdir}: not usable as --workdir ({error.strerror or error}); use a writable "
+            "directory"
+        ) from error
+
+
+def make_workdir(workdir: Path) -> None:
+    """Creates a workdir where there is none; raises UserError where that is impossible."""
+    with usable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -22,7 +43,7 @@ def read_json(path: Path) -> Any:
     if path.exists() and path.stat().st_size > _MAX_JSON_BYTES:
         raise ValueError(f"{path.stat().st_size} bytes; expected at most {_MAX_JSON_BYTES}")
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

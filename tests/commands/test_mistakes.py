@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from metamix_jax import command_line
+from metamix_jax.commands import MODES
 from tests.helpers.processes import (
     assert_one_error_line,
     command,
@@ -108,6 +109,25 @@ def test_bad_values(overrides, parts, mode, run_here, finished_copy):
     assert code == 2
     assert_one_error_line(stderr, *parts)
     assert files_of(finished_copy) == before
+
+
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {"calibrate", "diagnose"}))
+@pytest.mark.parametrize(
+    "place", ["file", "file/inside", "dangling", "/proc/nowhere", "long" * 100]
+)
+def test_unusable_workdirs(place, mode, run_here, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("/nowhere/at/all")
+    code, stderr = run_here(tiny_config(), tmp_path / place, mode)
+    assert code == 2
+    assert_one_error_line(stderr, place[:20])
+    assert "Errno" not in stderr
+
+
+def test_more_images_in_a_batch_than_for_training(run_here, tmp_path):
+    code, stderr = run_here(tiny_config(batch_size=1438), tmp_path / "run")
+    assert code == 2
+    assert_one_error_line(stderr, "batch_size=1438: expected at most 1437, the number of training")
 
 
 def test_bad_values_create_no_workdir(run_here, tmp_path):

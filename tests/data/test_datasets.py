@@ -3,6 +3,7 @@ import json
 import pathlib
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -134,6 +135,46 @@ def test_tfds_mistakes(tiny, fields, message):
     assert "\n" not in str(error.value) and str(error.value).startswith("config.data.")
 
 
+@pytest.mark.parametrize("inside", ["tiny_images", "tiny_images/1.0.0", ".."])
+def test_tfds_directory_one_level_off(tiny, inside):
+    folder = tiny / inside if inside != ".." else tiny.parent
+    with pytest.raises(UserError) as error:
+        datasets.load(tiny_config(folder))
+    assert str(error.value) == (
+        f"config.data.data_dir='{folder}': not the directory that contains 'tiny_images'; "
+        f"set config.data.data_dir='{tiny}'"
+    )
+
+
+def test_tfds_images_of_16_bits_keep_their_levels(tmp_path):
+    ramps = [np.arange(64 * 64, dtype=np.uint16).reshape(64, 64, 1) * k for k in (16, 11)]
+    files = [cv2.imencode(".png", ramp)[1].tobytes() for ramp in ramps]
+    folder = tiny_images.write(
+        tmp_path, {"train": files, "test": files}, dtype=np.uint16, shape=(64, 64, 1)
+    )
+    split = datasets.load(tiny_config(folder, image_size=64, channels=1)).train
+    for index, ramp in enumerate(ramps):
+        images, _ = split.gather(np.array([index]))
+        np.testing.assert_array_equal(images[0], ramp >> 8)
+
+
+def test_tfds_images_of_floats_are_refused(tiny_copy):
+    path = tiny_copy / "features.json"
+    text = path.read_text().replace('"uint8"', '"float32"').replace('"3"', '"1"')
+    path.write_text(text)
+    with pytest.raises(UserError, match="images of type float32.*expected uint8 or uint16"):
+        datasets.load(tiny_config(tiny_copy.parents[1], channels=1))
+
+
+def test_tfds_labels_without_a_number_of_classes(tiny_copy):
+    path = tiny_copy / "features.json"
+    path.write_text(path.read_text().replace('"numClasses": "4"', ""))
+    split = datasets.load(tiny_config(tiny_copy.parents[1], num_classes=4)).train
+    assert set(split.labels) == {0, 1, 2, 3}
+    with pytest.raises(UserError, match="label 3; expected 0 to 2"):
+        datasets.load(tiny_config(tiny_copy.parents[1], num_classes=3))
+
+
 @pytest.mark.parametrize("feature", ["image", "label"])
 def test_tfds_needs_image_and_label(tiny_copy, feature):
     path = tiny_copy / "features.json"
@@ -174,6 +215,14 @@ def test_tfds_damaged_files(tiny_copy, damage, in_memory_gib):
             r"somewhere, example 1: not a decodable image \(8 bytes\)",
         ),
         ({"image": None, "label": -1}, r"somewhere, example 1: no label"),
+        (
+            {"image": None, "label": 4},
+            r"somewhere, example 1: label 4; expected 0 to 3, because .*num_classes=4",
+        ),
+        (
+            {"image": to_bytes(Image.new("F", (4, 4)), "TIFF"), "label": 1},
+            "somewhere, example 1: floating-point pixels; expected 8 or 16 bits per channel",
+        ),
     ],
 )
 def test_streamed_split_names_the_bad_example(example, message):
@@ -184,6 +233,9 @@ def test_streamed_split_names_the_bad_example(example, message):
     assert split.gather(np.array([], int))[0].shape == (0, 4, 4, 3)
     with pytest.raises(UserError, match=message):
         split.gather(np.array([0, 1]))
+    if example["label"] not in range(tiny_images.CLASSES):
+        with pytest.raises(UserError, match=message):
+            split.labels_at(np.array([0, 1]))
 
 
 # Random resized crops and evaluation of photographs

@@ -260,3 +260,52 @@ def test_images_stay_as_stored_whatever_rotation_the_file_asks_for(transform):
     encoded = [to_bytes(photograph(100, 60), **options) for options in ({}, {"exif": exif})]
     results = [transform((16, 16, 3))(image, **TURN) for image in encoded]
     np.testing.assert_array_equal(*results)
+
+
+# Images of more than 8 bits
+
+RAMP = np.linspace(0, 65535, 4096).astype(np.uint16).reshape(64, 64)
+
+
+def sixteen_bit_files():
+    """Returns name -> (encoded, pixels uint16 [64, 64] or [64, 64, 3])."""
+    colours = np.stack([RAMP, RAMP.T, RAMP[::-1]], axis=-1)
+    opaque = np.concatenate([colours, np.full((64, 64, 1), 65535, np.uint16)], axis=-1)
+    big_endian = Image.frombytes("I;16B", (64, 64), RAMP.astype(">u2").tobytes())
+    return {
+        "png": (cv2.imencode(".png", RAMP)[1].tobytes(), RAMP),
+        "png, colours": (cv2.imencode(".png", colours[..., ::-1])[1].tobytes(), colours),
+        "png, alpha": (cv2.imencode(".png", opaque[..., [2, 1, 0, 3]])[1].tobytes(), colours),
+        "tiff": (cv2.imencode(".tiff", RAMP)[1].tobytes(), RAMP),
+        "tiff, colours": (cv2.imencode(".tiff", colours[..., ::-1])[1].tobytes(), colours),
+        "tiff, big-endian": (to_bytes(big_endian, "TIFF"), RAMP),
+        "jpeg 2000": (to_bytes(Image.fromarray(RAMP), "JPEG2000"), RAMP),
+        "pgm": (to_bytes(Image.fromarray(RAMP), "PPM"), RAMP),
+    }
+
+
+@pytest.mark.parametrize("kind", sixteen_bit_files())
+def test_16_bits_become_8_by_their_high_byte(kind):
+    encoded, pixels = sixteen_bit_files()[kind]
+    channels = 3 if pixels.ndim == 3 else 1
+    found = Resize((64, 64, channels))(encoded)
+    np.testing.assert_array_equal(found.squeeze(), pixels >> 8)
+    if channels == 1:
+        assert found.mean() == 127.5 and len(np.unique(found)) == 256
+
+
+def test_16_bit_images_are_cropped_at_all_their_levels():
+    encoded, pixels = sixteen_bit_files()["png"]
+    eight_bits = to_bytes(Image.fromarray((pixels >> 8).astype(np.uint8)), "PNG")
+    transform = RandomResizedCropFlip((32, 32, 1))
+    for index in range(4):
+        turn = TURN | {"index": index}
+        np.testing.assert_array_equal(transform(encoded, **turn), transform(eight_bits, **turn))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("I", "32-bit integer"), ("F", "floating-point")])
+@pytest.mark.parametrize("transform", [Resize((8, 8, 1)), RandomResizedCropFlip((8, 8, 1))])
+def test_pixels_without_a_defined_range_are_refused(mode, kind, transform):
+    encoded = to_bytes(Image.fromarray(RAMP.astype(np.int32)).convert(mode), "TIFF")
+    with pytest.raises(images.UnsupportedImageError, match=f"{kind} pixels; expected 8 or 16"):
+        transform(encoded, **TURN)

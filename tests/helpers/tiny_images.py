@@ -39,7 +39,7 @@ def to_bytes(image, kind="JPEG", **options):
     return buffer.getvalue()
 
 
-def write(folder, splits: Mapping[str, Sequence[bytes]] | None = None):
+def write(folder, splits: Mapping[str, Sequence[bytes]] | None = None, **image_options):
     """Writes a TFDS data set of encoded images by split, labelled 0, 1, 2, 3, 0, ..."""
     import tensorflow_datasets as tfds
 
@@ -57,7 +57,7 @@ def write(folder, splits: Mapping[str, Sequence[bytes]] | None = None):
                     builder=self,
                     features=tfds.features.FeaturesDict(
                         {
-                            "image": tfds.features.Image(),
+                            "image": tfds.features.Image(**image_options),
                             "label": tfds.features.ClassLabel(num_classes=CLASSES),
                             "note": tfds.features.Text(),
                         }
@@ -88,4 +88,4 @@ def listed_split(examples, transform, **fields):
         def __getitems__(self, indices):
             return [self[i] for i in indices]
 
-    return splits.StreamedSplit(Records(examples), dict, transform, "somewhere", **fields)
+    return splits.StreamedSplit(Records(examples), dict, transform, "somewhere", CLASSES, **fields)

@@ -87,7 +87,11 @@ def small_weights():
         for leaf in ("weight", "bias", "running_mean", "running_var"):
             shapes[f"{name}.{leaf}"] = (width,)
     rng = np.random.default_rng(0)
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return {
+        name: np.abs(value) if name.endswith("running_var") else value
+        for name, value in weights.items()
+    }
 
 
 def write(path, weights):
@@ -207,14 +211,15 @@ def test_convolution_and_dense_equal_einsum(tmp_path):
     )
 
 
-def test_prefix_counter_and_classifier_names(tmp_path):
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefix_counter_and_classifier_names(tmp_path, prefix):
     weights = small_weights()
-    renamed = {f"module.{name}".replace("fc.", "linear."): v for name, v in weights.items()}
-    renamed["module.bn1.num_batches_tracked"] = np.array(7)
+    renamed = {f"{prefix}{name}".replace("fc.", "linear."): v for name, v in weights.items()}
+    renamed[f"{prefix}bn1.num_batches_tracked"] = np.array(7)
     path = write(tmp_path / "weights.npz", renamed)
     loaded, report = torch_weights.load_pretrained(path, small_variables(), TORCH_NAMES)
     np.testing.assert_array_equal(loaded["params"]["fc"]["bias"], weights["fc.bias"])
-    assert ("module.linear.bias", "params/fc/bias", (5,)) in report
+    assert (f"{prefix}linear.bias", "params/fc/bias", (5,)) in report
 
 
 def test_all_problems_in_one_error(tmp_path):
@@ -225,6 +230,7 @@ def test_all_problems_in_one_error(tmp_path):
     weights["layer1.0.conv2.weight"] = np.zeros((4, 4, 5, 3), np.float32)
     weights["bn1.bias"] = np.zeros(9, np.float32)
     weights["conv1.weight"][0, 0, 0, 0] = np.nan
+    weights["bn1.running_var"][2] = -0.5
     message = load_error(tmp_path, weights)
     for part in (
         "2 missing of the network's 32: ",
@@ -238,6 +244,7 @@ def test_all_problems_in_one_error(tmp_path):
         "layer1.0.conv2.weight (4, 4, 5, 3) = (5, 3, 4, 4) in our layout "
         "(our params/layer1_0/conv2/kernel (3, 3, 4, 4))",
         "1 with NaN or infinity: conv1.weight (our params/conv1/kernel)",
+        "1 with negative variances: bn1.running_var (our batch_stats/bn1/var, down to -0.5)",
     ):
         assert part in message
 
@@ -275,7 +282,15 @@ def test_other_float_types_become_float32(tmp_path, suffix, dtype):
 def test_other_types_are_refused(tmp_path, value):
     path = write(tmp_path / "weights.npz", {"fc.bias": value})
     message = error_line(torch_weights.read_weights, path)
-    assert f"'fc.bias' is {value.dtype}, expected floating point" in message
+    assert f"'fc.bias' is {value.dtype}, expected float16, bfloat16, float32 or" in message
+
+
+def test_float8_in_safetensors_is_named(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    header = b'{"fc.bias":{"dtype":"F8_E4M3","shape":[3],"data_offsets":[0,3]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    message = error_line(torch_weights.read_weights, path)
+    assert "'fc.bias' is float8 (F8_E4M3), expected float16, bfloat16, float32 or" in message
 
 
 def test_missing_and_unknown_files(tmp_path):
@@ -345,6 +360,37 @@ def test_pth_contents(tmp_path):
     assert "entry 'epoch' is of type int, expected" in error_line(torch_weights.read_weights, path)
     torch.save([bias], path)
     assert "contains a list, expected a state_dict" in error_line(torch_weights.read_weights, path)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("wrapper", torch_weights.WRAPPERS)
+def test_weights_as_training_scripts_save_them(tmp_path, wrapper, caplog):
+    torch = pytest.importorskip("torch", reason="torch is optional")
+    path = tmp_path / "checkpoint.pth.tar"
+    saved = {wrapper: {"module.fc.bias": torch.ones(2)}, "optimizer": {"state": {}}, "epoch": 3}
+    torch.save(saved, path)
+    np.testing.assert_array_equal(torch_weights.read_weights(path)["module.fc.bias"], [1, 1])
+    # The average beside the weights is not used, and that is said.
+    caplog.set_level("INFO")
+    torch.save(saved | {"model_ema": {"fc.bias": torch.zeros(2)}}, path)
+    found = torch_weights.read_weights(path)
+    if wrapper in ("ema", "model_ema"):
+        np.testing.assert_array_equal(found["fc.bias"], [0, 0])
+    else:
+        np.testing.assert_array_equal(found["module.fc.bias"], [1, 1])
+        assert f"weights of '{wrapper}'; not used: 'model_ema'" in caplog.text
+
+
+@pytest.mark.torch
+def test_torch_script_and_float8_are_named(tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is optional")
+    path = tmp_path / "weights.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
+    message = error_line(torch_weights.read_weights, path)
+    assert "a TorchScript program, expected a state_dict" in message
+    torch.save({"fc.bias": torch.ones(2).to(torch.float8_e4m3fn)}, path)
+    message = error_line(torch_weights.read_weights, path)
+    assert "entry 'fc.bias' is float8_e4m3fn, expected float16, bfloat16, float32 or" in message
 
 
 @pytest.mark.torch

@@ -33,7 +33,7 @@ def test_read_only_workdir(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     for workdir in (small_disk / "old", small_disk / "new"):
         with (
-            pytest.raises(UserError, match=f"{workdir}: not usable as --workdir .*Read-only"),
+            pytest.raises(UserError, match=f"{workdir}: not usable as --workdir .Read-only"),
             claim.claim_workdir(tiny_config(), workdir, None, ()),
         ):
             pass

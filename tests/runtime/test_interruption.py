@@ -5,6 +5,7 @@ Those marked `faults` are slow: `make check-faults`.
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,6 @@ def test_stopped_by_signals_it_is_the_same_run(processes, finished, tmp_path):
         assert_one_error_line(other.stderr, f"in use by another run.*process {process.pid} on ")
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75
-    assert "a second signal stops immediately" in log.read_text()
     last = log.read_text().splitlines()[-1]
     step = rows_of(workdir)[-1]["step"]
     assert last == (
@@ -45,15 +45,67 @@ def test_stopped_by_signals_it_is_the_same_run(processes, finished, tmp_path):
     assert_same_run(workdir, finished[0])
 
 
-def test_second_signal_stops_at_once(processes, tmp_path):
+def test_second_interrupt_stops_at_once(processes, tmp_path):
+    """As a person does who presses Ctrl-C again."""
     workdir = tmp_path / "run"
-    with processes.running(command(f"--workdir={workdir}"), workdir, 14) as (process, log):
-        process.send_signal(signal.SIGTERM)
-        while "a second signal stops immediately" not in log.read_text():
-            time.sleep(0.001)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(1) == 128 + signal.SIGTERM
-    assert "second SIGTERM: stopping immediately" in log.read_text()
+    arguments = command(f"--workdir={workdir}")
+    program = [sys.executable, "-m", "tests.helpers.signal_itself", "step", "400", "SIGINT"]
+    done = processes.finish([*program, *arguments[2:]])
+    assert done.returncode == 128 + signal.SIGINT
+    assert "a second Ctrl-C, or any signal after 10 s, stops immediately" in done.stderr
+    assert done.stderr.endswith("second SIGINT: stopping immediately, nothing saved\n")
+
+
+def test_late_second_sigterm_stops_at_once(processes, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = command(f"--workdir={workdir}", signal_grace_seconds=0.1)
+    program = [sys.executable, "-m", "tests.helpers.signal_itself", "step", "400", "SIGTERM"]
+    done = processes.finish([*program, *arguments[2:]])
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.endswith("second SIGTERM: stopping immediately, nothing saved\n")
+
+
+def stop_twice(processes, workdir, moment, milliseconds, name="SIGTERM"):
+    """Runs until both signals at `moment`; returns the step that was saved."""
+    arguments = command(f"--workdir={workdir}", checkpoint_every_steps=1000)
+    program = [sys.executable, "-m", "tests.helpers.signal_itself"]
+    done = processes.finish([*program, moment, str(milliseconds), name, *arguments[2:]])
+    assert done.returncode == 75, done.stderr
+    last = done.stderr.splitlines()[-1]
+    found = re.fullmatch(rf"stopped by {name} at step (\d+), checkpoint saved; .*", last)
+    assert found, last
+    assert (workdir / DIRECTORY / found[1]).is_dir()
+    return int(found[1])
+
+
+def test_signals_within_milliseconds_are_one_request(processes, tmp_path):
+    """As from `timeout`, which signals its child and then its process group."""
+    workdir = tmp_path / "run"
+    assert stop_twice(processes, workdir, "compilation", 1) == 0
+    assert stop_twice(processes, workdir, "step", 50, "SIGINT") == 1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("milliseconds", [1, 5, 50])
+def test_two_signals_at_any_moment(processes, finished, tmp_path, milliseconds):
+    workdir = tmp_path / "run"
+    moments = {
+        "compilation": 0,
+        "step": 1,
+        "full_precision": 2,
+        "evaluation": 16,
+        "bit_meta": 17,
+        "bit_search": 33,
+        "choice": 48,
+        "act_training": 49,
+        "save": 64,
+        "weight_training": 65,
+    }
+    for moment, step in moments.items():
+        assert stop_twice(processes, workdir, moment, milliseconds) == step
+        print(f"two signals {milliseconds} ms apart, {moment}: saved step {step}", flush=True)
+    processes.result(command(f"--workdir={workdir}", checkpoint_every_steps=1000))
+    assert_same_run(workdir, finished[0])
 
 
 def last_step(workdir):

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from metamix_jax.training.checkpoints import DIRECTORY
-from tests.helpers.damage import array_file
+from tests.helpers.damage import array_file, flip_bit_silently
 from tests.helpers.processes import (
     ROOT,
     TOTAL,
@@ -22,14 +22,6 @@ from tests.helpers.processes import (
 )
 
 
-def flip_bit_of_arrays(checkpoint):
-    """Flips one bit of the weights, which Orbax silently restores."""
-    path = array_file(checkpoint / "params")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
 def truncate_arrays(checkpoint):
     path = array_file(checkpoint / "training")
     os.truncate(path, path.stat().st_size // 2)
@@ -37,7 +29,7 @@ def truncate_arrays(checkpoint):
 
 def test_damaged_newest_checkpoint(processes, finished, finished_copy):
     newest = finished_copy / DIRECTORY / str(TOTAL)
-    flip_bit_of_arrays(newest)
+    flip_bit_silently(newest / "params")
     damaged, before = files_of(newest), files_of(finished_copy)
     # Requested explicitly it is an error, ...
     evaluate = command(f"--workdir={finished_copy}", "--mode=evaluate")
@@ -64,7 +56,7 @@ def test_damaged_newest_checkpoint(processes, finished, finished_copy):
 
 def test_all_checkpoints_damaged(processes, finished_copy):
     truncate_arrays(finished_copy / DIRECTORY / str(TOTAL))
-    flip_bit_of_arrays(finished_copy / DIRECTORY / "75")
+    flip_bit_silently(finished_copy / DIRECTORY / "75" / "params")
     before = files_of(finished_copy)
     done = processes.finish(command(f"--workdir={finished_copy}"))
     assert done.returncode == 2

@@ -6,6 +6,7 @@ Never run against Google's own service.
 import importlib.util
 import json
 import logging
+import os
 import threading
 import time
 from pathlib import Path
@@ -30,6 +31,27 @@ URL = "gs://bucket/unit"
 @pytest.fixture
 def folder(request):
     return f"{URL}/{request.node.name}"
+
+
+# Local paths ---------------------------------------------------------------------------------
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert bucket.path_of("~/weights.pth") == tmp_path / "weights.pth"
+    with bucket.opened("~/run", alone=True) as workdir:
+        assert workdir == tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", [b"\xe9", b"\xc3\xa9"])
+def test_paths_that_are_not_utf_8_are_refused(tmp_path, name):
+    """TensorStore would write to another directory than Python."""
+    path = os.fsencode(tmp_path) + b"/" + name
+    if name.decode("utf-8", "ignore"):
+        assert os.fsencode(bucket.path_of(os.fsdecode(path))) == path
+    else:
+        with pytest.raises(UserError, match=r"udce9': letters outside ASCII in a locale with"):
+            bucket.path_of(os.fsdecode(path))
 
 
 # The local copy ------------------------------------------------------------------------------

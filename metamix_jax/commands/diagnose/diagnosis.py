@@ -18,7 +18,7 @@ from metamix_jax.selection.policy import read_policy
 from metamix_jax.selection.searchers import hessian
 from metamix_jax.training import setup
 from metamix_jax.training.step.batch_step import training_images
-from metamix_jax.workdir.files import write_json
+from metamix_jax.workdir.files import make_workdir, write_json
 
 GAUSSIAN_SAMPLES = 1_000_000
 
@@ -44,6 +44,7 @@ def measure(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     first, second = setup.train_batches(config, dataset, mesh, 0, 2)
     with waiting("loading weights"):
         states = load_states(config, workdir, network, schedule, first, mesh)
+    make_workdir(workdir)
     variables = {name: state.variables for name, state in states.items()}
     samplers = {
         kind: probes.make_sampler(
@@ -79,7 +80,6 @@ def measure(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             config, workdir, network, next(iter(states.values())), (first, second)
         ),
     }
-    workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "diagnostics.json", found)
     diagnostic_charts.draw_all(found, workdir)
     print(diagnostic_tables.all_tables(found))

@@ -1,7 +1,5 @@
 """A policy from a file: of another run, of another resolution, or written by hand."""
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError, require
@@ -13,6 +11,7 @@ from metamix_jax.selection.cost import LayerCosts
 from metamix_jax.selection.phases import FINE_TUNING
 from metamix_jax.selection.policy import read_policy
 from metamix_jax.selection.searcher import Searcher
+from metamix_jax.workdir import bucket
 
 
 def choose(context: SearchContext) -> dict[str, Bits]:
@@ -37,7 +36,7 @@ def read_bits(path: str, costs: LayerCosts, budget: Budget) -> dict[str, Bits]:
     Raises:
       UserError: unreadable, for other layers or widths, or above the budget.
     """
-    bits = read_policy(Path(path), costs).bits
+    bits = read_policy(bucket.path_of(path), costs).bits
     if not budget.admits(bits):
         raise UserError(
             f"config.search.policy={path!r} costs {budget.cost(bits):.6g} {budget.cost_model.unit} "
