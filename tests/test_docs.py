@@ -66,7 +66,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import metamix_jax
 whole = metamix_jax.load_config
-metamix_jax.load_config = lambda *recipe, **fields: whole(*recipe, **fields | {TINY | {"compilation_cache": ""}!r})
+small = {TINY | {"compilation_cache": ""}!r}
+metamix_jax.load_config = lambda *recipe, **fields: whole(*recipe, **fields | small)
 """
 
 
