@@ -13,16 +13,24 @@ from flax import linen as nn
 from metamix_jax.data import batching
 from metamix_jax.networks.precision import FULL
 from metamix_jax.selection.budget import Budget
+from metamix_jax.selection.cost import uniform_bits
 from metamix_jax.selection.cost_models import BUDGET_UNITS
+from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import run as run_module
 from metamix_jax.training.calibrate import make_calibrate
+from metamix_jax.training.choose_policy import choose_policy
 from metamix_jax.training.evaluator import Evaluator
 from metamix_jax.training.run import Run
 from metamix_jax.training.schedule import Span
 from metamix_jax.training.step import batch_step
 from metamix_jax.training.step import state as state_module
 from metamix_jax.training.step.batch_step import make_train_step, training_images
-from metamix_jax.training.step.gradient_step import make_update, objective, sharpness_ascent
+from metamix_jax.training.step.gradient_step import (
+    make_update,
+    mean_rise,
+    objective,
+    sharpness_ascent,
+)
 from metamix_jax.training.step.state import Search, TrainState, enter_phase
 from tests.helpers.hand_made_costs import COSTS
 from tests.helpers.tiny_network import STEPS, make_batch, make_config, phase_of, softmax, span_of
@@ -228,6 +236,28 @@ def test_each_further_policy_is_chosen_within_its_own_budget(monkeypatch, tmp_pa
     assert written == {tmp_path / "policies/budget_0.7.json": "policy tight"}
 
 
+def test_searchers_get_as_many_batches_as_they_ask_for(monkeypatch):
+    config, asked, given = make_config(), [], []
+
+    def batches(start, stop):
+        asked.append((start, stop))
+        return (make_batch(number) for number in range(start, stop))
+
+    def choose(context):
+        given.extend(context.batches(3))
+        return uniform_bits(COSTS, 4)
+
+    monkeypatch.setitem(SEARCHERS, "metamix", types.SimpleNamespace(choose=choose))
+    budget = Budget(BUDGET_UNITS["gbops"].make_model(COSTS), 1.0)
+    network = types.SimpleNamespace(model=None, costs=COSTS, label="stub")
+    policy = choose_policy(config, network, stub_state(), budget, batches)
+    assert policy.bits == uniform_bits(COSTS, 4) and policy.budget_gbops == 1.0
+    assert asked == [(0, 3)] and len(given) == 3
+    for number, (images, labels) in enumerate(given):
+        np.testing.assert_array_equal(images, training_images(make_batch(number), config))
+        np.testing.assert_array_equal(labels, make_batch(number)["label"])
+
+
 # ASGA ------------------------------------------------------------------------------------------
 
 
@@ -247,6 +277,14 @@ def test_sharpness_ascent_moves_weights_alone():
     radius = min(config.asga.max_radius, 0.05)
     expected = 0.5 + weights * (radius / np.linalg.norm(weights) - config.asga.alignment)
     np.testing.assert_allclose(after.params["fc"]["kernel"], expected, rtol=1e-5)
+
+
+def test_surrogate_gap_is_the_mean_rise_of_the_loss():
+    def rows(*losses):
+        return [{"loss": jnp.float32(loss)} for loss in losses]
+
+    assert mean_rise(rows(2.0, 4.0), rows(1.0, 2.5)) == 1.25
+    assert mean_rise(rows(1.0, 1.0), rows(2.0, 1.5)) == 0  # a fall is no gap
 
 
 # Re-estimation ---------------------------------------------------------------------------------
