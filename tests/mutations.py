@@ -200,7 +200,7 @@ MUTATIONS = (
         ("cost.act_elements * bits.act / total", "cost.act_elements * bits.weight / total"),
     ),
     *_rows(
-        "metamix_jax/selection/knapsack.py", _BUDGET,
+        "metamix_jax/selection/knapsack.py", f"{_BUDGET} tests/selection/test_searchers.py",
         ("if within(cost @ picked, limit):", "if True:"),
         ("least - TOLERANCE * limit <= total and within", "within"),
         ("options[k, width:] = best[: cells - width] + values[path][k]",
@@ -250,7 +250,7 @@ MUTATIONS = (
     *_rows(
         "metamix_jax/selection/searchers/asga.py", "tests/selection/test_phases.py",
         ("phases.metamix_passes(config) / 2", "phases.metamix_passes(config)"),
-        ("sharpness_aware=True", "sharpness_aware=False"),
+        ("sharpness_aware=True", "sharpness_aware=False", _STEP),
     ),
     *_rows(
         "metamix_jax/selection/searchers/hessian.py", "tests/selection/test_hessian.py",

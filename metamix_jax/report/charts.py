@@ -172,10 +172,10 @@ def _draw_accuracies(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> No
                          label="full precision")  # fmt: skip
             continue
         i = precisions.index(precision)
-        running, above = statistics == "running", max(len(precisions) - 1 - i, 0)
+        running, above = statistics == "running", min(len(precisions) - 1 - i, 4)
         axes.plot(
             steps, accuracies, color=f"C{i % 10}", marker=MARKERS[i % 8],
-            markersize=5 + 2.5 * above, linewidth=1.2 + 1.4 * above,
+            markersize=5 + 2 * above, linewidth=1.2 + above,
             linestyle="-" if running else "--", fillstyle="full" if running else "none",
             label=precision if running else f"{precision}, BN {statistics}",
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 import base64
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from metamix_jax.report import charts, tables
 from metamix_jax.report.finished import Finished
@@ -145,7 +147,7 @@ def accuracy(run: Finished) -> Section:
     for row in tables.by_statistics(evaluations):
         found = [row["by_statistics"].get(kind) for kind in present]
         rows.append(
-            [row["phase"], row["precision"]]
+            [_when(row, run.results["phases"]), row["precision"]]
             + [tables.percent(e["top1"]) if e else "" for e in found]
             + [tables.percent(e["top5"]) if e else "" for e in found]
             + [f"{e['correct']}/{e['examples']}" if e else "" for e in found]
@@ -158,13 +160,25 @@ def accuracy(run: Finished) -> Section:
     columns = ["phase", "activations", *top1, *top5, *correct, "weights", "step"]
     texts = (0, 1, len(columns) - 2)
     # Narrow screens show the accuracies alone.
-    wide = range(2 + 2 * len(present), len(columns))
+    wide = range(2 + len(present) + 1, len(columns))
     return section(
         "accuracy",
         "Accuracy by phase",
         element("p", _BOTH_STATISTICS) if len(present) > 1 else None,
         table("Accuracy at every evaluation", columns, rows, texts=texts, wide=wide),
     )
+
+
+def _when(row: Mapping[str, Any], phases: Mapping[str, Any]) -> str:
+    """Returns the phase of an evaluation, and whether it was at its start, before training."""
+    start = 0
+    for name, entry in phases.items():
+        if name == row["phase"] and start == row["step"]:
+            return f"{name}, start"
+        start += entry["steps"]
+    # A stopped search evaluates the policy before the phase that would train it.
+    begins = row["phase"] not in phases and start == row["step"]
+    return f"{row['phase']}, start" if begins else row["phase"]
 
 
 def curves(run: Finished) -> Section:

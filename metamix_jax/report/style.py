@@ -109,7 +109,9 @@ polyline, .legend path { fill: none; stroke-width: 1.4; }
   .bits thead th { font-size: 0.72rem; }
   .bits td { padding-right: 0.3rem; }
   .cell { gap: 0.25rem; }
-  th, td { padding: 0.25rem 0.35rem; }
+  th, td { padding: 0.25rem 0.25rem; }
+  thead span { white-space: normal; }
+  .scroll table { font-size: 0.75rem; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }

@@ -11,6 +11,7 @@ import pytest
 
 from metamix_jax import command_line, commands
 from metamix_jax.errors import UserError
+from metamix_jax.report import sections
 from metamix_jax.report.html import write_report
 from metamix_jax.report.logits import softmax
 from metamix_jax.report.markup import Markup, element, join
@@ -191,6 +192,15 @@ def test_page_of_a_stopped_search(tmp_path):
     assert "weight_training20" not in page.text and "total408.0" in page.text
 
 
+def test_evaluations_before_a_phases_first_step():
+    phases = {"bit_meta": {"steps": 20}, "bit_search": {"steps": 20}}
+    rows = [("bit_meta", 0), ("bit_meta", 20), ("bit_search", 20), ("bit_search", 40),
+            ("act_training", 40)]  # fmt: skip
+    found = [sections._when({"phase": phase, "step": step}, phases) for phase, step in rows]
+    assert found == ["bit_meta, start", "bit_meta", "bit_search, start", "bit_search",
+                     "act_training, start"]  # fmt: skip
+
+
 def test_a_page_of_an_earlier_version(tmp_path):
     workdir = write_run(tmp_path)
     results = json.loads((workdir / "results.json").read_text())
@@ -207,7 +217,7 @@ def test_narrow_screens_leave_out_all_but_the_accuracies(tmp_path):
     page = report(write_run(tmp_path))
     wide = [attributes for tag, attributes in page.elements
             if tag == "th" and "wide" in attributes.get("class", "")]  # fmt: skip
-    assert len(wide) == 4  # correct, twice; weights; step
+    assert len(wide) == 5  # top-5 re-estimated; correct, twice; weights; step
     assert "  .wide { display: none; }" in (tmp_path / "report.html").read_text()
 
 

@@ -273,6 +273,13 @@ def test_sharpness_ascent_moves_weights_alone():
     np.testing.assert_allclose(after.params["fc"]["kernel"], expected, rtol=1e-5)
 
 
+def test_first_radius_is_that_of_the_configuration():
+    config = make_config(**{"asga.start_radius": 0.04})
+    state = stub_state(conv={"act_step": jnp.ones(2), "logits": jnp.zeros(2)})
+    entered = enter_phase(state, span_of("sharpness_search", config), config)
+    assert jnp.log1p(entered.surrogate_gap) == pytest.approx(0.04, rel=1e-6)
+
+
 def test_surrogate_gap_is_the_mean_rise_of_the_loss():
     def rows(*losses):
         return [{"loss": jnp.float32(loss)} for loss in losses]
