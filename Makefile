@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALL := $(if $(shell command -v uv),uv pip install -q --python .venv/bin/python,.venv/bin/python -m pip install -q --disable-pip-version-check)
 WORKDIR ?= runs/digits
 
-.PHONY: demo test check-real check-faults lint config-docs clean
+.PHONY: demo test check-real check-faults mutate lint config-docs clean
 
 demo: .venv/ready  ## all phases on the embedded digits
 	python main.py --config=digits --workdir=$(WORKDIR)
@@ -17,6 +17,9 @@ check-real: .venv/torch  ## checks against PyTorch, and on the data and weights 
 
 check-faults: .venv/dev  ## hundreds of kills and damaged checkpoints, half an hour
 	python -m pytest -m faults -s
+
+mutate: .venv/dev  ## mistakes in the core, one by one: does a test notice? half an hour
+	python -m tests.mutations
 
 lint: .venv/dev
 	ruff check .

@@ -159,6 +159,27 @@ def test_workdirs_without_a_readable_configuration(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+# What the paper states --------------------------------------------------------------------------
+
+
+# Lambda times the GBOPs of uniform 4/4; epochs of both stages of weight training.
+@pytest.mark.parametrize(
+    ("recipe", "candidates", "budget", "budget_weight", "epochs"),
+    [
+        ("mbv3", (8, 4, 3), 3.29, 4 * 3.786988544, (18, 120)),
+        ("mbv2", (8, 4, 3), 5.28, 1 * 5.39405312, (18, 120)),
+        ("resnet18", (8, 4, 2), 32.86, 0.4 * 34.7144192, (18, 70)),
+    ],
+)
+def test_recipes_of_the_paper(recipe, candidates, budget, budget_weight, epochs):
+    config = metamix_jax.load_config(recipe)
+    assert config.quant.act_bits == candidates and config.quant.weight_bits == (4,)
+    assert (config.budget.value, config.budget.unit) == (budget, "gbops")
+    assert config.bit_search.budget_weight == pytest.approx(budget_weight, rel=1e-12)
+    assert (config.weight_training.act_epochs, config.weight_training.epochs) == epochs
+    assert (config.bit_meta.epochs, config.bit_search.epochs) == (1, 1)
+
+
 # On the command line --------------------------------------------------------------------------
 
 

@@ -13,17 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from metamix_jax.report.style import ACT_COLOUR, SHARE_COLOUR, WEIGHT_COLOUR
 from metamix_jax.report.tables import budget_line, layer_rows
 from metamix_jax.workdir.files import write_bytes_atomic
 
 DPI = 120
-# Light, so that black hatches are visible; the hatch alone distinguishes the bit-widths.
-_COLOURS = {
-    2: "#fff3c4", 3: "#fdcc8a", 4: "#fc9f67", 5: "#f28e9b", 6: "#cf9bd0", 7: "#a9c4ea",
-    8: "#7fabd8", 32: "#ffffff",
-}  # fmt: skip
-# 32: an unquantized image; its bar extends beyond the chart.
-_HATCHES = {2: "", 3: "..", 4: "//", 5: "xx", 6: "\\\\", 7: "oo", 8: "++", 32: "**"}
+WIDEST = 8  # bits at the top of the chart; the bar of an unquantized image ends there too
+MOST_NUMBERED = 40  # bars with a number on top
 MARKERS = "osD^vP*X"
 
 
@@ -45,29 +41,30 @@ def bit_chart(
     )
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     positions = range(len(rows))
-    for bits in sorted({row["act_bits"] for row in rows}):
-        chosen = [i for i in positions if rows[i]["act_bits"] == bits]
-        top.bar(chosen, [bits] * len(chosen), **bar_style(bits))
+    act_bits = [row["act_bits"] for row in rows]
+    bars = top.bar(positions, [min(bits, WIDEST) for bits in act_bits], color=ACT_COLOUR)
+    if len(rows) <= MOST_NUMBERED:
+        top.bar_label(bars, act_bits, padding=2, fontsize=9)
     weight_bits = [row["weight_bits"] for row in rows]
-    top.plot(positions, weight_bits, linestyle="", marker="D", markersize=5, color="white",
+    top.plot(positions, weight_bits, linestyle="", marker="D", markersize=6, color=WEIGHT_COLOUR,
              markeredgecolor="black", clip_on=False)  # fmt: skip
     top.set_ylabel("bits")
-    top.set_ylim(0, 8.4)
-    top.set_yticks(range(0, 9, 2))
-    bottom.bar(positions, [row["share"] for row in rows], color="0.45")
+    top.set_ylim(0, WIDEST + 1)
+    top.set_yticks(range(0, WIDEST + 1, 2))
+    bottom.bar(positions, [row["share"] for row in rows], color=SHARE_COLOUR)
     bottom.set_ylabel("share of\nBOPs, %")
     # Names may contain dollar signs, which are not math.
     bottom.set_xticks(positions, labels, rotation=90, fontsize=8, parse_math=False)
     bottom.set_xlim(-0.7, len(rows) - 0.3)
+    bottom.set_xlabel("layer, in network order")
     for axes in (top, bottom):
         axes.grid(axis="y", color="0.85")
         axes.set_axisbelow(True)
     handles = [
-        Patch(label=f"{bits}-bit activations", **bar_style(bits))
-        for bits in sorted({row["act_bits"] for row in rows})
-    ]
-    handles.append(Line2D([], [], linestyle="", marker="D", color="white", markeredgecolor="black",
-                          label="weight bits"))  # fmt: skip
+        Patch(label="activation bits", color=ACT_COLOUR),
+        Line2D([], [], linestyle="", marker="D", color=WEIGHT_COLOUR, markeredgecolor="black",
+               label="weight bits"),
+    ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(_title(policy, average_act_bits), fontsize=11, parse_math=False)
     save_png(figure, path)
@@ -110,7 +107,10 @@ def _curves(
             axes.axvspan(first, last, color="0.9" if i % 2 else "0.97", linewidth=0, zorder=0)
         inside = [row for row in train if row["phase"] == phase and first < row["step"] <= last]
         steps, losses = [r["step"] for r in inside], [_number(r.get("loss")) for r in inside]
-        top.plot(steps, losses, color="#3b1f7a", linewidth=1, marker=".", markersize=2)
+        few = len(steps) < 10  # a line through one point would be invisible
+        top.plot(
+            steps, losses, color="#3b1f7a", linewidth=1, marker=".", markersize=6 if few else 2
+        )
     if spans:
         margin = 0.01 * spans[-1][2] or 0.5
         top.set_xlim(-margin, spans[-1][2] + margin)
@@ -154,28 +154,31 @@ def accuracy_against_cost(rows: Sequence[Mapping[str, Any]], path: Path) -> None
 
 
 def _draw_accuracies(axes: Axes, evaluations: Sequence[Mapping[str, Any]]) -> None:
-    """Draws one line per precision, dashed with hollow markers for re-estimated BN statistics."""
+    """Draws one line per precision, dashed with hollow markers for re-estimated BN statistics.
+
+    Earlier lines are wider and their markers larger, so that coinciding ones all show. Full
+    precision is a line across the chart, to compare the others with.
+    """
     series: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in evaluations:
         point = (row["step"], _number(row["top1"]))
         series.setdefault((row["precision"], row["statistics"]), []).append(point)
-    precisions = list(dict.fromkeys(precision for precision, _ in series))
+    precisions = list(dict.fromkeys(precision for precision, _ in series if precision != "full"))
     for (precision, statistics), points in series.items():
+        steps, accuracies = zip(*points, strict=True)
+        if precision == "full":
+            axes.plot(steps, accuracies, color="black", linewidth=1, marker="o", markersize=4)
+            axes.axhline(accuracies[-1], color="black", linewidth=1, linestyle=(0, (1, 2)),
+                         label="full precision")  # fmt: skip
+            continue
         i = precisions.index(precision)
-        running = statistics == "running"
+        running, above = statistics == "running", min(len(precisions) - 1 - i, 4)
         axes.plot(
-            *zip(*points, strict=True), color=f"C{i % 10}", marker=MARKERS[i % 8], markersize=6,
+            steps, accuracies, color=f"C{i % 10}", marker=MARKERS[i % 8],
+            markersize=5 + 2 * above, linewidth=1.2 + above,
             linestyle="-" if running else "--", fillstyle="full" if running else "none",
             label=precision if running else f"{precision}, BN {statistics}",
         )  # fmt: skip
-
-
-def bar_style(bits: int) -> dict[str, Any]:
-    """Returns the style of a bit-width's bar; the hatch alone distinguishes the widths."""
-    return {
-        "facecolor": _COLOURS[bits], "hatch": _HATCHES[bits], "edgecolor": "black",
-        "linewidth": 0.5,
-    }  # fmt: skip
 
 
 def _title(policy: Mapping[str, Any], average_act_bits: float | None) -> str:
@@ -202,13 +205,34 @@ def _phase_spans(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, int]
 
 
 def _label_phases(axes: Axes, spans: Sequence[tuple[str, int, int]], gap: float) -> None:
-    """Writes phase names above `axes`, slanted, and spread apart where phases are short."""
-    place = 0.0
-    for phase, first, last in spans:
-        place = max((first + last) / 2, place)
-        axes.text(place, 1.02, phase, transform=axes.get_xaxis_transform(), rotation=35,
-                  rotation_mode="anchor", ha="left", va="bottom", fontsize=9)  # fmt: skip
-        place += gap * spans[-1][2]
+    """Writes phase names above `axes`, slanted, and spread apart where phases are short.
+
+    A name that is not above the middle of its phase has a line there.
+    """
+    if not spans:
+        return
+    middles = [(first + last) / 2 for _, first, last in spans]
+    places = _spread(middles, gap * spans[-1][2], spans[-1][2])
+    for (phase, _, _), middle, place in zip(spans, middles, places, strict=True):
+        axes.annotate(
+            phase, xy=(middle, 1), xytext=(place, 1.07), xycoords=axes.get_xaxis_transform(),
+            textcoords=axes.get_xaxis_transform(), rotation=35, rotation_mode="anchor", ha="left",
+            va="bottom", fontsize=9, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.7, "shrinkA": 0,
+                        "shrinkB": 0, "relpos": (0, 0)},
+        )  # fmt: skip
+
+
+def _spread(middles: Sequence[float], gap: float, most: float) -> list[float]:
+    """Returns places in order, at least `gap` apart and near the middles, at most `most`."""
+    places: list[float] = []
+    for middle in middles:
+        places.append(max(middle, places[-1] + gap) if places else middle)
+    limit = most
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], limit)
+        limit = places[i] - gap
+    return places
 
 
 def _number(value: float | None) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from metamix_jax.report.charts import DPI, MARKERS, bar_style, save_png
+from metamix_jax.report.charts import DPI, MARKERS, WIDEST, save_png
+from metamix_jax.report.style import ACT_COLOUR
 
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _NAMES = {"macs": "MACs", "trace": "Hessian trace", "trace_per_mac": "trace / MACs"}
@@ -80,6 +81,7 @@ def distance_chart(distances: Mapping[str, Any], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", color="0.85")
     panels[-1].set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
+    panels[-1].set_xlabel("layer, in network order")
     _legend(figure, panels[0].get_legend_handles_labels()[0], columns=2)
     save_png(figure, path)
 
@@ -139,6 +141,7 @@ def gaussian_chart(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         )  # fmt: skip
     axes.set_xticks(range(len(ratios)), [f"{bits} bits" for bits in rows[0]["variance"]])
     axes.set_ylabel("variance after / before quantization")
+    axes.set_xlabel("width of the quantizer")
     axes.set_title("N(0, 1) quantized: the clip rule decides whether variance grows", fontsize=11)
     axes.grid(axis="y", color="0.85")
     _legend(figure, axes.get_legend_handles_labels()[0], columns=2)
@@ -161,7 +164,7 @@ def sensitivity_chart(sensitivity: Mapping[str, Any], path: Path) -> None:
     top, *others = figure.subplots(1 + len(known), 1, sharex=True)
     places = range(len(layers))
     for place, row in zip(places, layers.values(), strict=True):
-        top.bar(place, row["act_bits"], **bar_style(row["act_bits"]))
+        top.bar(place, min(row["act_bits"], WIDEST), color=ACT_COLOUR)
     top.set_ylabel("activation bits")
     top.set_ylim(0, 8.4)
     top.set_yticks(range(0, 9, 2))
@@ -174,6 +177,7 @@ def sensitivity_chart(sensitivity: Mapping[str, Any], path: Path) -> None:
         axes.grid(axis="y", color="0.85")
         axes.set_axisbelow(True)
     others[-1].set_xticks(places, layers, rotation=90, fontsize=8)
+    others[-1].set_xlabel("searched layer, in network order")
     save_png(figure, path)
 
 

@@ -13,6 +13,7 @@ from metamix_jax.report.markup import Markup, Section, breakable, element, folde
 
 _POINTS = 60  # maximum per line, which bounds the page size of long searches
 _WIDTH, _HEIGHT = 160, 70
+_MARGIN, _LABELS = 34, 12  # room for the labels of the axes, at the left and below
 _MANY = 24  # more charts than this are folded
 _STYLES = 9  # dash patterns and colours in style.py
 
@@ -35,16 +36,19 @@ def logits_section(run: Finished) -> Section | None:
         names = _names(run, len(shares[-1]))
         used = max(used, len(names))
         scaled = [[(share - low) / (high - low or 1) for share in row] for row in shares]
-        figures.append(_figure(layer, names, steps, shares, scaled, _chosen(run, layer)))
+        figures.append(
+            _figure(layer, names, steps, shares, scaled, (low, high), _chosen(run, layer))
+        )
     charts = _legend(_names(run, used)), element("div", *figures, class_="multiples")
     return section(
         "logits",
         "Course of the search",
         element(
             "p",
-            f"Softmax probability of each candidate, {100 * low:.0f} to {100 * high:.0f} % in "
-            f"every chart, from step {steps[0]} to {steps[-1]}; the thick line is the candidate "
-            "that ends highest. Where the policy differs, it was adjusted to meet the budget.",
+            f"Softmax probability of each candidate ({100 * low:.0f} to {100 * high:.0f} % in "
+            f"every chart) against the step ({steps[0]} to {steps[-1]}); the thick line is the "
+            "candidate that ends highest. Where the policy differs, it was adjusted to meet the "
+            "budget.",
         ),
         folded(f"All {len(figures)} layers", *charts) if len(figures) > _MANY else join(*charts),
     )
@@ -63,6 +67,7 @@ def _figure(
     steps: list[int],
     shares: list[list[float]],
     scaled: list[list[float]],
+    bounds: tuple[float, float],
     chosen: tuple[int, int] | None,
 ) -> Markup:
     last = shares[-1]
@@ -73,8 +78,17 @@ def _figure(
     lines = [_line(steps, [row[i] for row in scaled], i, winner == i) for i in range(len(names))]
     frame = element("rect", x=0, y=0, width=_WIDTH, height=_HEIGHT, class_="frame")
     half = element("path", d=f"M0 {_HEIGHT / 2}H{_WIDTH}", class_="half")
+    low, high = (f"{100 * share:.0f} %" for share in bounds)
+    labels = [
+        element("text", high, x=-4, y=9, text_anchor="end"),
+        element("text", low, x=-4, y=_HEIGHT, text_anchor="end"),
+        element("text", steps[0], x=0, y=_HEIGHT + _LABELS),
+        element("text", "step", x=_WIDTH / 2, y=_HEIGHT + _LABELS, text_anchor="middle"),
+        element("text", steps[-1], x=_WIDTH, y=_HEIGHT + _LABELS, text_anchor="end"),
+    ]
+    view = f"{-_MARGIN} -2 {_WIDTH + _MARGIN + 2} {_HEIGHT + _LABELS + 5}"
     picture = element(
-        "svg", frame, half, *lines, viewBox=f"-2 -2 {_WIDTH + 4} {_HEIGHT + 4}", role="img",
+        "svg", frame, half, *lines, *labels, viewBox=view, role="img",
         aria_label=f"{layer}: {text}",
     )  # fmt: skip
     caption = element("figcaption", element("strong", breakable(layer)), text)

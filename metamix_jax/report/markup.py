@@ -66,6 +66,7 @@ def table(
     rows: list[list[object]],
     *,
     texts: Container[int] = (0,),
+    wide: Container[int] = (),
     last: bool = False,
 ) -> Markup:
     """Returns a table in a box that scrolls horizontally on narrow pages.
@@ -75,9 +76,13 @@ def table(
       columns: headings.
       rows: cells, one per column; the first is the row's heading.
       texts: indices of the columns with text rather than numbers.
+      wide: indices of the columns that narrow screens leave out.
       last: whether the last row is a total.
     """
-    kinds = ["text" if i in texts else "number" for i in range(len(columns))]
+    kinds = [
+        ("text" if i in texts else "number") + (" wide" if i in wide else "")
+        for i in range(len(columns))
+    ]
     head = element("tr", *(_cell("th", c, k, "col") for c, k in zip(columns, kinds, strict=True)))
     lines = [
         element(

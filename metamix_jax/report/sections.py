@@ -2,6 +2,8 @@
 
 import base64
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from metamix_jax.report import charts, tables
 from metamix_jax.report.finished import Finished
@@ -25,17 +27,58 @@ _BOTH_STATISTICS = (
 
 
 def lead(run: Finished) -> Markup:
-    """Returns the outcome in one sentence."""
+    """Returns the outcome in two sentences, what to compare it with, and the next command.
+
+    An accuracy stands beside the cost of the network that has it: after a search, weights are
+    still in full precision.
+    """
     results = run.results
     first = f"{tables.percent(results['top1'])}\u00a0% top-1"
-    stopped = " The run stopped after the search: the network is not fine-tuned."
-    return element(
-        "p",
-        element("strong", first),
-        f" ({results['correct']} of {results['examples']} images) at {_spent(run)}.",
-        stopped if results["mode"] == "search" else None,
-        class_="lead",
+    images = f" ({results['correct']} of {results['examples']} images)"
+    if results["mode"] == "search":
+        outcome = (
+            f"{images} at the chosen activation bits before fine-tuning, with weights in full "
+            f"precision{_evaluated_cost(run)}. With quantized weights, the policy costs "
+            f"{_spent(run)}."
+        )
+    else:
+        outcome = f"{images} at {_spent(run)}."
+    return join(
+        element("p", element("strong", first), outcome, class_="lead"),
+        element("p", " ".join(_comparison(run))),
+        element("p", "Next: ", element("code", _next_command(run))),
     )
+
+
+def _evaluated_cost(run: Finished) -> str:
+    cost = run.results.get("evaluated_gbops")  # runs of earlier versions do not have it
+    return "" if cost is None else f": {cost:.4f} GBOPs"
+
+
+def _comparison(run: Finished) -> list[str]:
+    """Returns sentences on what the outcome can be compared with."""
+    results, sentences = run.results, []
+    full = [row for row in results["evaluations"] if row["precision"] == "full"]
+    if full and results["evaluations"][-1] != full[-1]:
+        sentences.append(f"Full precision: {tables.percent(full[-1]['top1'])}\u00a0% top-1.")
+    sizes = results.get("sizes") or {}
+    if run.policy and "gbops_uniform_4_4" in sizes:
+        sentences.append(f"Uniform 4/4 would cost {sizes['gbops_uniform_4_4']:.4f} GBOPs.")
+    if "mebibytes" in sizes:
+        sentences.append(
+            f"Kernels: {sizes['mebibytes']:.3g} MiB at the chosen bits, "
+            f"{sizes['float32_mebibytes']:.3g} MiB in float32."
+        )
+    return sentences
+
+
+def _next_command(run: Finished) -> str:
+    workdir = bucket.origin(run.workdir)
+    if run.results["mode"] == "search":
+        return f"metamix --config={workdir} --workdir={workdir}  (fine-tunes the network)"
+    if run.policy is None:
+        return f"metamix --config=RECIPE --config.pretrained={workdir} --workdir=DIR"
+    return f"metamix --mode=export --workdir={workdir}"
 
 
 def summary(run: Finished) -> Section:
@@ -59,6 +102,8 @@ def summary(run: Finished) -> Section:
         f"BN statistics {results['statistics']}",
         "Bit operations": _spent(run),
     }
+    if results["mode"] == "search":
+        came_out["Bit operations"] = f"of the policy: {_spent(run)}"
     if policy:
         asked |= {
             "Candidate bits": f"activations {_listed(config.get('quant.act_bits'))}; "
@@ -78,7 +123,7 @@ def summary(run: Finished) -> Section:
     else:
         note = "A full-precision run: nothing was searched or quantized, and no budget was set."
     came_out |= {
-        "Training time": _duration(results["seconds"]),
+        "Time from start to end": _duration(results.get("wall_seconds") or results["seconds"]),
         "Workdir": bucket.origin(run.workdir),
     }
     return section(
@@ -102,25 +147,38 @@ def accuracy(run: Finished) -> Section:
     for row in tables.by_statistics(evaluations):
         found = [row["by_statistics"].get(kind) for kind in present]
         rows.append(
-            [row["phase"], row["precision"]]
+            [_when(row, run.results["phases"]), row["precision"]]
             + [tables.percent(e["top1"]) if e else "" for e in found]
-            + [row["weights"], row["step"]]
             + [tables.percent(e["top5"]) if e else "" for e in found]
             + [f"{e['correct']}/{e['examples']}" if e else "" for e in found]
+            + [row["weights"], row["step"]]
         )
-    # The most important columns first, where narrow screens show them.
     top1, top5, correct = (
         [join(what, " ", element("span", kind)) for kind in present]
         for what in ("top-1 %", "top-5 %", "correct")
     )
-    columns = ["phase", "activations", *top1, "weights", "step", *top5, *correct]
-    texts = (0, 1, columns.index("weights"))
+    columns = ["phase", "activations", *top1, *top5, *correct, "weights", "step"]
+    texts = (0, 1, len(columns) - 2)
+    # Narrow screens show the accuracies alone.
+    wide = range(2 + len(present) + 1, len(columns))
     return section(
         "accuracy",
         "Accuracy by phase",
         element("p", _BOTH_STATISTICS) if len(present) > 1 else None,
-        table("Accuracy at every evaluation", columns, rows, texts=texts),
+        table("Accuracy at every evaluation", columns, rows, texts=texts, wide=wide),
     )
+
+
+def _when(row: Mapping[str, Any], phases: Mapping[str, Any]) -> str:
+    """Returns the phase of an evaluation, and whether it was at its start, before training."""
+    start = 0
+    for name, entry in phases.items():
+        if name == row["phase"] and start == row["step"]:
+            return f"{name}, start"
+        start += entry["steps"]
+    # A stopped search evaluates the policy before the phase that would train it.
+    begins = row["phase"] not in phases and start == row["step"]
+    return f"{row['phase']}, start" if begins else row["phase"]
 
 
 def curves(run: Finished) -> Section:
@@ -172,9 +230,23 @@ def time(run: Finished) -> Section:
         "Search cost and training time",
         element("p", "The search took:" if cost["steps"] else "The search took no training steps."),
         facts(spent) if cost["steps"] else None,
-        element("p", "Compilation and evaluation are excluded."),
+        facts(_times(run)),
+        element("p", "Seconds of training steps, without compilation and evaluation:"),
         table("Training by phase", columns, rows, last=True),
     )
+
+
+def _times(run: Finished) -> dict[str, object]:
+    """Returns the whole run's times by name; {} of runs of earlier versions."""
+    names = {
+        "wall_seconds": "From start to end",
+        "compile_seconds": "Compiling training steps",
+        "evaluation_seconds": "Evaluating",
+        "seconds": "Training steps and choosing bits",
+    }
+    if "wall_seconds" not in run.results:
+        return {}
+    return {title: _duration(run.results[name]) for name, title in names.items()}
 
 
 def environment(run: Finished) -> Section:

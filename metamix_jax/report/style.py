@@ -9,6 +9,9 @@ _LINES = (
     ("#000000", "3 1"),
 )  # fmt: skip
 
+# The same in report.html and bits.png.
+ACT_COLOUR, WEIGHT_COLOUR, SHARE_COLOUR = "#1b4f8f", "#d9822b", "#6b6b6b"
+
 _RULES = """
 :root { color-scheme: light; }
 *, *::before, *::after { box-sizing: border-box; }
@@ -77,9 +80,7 @@ thead span { display: block; white-space: nowrap; }
 .cell span { flex: 0 0 auto; text-align: right; min-width: 1em; white-space: nowrap; }
 td:last-child > .cell span { min-width: 2.3em; }
 .bar { flex: 1 1 0; min-width: 0; width: 100%; height: 1.1rem; }
-.act { fill: #1b4f8f; }
-.weight { fill: #d9822b; stroke: #5c3205; stroke-width: 1px; }
-.share { fill: #6b6b6b; }
+.weight { stroke: #5c3205; stroke-width: 1px; }
 .empty { fill: #e6e6e6; }
 figure { margin: 0 0 1rem; }
 img { max-width: 100%; height: auto; display: block; }
@@ -99,14 +100,18 @@ details[open] > summary { margin-bottom: 0.6rem; }
 .half { stroke: #ddd; }
 polyline, .legend path { fill: none; stroke-width: 1.4; }
 .winner { stroke-width: 3; }
+.multiples text { font-size: 11px; fill: #505050; }
 @media (max-width: 40rem) {
+  .wide { display: none; }
   body { font-size: 0.95rem; }
   table { font-size: 0.8rem; }
   .bits th:first-child { width: 32%; }
   .bits thead th { font-size: 0.72rem; }
   .bits td { padding-right: 0.3rem; }
   .cell { gap: 0.25rem; }
-  th, td { padding: 0.25rem 0.35rem; }
+  th, td { padding: 0.25rem 0.25rem; }
+  thead span { white-space: normal; }
+  .scroll table { font-size: 0.75rem; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
@@ -124,6 +129,8 @@ polyline, .legend path { fill: none; stroke-width: 1.4; }
 
 STYLE = Markup(
     _RULES
+    + f".act {{ fill: {ACT_COLOUR}; }}\n.weight {{ fill: {WEIGHT_COLOUR}; }}\n"
+    + f".share {{ fill: {SHARE_COLOUR}; }}\n"
     + "".join(
         f".line{i} {{ stroke: {colour}; stroke-dasharray: {dashes}; }}\n"
         for i, (colour, dashes) in enumerate(_LINES)

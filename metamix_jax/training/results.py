@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from metamix_jax.networks.precision import FULL, FULL_BITS, bit_candidates
+from metamix_jax.networks.precision import FULL, FULL_BITS, Precision, bit_candidates
 from metamix_jax.report import charts, tables
 from metamix_jax.report.html import write_report
 from metamix_jax.selection import cost
@@ -26,7 +26,8 @@ from metamix_jax.workdir.files import write_json
 from metamix_jax.workdir.metrics import read_rows
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-CHOICE = "choosing bits"  # key of the searcher's time, next to the phases' times
+# Keys of times other than the phases' own, which are those of training steps.
+CHOICE, COMPILING, EVALUATING, WALL = "choosing bits", "compiling", "evaluating", "wall"
 
 
 def write(
@@ -47,7 +48,7 @@ def write(
       network: what was trained.
       schedule: all phases.
       policy: the chosen bits, None for a full-precision run.
-      seconds: training time by phase.
+      seconds: of training steps by phase, and by the names above.
       search_end: the step at which the policy was written, if the run stops there, else None.
     """
     rows = read_rows(workdir / "metrics.jsonl")
@@ -67,7 +68,8 @@ def write(
         "budget_gbops": policy.budget_gbops if policy else None,
         "average_act_bits": _average(cost.average_act_bits, network, policy),
         "average_weight_bits": _average(cost.average_weight_bits, network, policy),
-        "seconds": round(sum(seconds.values()), 1),
+        "evaluated_gbops": _evaluated_gbops(network, policy, final),
+        **_times(schedule, seconds),
         "workdir": str(bucket.origin(workdir)),
     }
     summary = result | {
@@ -75,7 +77,9 @@ def write(
         "phases": {
             span.phase.name: {"steps": span.steps, "seconds": seconds.get(span.phase.name, 0.0)}
             for span in schedule
+            if search_end is None or span.start < search_end
         },
+        "sizes": _sizes(network, policy),
         "budget": policy and _budget(config.budget, network.budget, policy),
         "search_cost": _search_cost(schedule, seconds, config),
         "evaluations": evaluations,
@@ -102,6 +106,42 @@ def _average(
     average: Callable[[LayerCosts, LayerBits], float], network: Network, policy: Policy | None
 ) -> float:
     return float(FULL_BITS) if policy is None else average(network.costs, policy.bits)
+
+
+def _evaluated_gbops(network: Network, policy: Policy | None, final: Mapping[str, Any]) -> float:
+    """Returns the GBOPs of the network with the accuracy reported: its weights may be float32."""
+    activations = "full" if final["precision"] == "full" else "chosen"
+    bits = policy.bits if policy else {}
+    return cost.gbops_at(network.costs, bits, Precision(activations, final["weights"]))
+
+
+def _times(schedule: Sequence[Span], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Returns seconds by what they were spent on, over all parts of an interrupted run.
+
+    `seconds` are those of training steps and of choosing bits, without compilation; `wall_seconds`
+    are from start to end, with everything.
+    """
+    steps = sum(seconds.get(name, 0.0) for name in [CHOICE, *(s.phase.name for s in schedule)])
+    return {
+        "seconds": round(steps, 1),
+        "compile_seconds": round(seconds.get(COMPILING, 0.0), 1),
+        "evaluation_seconds": round(seconds.get(EVALUATING, 0.0), 1),
+        "wall_seconds": round(seconds.get(WALL, 0.0), 1),
+    }
+
+
+def _sizes(network: Network, policy: Policy | None) -> dict[str, float]:
+    """Returns MiB of kernels at the chosen widths and in float32, and GBOPs of uniform 4/4."""
+    elements = sum(layer.weight_elements for layer in network.costs.values())
+    found = {
+        "float32_mebibytes": 4 * elements / 2**20,
+        "gbops_uniform_4_4": cost.uniform_4_4(network.costs) / cost.GIGA,
+    }
+    if policy is not None:
+        bits = policy.bits
+        sizes = (layer.weight_elements * bits[path].weight for path, layer in network.costs.items())
+        found["mebibytes"] = sum(sizes) / 8 / 2**20
+    return found
 
 
 def _budget(config_budget: ConfigDict, budget: Budget, policy: Policy) -> dict[str, Any]:

@@ -54,14 +54,17 @@ class Run:
     teacher_variables: dict[str, Any]
     weights: dict[str, Any] | None  # pretrained params and batch_stats
     guard: FiniteGuard
+    started: float  # on time.monotonic()'s clock
     writer: MetricWriter | None = None
     progress: Progress | None = None
     policy: Policy | None = None
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)  # by phase
+    # By phase, and by the other names in results.py; before a resume, what its checkpoint says.
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def prepare(cls, config: ConfigDict, workdir: Path) -> "Run":
         """Builds and checks everything that depends on user input."""
+        started = time.monotonic()
         network = setup.make_network(config)
         validate_start(config)
         mesh = sharding.make_mesh()
@@ -89,6 +92,7 @@ class Run:
             teacher_variables=sharding.replicate(teacher_variables, mesh),
             weights=weights,
             guard=FiniteGuard(workdir, config, len(dataset.train)),
+            started=started,
         )
 
     @property
@@ -187,7 +191,11 @@ class Run:
             network.model, span, self.config, network.budget, self.teacher, network.further_budgets
         )
         batch = next(iter(self.batches(span.start, span.start + 1)))
-        with self.progress.pause(), waiting(f"compiling {span.phase.name}"):
+        with (
+            self.progress.pause(),
+            waiting(f"compiling {span.phase.name}"),
+            self.clock(results.COMPILING),
+        ):
             copy = jax.tree.map(jnp.copy, state)
             jax.block_until_ready(step(copy, batch, self.branches, self.teacher_variables))
         return step
@@ -198,11 +206,16 @@ class Run:
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to `seconds[name]`; a phase or results.CHOICE."""
+        """Adds the time spent inside to `seconds[name]`."""
         started = time.monotonic()
         yield
         spent = time.monotonic() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def times(self) -> dict[str, float]:
+        """Returns `seconds` with the wall time up to now."""
+        wall = self.seconds.get(results.WALL, 0.0) + time.monotonic() - self.started
+        return self.seconds | {results.WALL: wall}
 
     def save(self, checkpoints: Checkpoints, step: int, phase: Phase, state: TrainState) -> None:
         """Saves in the background; never a state with non-finite values.
@@ -212,7 +225,7 @@ class Run:
         """
         self.guard.check_state(step, phase.name, state)
         policy = self.policy and self.policy.to_json()
-        facts = {"model": self.network.label, "policy": policy, "seconds": self.seconds}
+        facts = {"model": self.network.label, "policy": policy, "seconds": self.times()}
         checkpoints.save(step, state, facts)
 
     def log(
@@ -244,7 +257,11 @@ class Run:
         self, step: int, state: TrainState, phase: str, name: str, precision: Precision
     ) -> None:
         """Writes the accuracy with running and, if configured, re-estimated statistics."""
-        with self.progress.pause(), waiting(f"evaluating {phase} at {name} precision"):
+        with (
+            self.progress.pause(),
+            waiting(f"evaluating {phase} at {name} precision"),
+            self.clock(results.EVALUATING),
+        ):
             for kind, counts in self.evaluator.by_statistics(state.variables, precision).items():
                 row = {"phase": phase, "kind": "eval", "precision": name, "statistics": kind}
                 self.writer.write(step, row | {"weights": precision.weights, **counts})
@@ -272,6 +289,6 @@ class Run:
             network=self.network,
             schedule=self.schedule,
             policy=self.policy,
-            seconds=self.seconds,
+            seconds=self.times(),
             search_end=first_step if stop_after_search else None,
         )

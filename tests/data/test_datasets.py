@@ -136,13 +136,15 @@ def test_tfds_mistakes(tiny, fields, message):
 
 
 @pytest.mark.parametrize("inside", ["tiny_images", "tiny_images/1.0.0", ".."])
-def test_tfds_directory_one_level_off(tiny, inside):
-    folder = tiny / inside if inside != ".." else tiny.parent
+def test_tfds_directory_one_level_off(tiny, inside, tmp_path):
+    root = tmp_path / "root"
+    root.symlink_to(tiny)
+    folder = tmp_path if inside == ".." else root / inside
     with pytest.raises(UserError) as error:
         datasets.load(tiny_config(folder))
     assert str(error.value) == (
         f"config.data.data_dir='{folder}': not the directory that contains 'tiny_images'; "
-        f"set config.data.data_dir='{tiny}'"
+        f"set config.data.data_dir='{root}'"
     )
 
 

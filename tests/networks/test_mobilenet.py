@@ -73,6 +73,34 @@ def test_cost_anchors(name, macs, layers, gbops, gbops_with_32_bit_image):
     assert round(totals[32]["gbops_uniform"]["4"], 4) == gbops_with_32_bit_image
 
 
+@pytest.mark.parametrize(
+    ("name", "momentum", "epsilon"),
+    [("mobilenet_v2", 0.9, 1e-5), ("mobilenet_v3_large", 0.99, 1e-3)],  # torchvision's
+)
+def test_batch_norm_and_dropout(name, momentum, epsilon):
+    model = make(name)
+    for train in (False, True):
+        norms, dropouts = set(), []
+
+        def note(call, args, kwargs, context, norms=norms, dropouts=dropouts):
+            module = context.module
+            if isinstance(module, nn.BatchNorm):
+                norms.add((module.momentum, module.epsilon, module.use_running_average))
+            if isinstance(module, nn.Dropout):
+                dropouts.append((module.rate, module.deterministic))
+            return call(*args, **kwargs)
+
+        def run(images, train=train):
+            keys = {name: jax.random.key(0) for name in ("params", "quant", "dropout")}
+            return model.init(keys, images, train=train)
+
+        with nn.intercept_methods(note):
+            jax.eval_shape(run, jnp.zeros((1, *SHAPE)))
+        assert norms == {(momentum, epsilon, not train)}
+        assert dropouts == [(0.2, not train)]
+    assert model.bn_momentum == momentum
+
+
 def test_quantizer_sites_of_v2():
     for path, site in quantizer_sites(make("mobilenet_v2")).items():
         signed = path in ("stem", "last_conv") or path.endswith("/expand")

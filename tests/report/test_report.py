@@ -1,10 +1,14 @@
+import itertools
 import subprocess
 import sys
 
 import matplotlib.image
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
-from metamix_jax.report import charts, tables
+from metamix_jax.report import charts, style, tables
 
 POLICY = {
     "format": 1, "model": "tiny", "image_size": 32, "searcher": "metamix", "seed": 0,
@@ -164,6 +168,54 @@ def test_learning_curves(tmp_path, rows):
 def test_phase_spans_touch():
     train = [row for row in metric_rows() if row["kind"] == "train"]
     assert charts._phase_spans(train) == [("bit_meta", 0, 50), ("bit_search", 50, 100)]
+
+
+def test_names_of_short_phases_are_spread_apart():
+    assert charts._spread([10, 11, 12, 50], 5, 100) == [10, 15, 20, 50]
+    assert charts._spread([10, 98, 99, 100], 5, 100) == [10, 90, 95, 100]
+    rows = [{"step": step, "phase": phase, "kind": "train", "loss": 1.0}
+            for step, phase in ((1, "bit_meta"), (2, "bit_search"), (3, "act_training"),
+                                (200, "weight_training"))]  # fmt: skip
+    figure = charts._curves(rows, 10, 7)
+    FigureCanvasAgg(figure).draw()
+    names = figure.axes[0].texts
+    ends = [Text.get_window_extent(name).x0 for name in names]  # without their lines
+    assert len(names) == 4 and min(b - a for a, b in itertools.pairwise(ends)) > 20
+
+
+def test_full_precision_and_coinciding_lines_show():
+    rows = [row | {"top1": 50.0} for row in metric_rows()]
+    rows += [row | {"precision": "uniform 2"} for row in rows if row.get("precision") == "full"]
+    bottom = charts._curves(rows, 10, 7).axes[1]
+    lines = {line.get_label(): line for line in bottom.lines}
+    assert list(lines["full precision"].get_xdata()) == [0, 1]  # across the chart
+    widths = [lines[name].get_linewidth() for name in ("uniform 4", "uniform 2")]
+    sizes = [lines[name].get_markersize() for name in ("uniform 4", "uniform 2")]
+    assert widths[0] >= widths[1] + 1 and sizes[0] >= sizes[1] + 2  # the one below is wider
+
+
+def test_every_chart_names_its_axes(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(charts, "save_png", lambda figure, _: figures.append(figure))
+    charts.bit_chart(POLICY, tmp_path)
+    charts.learning_curves(metric_rows(), tmp_path)
+    row = {"method": "a", "gbops": 0.5, "top1": 90.0, "top1_spread": 0.1}
+    charts.accuracy_against_cost([row], tmp_path)
+    assert len(figures) == 3
+    for figure in figures:
+        assert all(axes.get_ylabel() for axes in figure.axes)
+        assert figure.axes[-1].get_xlabel()
+
+
+def test_colours_are_those_of_the_page(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(charts, "save_png", lambda figure, _: figures.append(figure))
+    charts.bit_chart(POLICY, tmp_path)
+    bars = figures[0].axes[0].patches
+    assert {to_hex(bar.get_facecolor()) for bar in bars} == {style.ACT_COLOUR}
+    assert figures[0].axes[0].lines[0].get_color() == style.WEIGHT_COLOUR
+    for colour in (style.ACT_COLOUR, style.WEIGHT_COLOUR, style.SHARE_COLOUR):
+        assert f"fill: {colour}" in style.STYLE
 
 
 def test_charts_leave_pyplot_alone():

@@ -11,6 +11,7 @@ import pytest
 
 from metamix_jax import command_line, commands
 from metamix_jax.errors import UserError
+from metamix_jax.report import sections
 from metamix_jax.report.html import write_report
 from metamix_jax.report.logits import softmax
 from metamix_jax.report.markup import Markup, element, join
@@ -70,11 +71,15 @@ def test_what_a_page_tells(tmp_path):
         "Top-599.50 %",
         "activations chosen, weights quantized, BN statistics re-estimated",
         "Average bitsactivations 4.62, weights 3.75",
-        "Training time1 min 44 s",
+        "Time from start to end2 min 30 s", "Compiling training steps12.5 s", "Evaluating3.0 s",
+        "Training steps and choosing bits1 min 44 s",
+        "Full precision: 97.75\u00a0% top-1. Uniform 4/4 would cost 0.3200 GBOPs. "
+        "Kernels: 0.5 MiB at the chosen bits, 4 MiB in float32.",
+        f"Next: metamix --mode=export --workdir={tmp_path}",
         "4 searched layers, activation/weight bits: 1 at 8/4, 2 at 4/4, 1 at 2/4.",
         "stage0/conv first, fixed88",
         "stage5/conv last, fixed88",
-        "weight_trainingchosen95.2597.25quantized60",
+        "weight_trainingchosen95.2597.2599.5099.50381/400389/400quantized60",
         "Steps40", "Time8.0 s", "Device-hours0.0022",
         "weight_training2095.54.775", "total60103.51.725",
         "Device1 x <cpu>", "jax0.10.2",
@@ -175,10 +180,45 @@ def test_page_of_a_stopped_search(tmp_path):
     workdir = write_run(tmp_path)
     results = json.loads((workdir / "results.json").read_text())
     results["mode"] = "search"
-    results["phases"]["weight_training"]["seconds"] = 0.0
+    del results["phases"]["weight_training"]
+    results["evaluated_gbops"] = 1.68  # of weights in float32
+    (workdir / "results.json").write_text(json.dumps(results))
+    page = report(workdir)
+    assert (
+        "97.25\u00a0% top-1 (389 of 400 images) at the chosen activation bits before fine-tuning, "
+        "with weights in full precision: 1.6800 GBOPs. With quantized weights, the policy costs 0."
+    ) in page.text
+    assert f"Next: metamix --config={workdir} --workdir={workdir}" in page.text
+    assert "weight_training20" not in page.text and "total408.0" in page.text
+
+
+def test_evaluations_before_a_phases_first_step():
+    phases = {"bit_meta": {"steps": 20}, "bit_search": {"steps": 20}}
+    rows = [("bit_meta", 0), ("bit_meta", 20), ("bit_search", 20), ("bit_search", 40),
+            ("act_training", 40)]  # fmt: skip
+    found = [sections._when({"phase": phase, "step": step}, phases) for phase, step in rows]
+    assert found == ["bit_meta, start", "bit_meta", "bit_search, start", "bit_search",
+                     "act_training, start"]  # fmt: skip
+
+
+def test_a_page_of_an_earlier_version(tmp_path):
+    workdir = write_run(tmp_path)
+    results = json.loads((workdir / "results.json").read_text())
+    for name in ("sizes", "evaluated_gbops", "compile_seconds", "evaluation_seconds",
+                 "wall_seconds"):  # fmt: skip
+        del results[name]
     (workdir / "results.json").write_text(json.dumps(results))
     text = report(workdir).text
-    assert "the network is not fine-tuned" in text and "weight_training20--" in text
+    assert "Time from start to end1 min 44 s" in text and "Full precision: 97.75" in text
+    assert "Uniform 4/4" not in text and "Compiling" not in text
+
+
+def test_narrow_screens_leave_out_all_but_the_accuracies(tmp_path):
+    page = report(write_run(tmp_path))
+    wide = [attributes for tag, attributes in page.elements
+            if tag == "th" and "wide" in attributes.get("class", "")]  # fmt: skip
+    assert len(wide) == 5  # top-5 re-estimated; correct, twice; weights; step
+    assert "  .wide { display: none; }" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +252,7 @@ def test_many_logits_are_thinned_and_folded(tmp_path):
             file.write(json.dumps({"step": step, "kind": "logits", "logits": logits}) + "\n")
     page = report(workdir)
     assert {len(line["points"].split()) for line in page.all("polyline")} == {60}
-    assert "from step 0 to 999" in page.text and "All 38 layers" in page.text
+    assert "against the step (0 to 999)" in page.text and "All 38 layers" in page.text
 
 
 def test_no_logits_no_section(tmp_path):

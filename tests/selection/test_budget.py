@@ -271,3 +271,10 @@ def test_the_rounded_figures_of_a_table_are_not_needed_at_the_ends(costs):
     totals = cost.totals(costs)
     for name in ("gbops_min", "gbops_max"):
         assert budget_of(totals[name], "gbops", costs).limit == totals[name]
+
+
+@pytest.mark.parametrize(("least", "expected"), [(0.0, 0), (0.05, 0), (0.2, 1), (0.9, 1)])
+def test_spending_keeps_to_its_lower_bound(least, expected):
+    """Even if the best choice is cheaper."""
+    choice = knapsack.spend({"a": [1.0, 0.0]}, {"a": [0.1, 0.9]}, 1.0, least)
+    assert choice == {"a": expected}

@@ -192,6 +192,24 @@ def test_errors_against_numpy(rule):
         np.testing.assert_allclose(errors[f"{name}/weight"], expected, rtol=1e-4)
 
 
+def test_traces_are_taken_on_enough_images(monkeypatch):
+    seen = []
+    monkeypatch.setattr(hessian, "mean_errors", lambda *_: {"a/act": np.ones(3)})
+    monkeypatch.setattr(
+        hessian, "mean_traces", lambda *args: seen.append(args[2]) or {"a/act": 1.0}
+    )
+    monkeypatch.setattr(hessian.knapsack, "best_policy", lambda *_: {})
+    context = SearchContext(
+        model=None, costs={}, budget=None, config=make_config(batch_size=48), logits={},
+        variables={"params": {}, "batch_stats": {}},
+        batches=lambda count: [(np.zeros((48, 8, 8, 1)), np.zeros(48))] * count,
+    )  # fmt: skip
+    hessian.choose(context)
+    (batches,) = seen
+    images = sum(len(images) for images, _ in batches)
+    assert images == 528 >= 512  # whole batches
+
+
 def test_sensitivities_by_hand():
     layer = cost.LayerCost(1, 1, 1, act_bits=(8, 2), weight_bits=(4, 3, 2))
     costs = {"first": layer, "a": layer, "end": cost.LayerCost(1, 1, 1, (8,), (8,))}

@@ -225,6 +225,15 @@ def test_a_policy_of_pairs_does_not_fit_a_network_of_fixed_weights(tmp_path):
         policy.read_policy(path, COSTS)
 
 
+@pytest.mark.parametrize("field", ["act_bits", "weight_bits"])
+def test_only_candidates_are_accepted(field):
+    layer = "layer1_0/conv1"
+    for bits in set(range(34)) - set(getattr(COSTS[layer], field)):
+        found = policy.Policy.from_json(json.loads(changed("layers", layer, field, to=bits)), "it")
+        with pytest.raises(UserError, match=f"it: {layer}: {field}={bits}, expected one of"):
+            found.check(COSTS, "it")
+
+
 def test_missing_files_are_one_line_errors(tmp_path):
     for path in (tmp_path / "nothing.json", tmp_path):
         with pytest.raises(UserError, match="not a readable policy file") as caught:

@@ -98,6 +98,16 @@ def test_evaluation_counts_every_example_once(config, network, state, dataset):
         assert found["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_padding_is_never_right(config, network, state, dataset):
+    """Images that fill the last batch have label 0; here the network always answers 0."""
+    params = jax.tree.map(jnp.copy, state.params)
+    params["fc"]["bias"] = params["fc"]["bias"].at[0].add(1e3)
+    evaluator = Evaluator(network.model, dataset, config, mesh_of(1))
+    found = evaluator(state.variables | {"params": params}, FULL)
+    assert found["correct"] == np.sum(dataset.evaluation.labels == 0)
+    assert found["examples"] == EXAMPLES
+
+
 def test_one_compilation_serves_every_policy(config, network, state, branches, dataset):
     evaluator = Evaluator(network.model, dataset, config, mesh_of(1))
     for shift in (0, 1):

@@ -105,6 +105,12 @@ def entered(state, name, config):
     return enter_phase(copied(state), span, config), span
 
 
+def far_apart(one, other):
+    """Returns the norm of the difference of two trees, relative to the second."""
+    difference = jax.tree.map(lambda a, b: a - b, one, other)
+    return float(optax.tree.norm(difference) / optax.tree.norm(other))
+
+
 @pytest.mark.parametrize("name", ["joint_search", "sharpness_search"])
 def test_searches_without_a_meta_state_train_all_but_weight_steps(network, state, name):
     config = make_config()
@@ -129,20 +135,21 @@ def test_sharpness_aware_gradient_is_the_mean_of_two_at_different_weights(
 
     def loss_of(trained):
         variables = unflatten_dict({**frozen, **trained}, sep="/")
-        scores, _ = network.model.apply(
+        scores, moved = network.model.apply(
             {**variables, "batch_stats": state.batch_stats}, images, train=True,
             precision=Precision("mixture"), mutable=["batch_stats"],
         )  # fmt: skip
-        return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+        loss = optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
+        return loss, moved["batch_stats"]
 
     # The budget term does not depend on weights, so it is left out here and below.
     config.bit_search.budget_weight = 0.0
-    gradient_of = compiled(jax.value_and_grad(loss_of))
-    loss, first = gradient_of(trained)
+    gradient_of = compiled(jax.value_and_grad(loss_of, has_aux=True))
+    (loss, statistics), first = gradient_of(trained)
     weights = {path: leaf for path, leaf in first.items() if path.startswith("params/")}
     factor = radius / float(optax.tree.norm(weights)) - alignment
     perturbed = trained | {path: trained[path] + factor * g for path, g in weights.items()}
-    greatest, second = gradient_of(perturbed)
+    (greatest, others), second = gradient_of(perturbed)
     expected = {path: (first[path] + second[path]) / 2 for path in first}
 
     recorder = optax.GradientTransformation(
@@ -164,6 +171,8 @@ def test_sharpness_aware_gradient_is_the_mean_of_two_at_different_weights(
     gap = max(float(greatest - loss), 0.0)
     assert gap > 0
     assert float(after.surrogate_gap) == pytest.approx(gap, rel=0.05)
+    # The running statistics are those of the first pass.
+    assert far_apart(after.batch_stats, statistics) < 1e-4 < far_apart(others, statistics)
     # The weights are unchanged: the perturbation is undone.
     assert {p: a.tobytes() for p, a in leaves(after).items() if p.startswith("params")} == {
         p: a.tobytes() for p, a in leaves(state).items() if p.startswith("params")

@@ -187,7 +187,7 @@ class ResNet50(ImageNetResNet):
 
 
 class ResNet101(ImageNetResNet):
-    """ResNet-101, the paper's distillation teacher."""
+    """ResNet-101, our teacher for distillation; the paper does not name its own."""
 
     stage_sizes = (3, 4, 23, 3)
     bottleneck = True
