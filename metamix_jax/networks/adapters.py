@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import nnx
 
@@ -147,9 +145,7 @@ def _with_names(tree: Any) -> Any:
 def _with_numbers(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         return tree
-    return {
-        int(key) if key.isdigit() else key: _with_numbers(value) for key, value in tree.items()
-    }
+    return {int(key) if key.isdigit() else key: _with_numbers(value) for key, value in tree.items()}
 
 
 def _flags(call: Callable, train: bool) -> dict[str, bool]:

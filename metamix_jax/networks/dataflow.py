@@ -18,9 +18,9 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 _INFINITE = (-math.inf, math.inf)
-# Contains -1.5, where hswish is least. The far points tell whether a function is bounded at all.
-_NEAR = np.arange(-32, 32 + 2**-9, 2**-9, dtype=np.float32)
-_FAR = np.float32([-1e6, -1e3, -100, 100, 1e3, 1e6])
+_NEAR = 32.0  # where activation functions turn
+_STEP = 2.0**-9  # of the grid there, which contains -1.5, where hswish is least
+_FAR = np.float32([1e2, 1e3, 1e4, 1e6, 1e8, 1e12])  # the last two tell whether it goes on
 
 SAME = frozenset({
     "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "rev", "copy",
@@ -98,18 +98,18 @@ def walk(
       jaxpr: of the network.
       consts: its constants.
       arguments: what is known of its inputs.
-      visit: called with every equation that is not a call, and its operands; returns what is known
-        of the results, or None for what follows from the operation.
+      visit: called with every equation and its operands, calls before their content; returns what
+        is known of the results, or None for what follows from the operation.
     """
     known = dict(zip(jaxpr.constvars, map(constant, consts), strict=True))
     known |= dict(zip(jaxpr.invars, arguments, strict=True))
     for eqn in jaxpr.eqns:
         operands = [constant(v.val) if isinstance(v, Literal) else known[v] for v in eqn.invars]
-        inner = called(eqn)
-        if inner is not None and len(inner.jaxpr.invars) == len(operands):
+        results, inner = visit(eqn, operands), called(eqn)
+        if results is None and inner is not None and len(inner.jaxpr.invars) == len(operands):
             results = walk(inner.jaxpr, inner.consts, operands, visit)
-        else:
-            results = visit(eqn, operands) or _results(eqn, operands)
+        elif results is None:
+            results = _results(eqn, operands)
         known |= dict(zip(eqn.outvars, results, strict=True))
     return [constant(v.val) if isinstance(v, Literal) else known[v] for v in jaxpr.outvars]
 
@@ -129,9 +129,7 @@ def _results(eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     return [Value(intervals, constant=number, **facts) for _ in eqn.outvars]
 
 
-def _chained(
-    eqn: JaxprEqn, operands: list[Value]
-) -> tuple[Value, Callable[[Any], Any]] | None:
+def _chained(eqn: JaxprEqn, operands: list[Value]) -> tuple[Value, Callable[[Any], Any]] | None:
     """Returns root and function of an elementwise operation on one value and constants."""
     if eqn.params.get("sharding") is not None or len(eqn.outvars) != 1:
         return None
@@ -167,22 +165,36 @@ def _range_on_grid(
 ) -> tuple[float, float]:
     """Returns the least and the greatest value of a function over an interval.
 
-    Where the function goes on falling (or rising) beyond the grid, the bound is infinite.
+    Where the function still falls (or rises) at the end of an infinite interval, the bound is
+    infinite.
     """
     low, high = interval
-    near = np.clip(_NEAR, low, high)
-    far = np.clip(_FAR, low, high)
+    left = low if math.isfinite(low) else min(-_NEAR, high - 2 * _NEAR)
+    right = high if math.isfinite(high) else max(_NEAR, left + 2 * _NEAR)
+    near = np.clip(np.arange(-_NEAR, _NEAR + _STEP, _STEP), left, right)
+    parts = [np.float32([left, right]), np.linspace(left, right, 4096), near]
+    ends = [side * _FAR for side, limit in ((-1, low), (1, high)) if math.isinf(limit)]
     try:
         with jax.ensure_compile_time_eval():
-            found, beyond = (np.asarray(function(jnp.asarray(x)), np.float64) for x in (near, far))
+            values = [
+                np.asarray(function(jnp.asarray(x, jnp.float32)), np.float64)
+                for x in (np.concatenate(parts), *ends)
+            ]
     except Exception:  # an operation that does not take a plain vector
         return _INFINITE
-    beyond = beyond[np.isfinite(beyond)]
-    least, greatest = np.nanmin(found), np.nanmax(found)
-    slack = 1e-6
-    low = float(least) if not beyond.size or beyond.min() >= least - slack else -math.inf
-    high = float(greatest) if not beyond.size or beyond.max() <= greatest + slack else math.inf
-    return low, high
+    found = np.concatenate(values)
+    found = found[np.isfinite(found)]
+    least, greatest = float(found.min(initial=math.inf)), float(found.max(initial=-math.inf))
+    for row in values[1:]:
+        before, last = row[-2:]
+        if not np.isfinite(row[-2:]).all():  # overflow to one side, or not a number
+            least = least if last == math.inf else -math.inf
+            greatest = greatest if last == -math.inf else math.inf
+            continue
+        slack = 1e-6 * max(1.0, abs(before))
+        least = least if last >= before - slack else -math.inf
+        greatest = greatest if last <= before + slack else math.inf
+    return (least, greatest) if least <= greatest else _INFINITE
 
 
 def _interval(name: str, eqn: JaxprEqn, operands: list[Value]) -> tuple[float, float]:
@@ -248,6 +260,7 @@ _ARITHMETIC: Mapping[str, Callable[..., tuple[float, float]]] = {
     "max": lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
     "min": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
     "clamp": lambda low, x, high: (
-        max(low[0], min(x[0], high[0])), min(high[1], max(x[1], low[1]))
+        max(low[0], min(x[0], high[0])),
+        min(high[1], max(x[1], low[1])),
     ),
 }

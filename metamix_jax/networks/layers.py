@@ -4,6 +4,7 @@ All candidate bit-widths share one kernel. How a layer runs is an argument of th
 (`Precision`); layers and models know nothing of training phases.
 """
 
+import dataclasses
 import functools
 import math
 import operator
@@ -123,7 +124,7 @@ class _QuantLayer(nn.Module):
         if mode == "full" and not self.is_initializing():
             return lambda index: Operand(kernel)
         positive = POSITIVE_STEPS[self.settings.positive_step]
-        shape = (len(bits), self.features)
+        shape = (len(bits), kernel.shape[-1])
         stored = self.variable("quant", "weight_step", lambda: positive.raw(jnp.ones(shape)))
 
         def quantized(index: jax.Array | int) -> Operand:
@@ -159,12 +160,12 @@ class _QuantLayer(nn.Module):
         branches = len(self.settings.act_bits) * len(self.settings.weight_bits)
         return LOGIT_INIT_SCALE * jax.random.normal(self.make_rng("quant"), (branches,))
 
-    def _record_cost(self, x: jax.Array, kernel: jax.Array, macs: int) -> None:
+    def _record_cost(self, macs: int, act_elements: int, weight_elements: int) -> None:
         if self.is_initializing():
             cost = LayerCost(
                 macs=macs,
-                act_elements=math.prod(x.shape[1:]),
-                weight_elements=kernel.size,
+                act_elements=act_elements,
+                weight_elements=weight_elements,
                 act_bits=self.settings.act_bits,
                 weight_bits=self.settings.weight_bits,
             )
@@ -219,7 +220,9 @@ class QuantConv(_QuantLayer):
             return convolve(inputs, kernel, self.stride, padding, self.groups)
 
         y = self._product(x, kernel, precision, multiply)
-        self._record_cost(x, kernel, macs=math.prod(y.shape[1:3]) * kernel.size)
+        self._record_cost(
+            math.prod(y.shape[1:3]) * kernel.size, math.prod(x.shape[1:]), kernel.size
+        )
         return self._add_bias(y)
 
 
@@ -242,5 +245,59 @@ class QuantDense(_QuantLayer):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         y = self._product(x, kernel, precision, jnp.matmul)
-        self._record_cost(x, kernel, macs=kernel.size)
+        self._record_cost(kernel.size, x.shape[1], kernel.size)
         return self._add_bias(y)
+
+
+class QuantProduct(_QuantLayer):
+    """A product found in a traced network (intercepted.py), whose weights are an argument.
+
+    macs, act_elements: recorded as the layer's cost.
+    """
+
+    macs: int = 0
+    act_elements: int = 0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        precision: Precision,
+        multiply: Callable[..., jax.Array],
+    ) -> jax.Array:
+        """Returns multiply(input, kernel [..., features]), both quantized."""
+        y = self._product(x, kernel, precision, multiply)
+        self._record_cost(self.macs, self.act_elements, self._weight_elements(kernel))
+        return y
+
+    def _weight_elements(self, kernel: jax.Array) -> int:
+        return kernel.size
+
+
+class QuantPair(QuantProduct):
+    """A product of two inputs; the second is quantized with the first, to the last layer's bits.
+
+    other_signed, other_shift: as signed and shift, of the second.
+    """
+
+    other_signed: bool = False
+    other_shift: float = 0.0
+
+    def _kernel_quantizer(
+        self, kernel: jax.Array, precision: Precision
+    ) -> Callable[[jax.Array | int], Operand]:
+        settings = dataclasses.replace(self.settings, act_bits=self.settings.weight_bits)
+        other = _Input(0, settings, self.other_signed, self.other_shift, name="other")
+        return other(kernel, precision)
+
+    def _weight_elements(self, kernel: jax.Array) -> int:
+        return 0
+
+
+class _Input(_QuantLayer):
+    """The quantizer of one more input."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, precision: Precision) -> Callable[[jax.Array | int], Operand]:
+        return self._input_quantizer(x, precision)
