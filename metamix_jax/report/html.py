@@ -6,6 +6,7 @@ from metamix_jax.report import sections
 from metamix_jax.report.bits import bits_section
 from metamix_jax.report.diagnosis import diagnosis
 from metamix_jax.report.finished import Finished, read_finished
+from metamix_jax.report.lead import lead
 from metamix_jax.report.logits import logits_section
 from metamix_jax.report.markup import Markup, element, join
 from metamix_jax.report.style import STYLE
@@ -49,6 +50,6 @@ def page(run: Finished) -> Markup:
         element("ul", *(element("li", element("a", p.title, href=f"#{p.name}")) for p in parts)),
         aria_label="Contents",
     )
-    header = element("header", element("h1", name), sections.lead(run), contents)
+    header = element("header", element("h1", name), lead(run), contents)
     body = element("body", header, element("main", *(part.html for part in parts)))
     return join(Markup("<!DOCTYPE html>\n"), element("html", head, Markup("\n"), body, lang="en"))

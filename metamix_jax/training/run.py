@@ -56,6 +56,7 @@ class Run:
     weights: dict[str, Any] | None  # pretrained params and batch_stats
     guard: FiniteGuard
     started: float  # on time.monotonic()'s clock
+    earlier: float = 0.0  # wall time before the resume
     writer: MetricWriter | None = None
     progress: Progress | None = None
     policy: Policy | None = None
@@ -135,6 +136,7 @@ class Run:
         for later in damaged:
             checkpoints.set_aside(later)
         self.seconds, self.guard.skipped = facts["seconds"], int(state.skipped_steps or 0)
+        self.earlier = self.seconds.get(results.WALL, 0.0)
         source = "the checkpoint's policy"
         self.policy = policy_of_checkpoint(facts["policy"], self.network.costs, source)
         if self.policy is not None:
@@ -219,11 +221,6 @@ class Run:
         spent = time.monotonic() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
-    def times(self) -> dict[str, float]:
-        """Returns `seconds` with the wall time up to now."""
-        wall = self.seconds.get(results.WALL, 0.0) + time.monotonic() - self.started
-        return self.seconds | {results.WALL: wall}
-
     def save(self, checkpoints: Checkpoints, step: int, phase: Phase, state: TrainState) -> None:
         """Saves in the background; never a state with non-finite values.
 
@@ -232,7 +229,8 @@ class Run:
         """
         self.guard.check_state(step, phase.name, state)
         policy = self.policy and self.policy.to_json()
-        facts = {"model": self.network.label, "policy": policy, "seconds": self.times()}
+        self.seconds[results.WALL] = self.earlier + time.monotonic() - self.started
+        facts = {"model": self.network.label, "policy": policy, "seconds": self.seconds}
         checkpoints.save(step, state, facts)
 
     def log(
@@ -296,6 +294,6 @@ class Run:
             network=self.network,
             schedule=self.schedule,
             policy=self.policy,
-            seconds=self.times(),
+            seconds=self.seconds,
             search_end=first_step if stop_after_search else None,
         )

@@ -141,6 +141,8 @@ def test_importances_by_hand():
         theta = ompq.importances(similarity, beta)
         np.testing.assert_allclose(theta, np.exp(-beta * gamma) / np.exp(-beta * 0.25), rtol=1e-12)
     # exp(-100 * 30) is 0 in floating point; the ratios are not.
+    # What a layer has in common with itself does not count.
+    np.testing.assert_array_equal(ompq.importances(np.array([[5.0, 1.0], [1.0, 2.0]]), 3.0), 1.0)
     theta = ompq.importances(np.ones((31, 31)), 100.0)
     np.testing.assert_array_equal(theta, 1)
 

@@ -259,6 +259,17 @@ def test_ties_go_to_the_first_candidate():
     assert chosen == cost.uniform_bits(costs, 8) | {"layer0": Bits(4, 4)}
 
 
+def test_a_comparison_takes_the_widest_uniform_network_within_the_budget():
+    costs = random_costs(np.random.default_rng(0))
+    config = ConfigDict({"quant": {"act_bits": BITS}})
+    for width, next_wider in ((2, 4), (4, 8)):
+        between = cost.bops(costs, cost.uniform_bits(costs, next_wider, 4)) / cost.GIGA - 1e-6
+        budget = make_budget(costs, between, "gbops")
+        assert uniform.fit(config, costs, budget) == {"search.uniform_bits": width}
+    with pytest.raises(UserError, match="no uniform network is within"):
+        uniform.fit(ConfigDict({"quant": {"act_bits": (8,)}}), costs, budget)
+
+
 def test_uniform_takes_the_configured_bits():
     config = ConfigDict({"search": {"uniform_bits": 2}})
     for searched, pair in ((ACTIVATIONS, (2, 4)), (PAIRS, (2, 2)), (WEIGHTS, (4, 2))):
