@@ -4,7 +4,6 @@ All candidate bit-widths share one kernel. How a layer runs is an argument of th
 (`Precision`); layers and models know nothing of training phases.
 """
 
-import dataclasses
 import functools
 import math
 import operator
@@ -27,7 +26,7 @@ LOGIT_INIT_SCALE = 1e-3  # standard deviation of the initial architecture logits
 HSWISH_SHIFT = 3 / 8  # minus the minimum of hswish
 
 
-class _QuantLayer(nn.Module):
+class QuantLayer(nn.Module):
     """Quantizers of a layer's input (per tensor) and kernel (per output channel).
 
     Collection `quant`: `act_step` [activation widths] and `weight_step` [weight widths, features]
@@ -188,7 +187,7 @@ def _pick(
     return steps[index], width
 
 
-class QuantConv(_QuantLayer):
+class QuantConv(QuantLayer):
     """2-D convolution, [n, h, w, c] -> [n, h', w', features].
 
     The kernel is [kernel_size, kernel_size, c / groups, features].
@@ -234,7 +233,7 @@ def side_padding(size: int, kernel_size: int, stride: int, kind: str) -> tuple[i
     return total // 2, total - total // 2
 
 
-class QuantDense(_QuantLayer):
+class QuantDense(QuantLayer):
     """Dense layer, [n, c] -> [n, features], kernel [c, features]."""
 
     use_bias: bool = True
@@ -247,57 +246,3 @@ class QuantDense(_QuantLayer):
         y = self._product(x, kernel, precision, jnp.matmul)
         self._record_cost(kernel.size, x.shape[1], kernel.size)
         return self._add_bias(y)
-
-
-class QuantProduct(_QuantLayer):
-    """A product found in a traced network (intercepted.py), whose weights are an argument.
-
-    macs, act_elements: recorded as the layer's cost.
-    """
-
-    macs: int = 0
-    act_elements: int = 0
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        kernel: jax.Array,
-        precision: Precision,
-        multiply: Callable[..., jax.Array],
-    ) -> jax.Array:
-        """Returns multiply(input, kernel [..., features]), both quantized."""
-        y = self._product(x, kernel, precision, multiply)
-        self._record_cost(self.macs, self.act_elements, self._weight_elements(kernel))
-        return y
-
-    def _weight_elements(self, kernel: jax.Array) -> int:
-        return kernel.size
-
-
-class QuantPair(QuantProduct):
-    """A product of two inputs; the second is quantized with the first, to the last layer's bits.
-
-    other_signed, other_shift: as signed and shift, of the second.
-    """
-
-    other_signed: bool = False
-    other_shift: float = 0.0
-
-    def _kernel_quantizer(
-        self, kernel: jax.Array, precision: Precision
-    ) -> Callable[[jax.Array | int], Operand]:
-        settings = dataclasses.replace(self.settings, act_bits=self.settings.weight_bits)
-        other = _Input(0, settings, self.other_signed, self.other_shift, name="other")
-        return other(kernel, precision)
-
-    def _weight_elements(self, kernel: jax.Array) -> int:
-        return 0
-
-
-class _Input(_QuantLayer):
-    """The quantizer of one more input."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, precision: Precision) -> Callable[[jax.Array | int], Operand]:
-        return self._input_quantizer(x, precision)

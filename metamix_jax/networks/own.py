@@ -20,8 +20,9 @@ from flax import nnx
 
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.networks.adapters import Adapter, LinenAdapter, NnxAdapter
-from metamix_jax.networks.intercepted import InterceptedNetwork, traced
+from metamix_jax.networks.intercepted import InterceptedNetwork
 from metamix_jax.networks.precision import QuantSettings
+from metamix_jax.networks.tracing import traced
 
 _GIVEN = ("num_classes", "rngs", "parent", "name")  # arguments that are not fields of config.model
 _PLAIN = (bool, int, float, str, tuple)  # types of fields

@@ -115,11 +115,13 @@ class Scanned(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        def body(cell, carry, _):
-            return nn.Dense(8)(carry), None
+        class Cell(nn.Module):
+            @nn.compact
+            def __call__(self, carry, _):
+                return nn.Dense(8)(carry), None
 
-        scan = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
-        x, _ = scan(self, nn.Dense(8)(x.mean((1, 2))), None)
+        scan = nn.scan(Cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = scan()(nn.Dense(8)(x.mean((1, 2))), None)
         return nn.Dense(self.num_classes)(x)
 
 

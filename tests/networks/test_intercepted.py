@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 from metamix_jax.errors import UserError
 from metamix_jax.networks import own, registry
 from metamix_jax.networks.adapters import LinenAdapter, NnxAdapter
-from metamix_jax.networks.intercepted import InterceptedNetwork, traced
+from metamix_jax.networks.intercepted import InterceptedNetwork
 from metamix_jax.networks.layers import HSWISH_SHIFT
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 from metamix_jax.networks.quantizers import fake_quant
+from metamix_jax.networks.tracing import _kind, traced
 from metamix_jax.selection import cost
 from tests.helpers import own_networks
 from tests.helpers.tiny_network import compiled
@@ -170,8 +171,6 @@ def test_what_a_quantizer_needs_is_what_our_networks_say():
         (0.0, 5.0): (False, 0.0), (-HSWISH_SHIFT, np.inf): (False, HSWISH_SHIFT),
         (-np.inf, np.inf): (True, 0.0), (-1.0, 1.0): (True, 0.0), (-2.0, np.inf): (True, 0.0),
     }  # fmt: skip
-    from metamix_jax.networks.intercepted import _kind
-
     for bounds, expected in kinds.items():
         assert _kind([bounds]) == expected
     assert _kind([(0.0, 5.0), (-0.2, np.inf)]) == (False, 0.2)  # a shared layer: the widest

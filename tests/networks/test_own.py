@@ -43,7 +43,7 @@ def test_a_network_by_file_or_module(place):
         (f"{MODULE}:Net", {"widht": 3}, r"config\.model\.widht: .* no such argument; did you mean"),
         (
             f"{MODULE}:WrongShape", {},
-            r"returns \(2, 8, 8, 10\) for 2 images of \(8, 8, 1\); expected scores of shape \(2, 10\)",
+            r"returns \(2, 8, 8, 10\) for 2 images of \(8, 8, 1\); expected scores of .* \(2, 10\)",
         ),
         (f"{MODULE}:two_momenta", {}, "batch norm with momentum 0.9, 0.99; expected the same"),
     ],
