@@ -30,7 +30,7 @@ from ml_collections import ConfigDict, config_flags
 
 from metamix_jax import recipes
 from metamix_jax.commands import MODES, READING, RUNNING, run_mode
-from metamix_jax.config import parsed_value, section_of
+from metamix_jax.config import default, parsed_value, section_of
 from metamix_jax.errors import InterruptedRunError, LostProcessError, RunError, UserError
 from metamix_jax.networks import registry
 
@@ -126,6 +126,7 @@ def _configuration(recipe: str | None, mode: str, places: list[str]) -> ConfigDi
         run = recipes.run_of(place)
         if run is not None:
             config = recipes.from_workdir(run)
+            config.distributed = default().distributed  # of the processes of that command
             if given is not None and given.to_json() != config.to_json():
                 note = "--config is ignored; override single fields with --config.FIELD=VALUE"
                 print(f"using {run / 'config.json'}: {note}", file=sys.stderr)

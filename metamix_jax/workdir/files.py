@@ -40,12 +40,17 @@ def read_json(path: Path) -> Any:
     """
     if path.exists() and not path.is_file():
         raise ValueError("not a file")  # reading a pipe would block forever
-    if path.exists() and path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path.stat().st_size} bytes; expected at most {_MAX_JSON_BYTES}")
+    if path.exists() and (size := _size(path)) > _MAX_JSON_BYTES:
+        raise ValueError(f"{size} bytes; expected at most {_MAX_JSON_BYTES}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def _size(path: Path) -> int:
+    found = path.stat()
+    return found.st_size if hasattr(found, "st_size") else found.length  # in a bucket
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -28,6 +28,15 @@ def test_the_configuration_of_a_run(finished, tmp_path):
         assert found.to_json() == recipes.load("digits").to_json()
 
 
+def test_one_process_reads_what_several_wrote(tmp_path):
+    """It would wait for the others forever."""
+    config = tiny_config()
+    config.distributed.update(coordinator="localhost:1", processes=2, process=1)
+    (tmp_path / "config.json").write_text(config.to_json())
+    found = command_line._configuration(None, "evaluate", [str(tmp_path)])
+    assert (found.distributed.processes, found.distributed.coordinator) == (1, "")
+
+
 def test_evaluating_with_other_flags(processes, finished):
     """The flags of another network, and none."""
     workdir, result = finished

@@ -22,6 +22,7 @@ from metamix_jax.runtime import sharding
 from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints, locate
 from metamix_jax.training.step.state import TrainState
 from metamix_jax.workdir import bucket, lock
+from metamix_jax.workdir.files import read_json
 from tests.helpers.damage import bits_of
 
 pytestmark = pytest.mark.usefixtures("buckets")
@@ -52,6 +53,11 @@ def test_paths_that_are_not_utf_8_are_refused(tmp_path, name):
     else:
         with pytest.raises(UserError, match=r"udce9': letters outside ASCII in a locale with"):
             bucket.path_of(os.fsdecode(path))
+
+
+def test_json_in_a_bucket(buckets, folder):
+    buckets.put(f"{folder}/config.json", b'{"seed": 3}')
+    assert read_json(bucket.path_of(f"{folder}/config.json")) == {"seed": 3}
 
 
 # The local copy ------------------------------------------------------------------------------
