@@ -13,6 +13,7 @@ In a checkout, python main.py and python -m metamix_jax are equivalent. docs/CON
 fields, docs/USAGE.md explains the modes.
 """
 
+import ast
 import functools
 import gc
 import json
@@ -22,6 +23,7 @@ import re
 import sys
 import threading
 import warnings
+from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -30,6 +32,7 @@ from metamix_jax import recipes
 from metamix_jax.commands import MODES, READING, RUNNING, run_mode
 from metamix_jax.config import default, parsed_value, section_of
 from metamix_jax.errors import InterruptedRunError, LostProcessError, RunError, UserError
+from metamix_jax.networks import registry
 
 DEFAULT_CONFIG = "digits"
 
@@ -95,7 +98,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         checkpoints = (re.fullmatch(r"--?config\.checkpoint=(.+)", text) for text in argv)
         places = [found[1] for found in checkpoints if found]
         places += [flags.FLAGS.workdir] if flags.FLAGS.workdir else []
-        config = _configuration(recipe, flags.FLAGS.mode, places)
+        config = _with_network(_configuration(recipe, flags.FLAGS.mode, places), argv)
         for argument in argv:
             if field := re.match(r"--?(?:no)?config\.([\w.]+)(?:=(.*))?", argument, re.DOTALL):
                 section_of(config, field[1])
@@ -129,6 +132,33 @@ def _configuration(recipe: str | None, mode: str, places: list[str]) -> ConfigDi
                 print(f"using {run / 'config.json'}: {note}", file=sys.stderr)
             return config
     return given or recipes.load(DEFAULT_CONFIG)
+
+
+def _with_network(config: ConfigDict, argv: list[str]) -> ConfigDict:
+    """Returns a configuration with the fields of the network that --config.model.name asks for.
+
+    Those of the recipe's network would not fit another one.
+    """
+    given = (re.fullmatch(r"--?config\.model\.(\w+)=(.*)", text, re.DOTALL) for text in argv)
+    given = {found[1]: found[2] for found in given if found}
+    name = given.get("name", config.model.name)
+    if name == config.model.name:
+        return config
+    fields = registry.default_fields(name)
+    for key, value in fields.items():
+        if value is None and key in given:
+            fields[key] = _literal(given[key])
+    fields = {key: value for key, value in fields.items() if value is not None}
+    with config.unlocked():
+        config.model = ConfigDict({"name": name} | fields)
+    return config.lock()
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:

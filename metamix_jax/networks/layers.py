@@ -26,7 +26,7 @@ LOGIT_INIT_SCALE = 1e-3  # standard deviation of the initial architecture logits
 HSWISH_SHIFT = 3 / 8  # minus the minimum of hswish
 
 
-class _QuantLayer(nn.Module):
+class QuantLayer(nn.Module):
     """Quantizers of a layer's input (per tensor) and kernel (per output channel).
 
     Collection `quant`: `act_step` [activation widths] and `weight_step` [weight widths, features]
@@ -123,7 +123,7 @@ class _QuantLayer(nn.Module):
         if mode == "full" and not self.is_initializing():
             return lambda index: Operand(kernel)
         positive = POSITIVE_STEPS[self.settings.positive_step]
-        shape = (len(bits), self.features)
+        shape = (len(bits), kernel.shape[-1])
         stored = self.variable("quant", "weight_step", lambda: positive.raw(jnp.ones(shape)))
 
         def quantized(index: jax.Array | int) -> Operand:
@@ -159,12 +159,12 @@ class _QuantLayer(nn.Module):
         branches = len(self.settings.act_bits) * len(self.settings.weight_bits)
         return LOGIT_INIT_SCALE * jax.random.normal(self.make_rng("quant"), (branches,))
 
-    def _record_cost(self, x: jax.Array, kernel: jax.Array, macs: int) -> None:
+    def _record_cost(self, macs: int, act_elements: int, weight_elements: int) -> None:
         if self.is_initializing():
             cost = LayerCost(
                 macs=macs,
-                act_elements=math.prod(x.shape[1:]),
-                weight_elements=kernel.size,
+                act_elements=act_elements,
+                weight_elements=weight_elements,
                 act_bits=self.settings.act_bits,
                 weight_bits=self.settings.weight_bits,
             )
@@ -187,7 +187,7 @@ def _pick(
     return steps[index], width
 
 
-class QuantConv(_QuantLayer):
+class QuantConv(QuantLayer):
     """2-D convolution, [n, h, w, c] -> [n, h', w', features].
 
     The kernel is [kernel_size, kernel_size, c / groups, features].
@@ -219,7 +219,9 @@ class QuantConv(_QuantLayer):
             return convolve(inputs, kernel, self.stride, padding, self.groups)
 
         y = self._product(x, kernel, precision, multiply)
-        self._record_cost(x, kernel, macs=math.prod(y.shape[1:3]) * kernel.size)
+        self._record_cost(
+            math.prod(y.shape[1:3]) * kernel.size, math.prod(x.shape[1:]), kernel.size
+        )
         return self._add_bias(y)
 
 
@@ -231,7 +233,7 @@ def side_padding(size: int, kernel_size: int, stride: int, kind: str) -> tuple[i
     return total // 2, total - total // 2
 
 
-class QuantDense(_QuantLayer):
+class QuantDense(QuantLayer):
     """Dense layer, [n, c] -> [n, features], kernel [c, features]."""
 
     use_bias: bool = True
@@ -242,5 +244,5 @@ class QuantDense(_QuantLayer):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         y = self._product(x, kernel, precision, jnp.matmul)
-        self._record_cost(x, kernel, macs=kernel.size)
+        self._record_cost(kernel.size, x.shape[1], kernel.size)
         return self._add_bias(y)

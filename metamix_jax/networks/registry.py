@@ -3,13 +3,15 @@
 import dataclasses
 import importlib
 import pkgutil
+from typing import Any
 
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError, suggestion
-from metamix_jax.networks import zoo
+from metamix_jax.networks import own, zoo
 from metamix_jax.networks.architecture import Architecture
+from metamix_jax.networks.intercepted import InterceptedNetwork
 from metamix_jax.networks.precision import QuantSettings
 
 
@@ -30,17 +32,29 @@ def make(
     num_classes: int,
     settings: QuantSettings,
     source: str = "config.model",
+    image_shape: tuple[int, int, int] | None = None,
 ) -> nn.Module:
     """Returns the network described by `config_model`, the section called `source`.
+
+    Args:
+      config_model: its name and fields.
+      num_classes: number of classes.
+      settings: of the quantizers.
+      source: for error messages.
+      image_shape: (height, width, channels), needed by a network of the user's own.
 
     Raises:
       UserError: unknown network, unknown field or invalid value.
     """
     fields = dict(config_model)
     name = fields.pop("name")
+    if own.is_own(name):
+        return own.make(name, fields, num_classes, settings, image_shape, source)
     if name not in ARCHITECTURES:
         hint = suggestion(name, ARCHITECTURES)
-        raise UserError(f"{source}.name={name!r}: unknown network; {hint}")
+        raise UserError(
+            f"{source}.name={name!r}: unknown network; {hint}; or FILE.py:NAME for your own"
+        )
     architecture = ARCHITECTURES[name]
     known = {field.name for field in dataclasses.fields(architecture.module)} - _SHARED
     for key in set(fields) - known:
@@ -52,10 +66,31 @@ def make(
 
 def label(config_model: ConfigDict) -> str:
     """Returns the network's display name, such as `cifar_resnet20`."""
+    if own.is_own(config_model.name):
+        return own.label(config_model.name)
     architecture = ARCHITECTURES[config_model.name]
     return architecture.label(config_model) if architecture.label else architecture.name
 
 
 def architecture_of(model: nn.Module) -> Architecture:
     """Returns the architecture of a network created by `make`."""
+    if isinstance(model, InterceptedNetwork):
+        return Architecture(model.network.label, InterceptedNetwork)
     return {found.module: found for found in ARCHITECTURES.values()}[type(model)]
+
+
+def default_fields(name: str) -> dict[str, Any]:
+    """Returns the fields of config.model for a network, with their defaults; None: no default.
+
+    Raises:
+      UserError: there is no such network.
+    """
+    if own.is_own(name):
+        return own.fields(name)
+    if name not in ARCHITECTURES:
+        return {}
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(ARCHITECTURES[name].module)
+        if field.name not in _SHARED
+    }

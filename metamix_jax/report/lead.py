@@ -58,7 +58,8 @@ def _next_command(run: Finished) -> str:
         return f"metamix --config={workdir} --workdir={workdir}  (fine-tunes the network)"
     if run.policy is None:
         return f"metamix --config=RECIPE --config.pretrained={workdir} --workdir=DIR"
-    return f"metamix --mode=export --workdir={workdir}"
+    mode = "export" if run.results.get("exportable", True) else "evaluate"
+    return f"metamix --mode={mode} --workdir={workdir}"
 
 
 def spent(run: Finished) -> str:

@@ -139,9 +139,12 @@ class Checkpoints:
             return
         trees = state.to_tree()
         own = digests.of_arrays(trees) | {"facts": digests.of_json(facts)}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()} | {
-            "facts": ocp.args.JsonSave(facts | {_DIGESTS: own})
-        }
+        items = {
+            # Orbax refuses empty items: without batch norm, there are no statistics.
+            name: ocp.args.StandardSave(tree)
+            for name, tree in trees.items()
+            if jax.tree.leaves(tree)
+        } | {"facts": ocp.args.JsonSave(facts | {_DIGESTS: own})}
         with self._writable():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -165,6 +168,8 @@ class Checkpoints:
         Raises:
           DamagedError: a file cannot be read, or an array does not match its digest.
         """
+        empty = {name: tree for name, tree in target.items() if not jax.tree.leaves(tree)}
+        target = {name: tree for name, tree in target.items() if name not in empty}
         items = {
             name: ocp.args.StandardRestore(sharding.replicated_target(tree, mesh))
             for name, tree in target.items()
@@ -179,7 +184,7 @@ class Checkpoints:
             different = [path for path in found if found[path] != saved.get(path)]
             if different:
                 raise self._damaged(step, f"{_listed(different)}: digest mismatch")
-        return restored
+        return restored | empty
 
     def _require_same_shapes(self, step: int, target: dict[str, Any]) -> None:
         # Orbax would start reading, stop at the first mismatch and abandon the other reads.

@@ -85,7 +85,8 @@ class Evaluator:
         them.
         """
         results = {"running": self(variables, precision)}
-        if self._config.eval.bn_reestimate_batches and precision != FULL:
+        reestimated = self._config.eval.bn_reestimate_batches and variables["batch_stats"]
+        if reestimated and precision != FULL:
             statistics = self.reestimate(variables, precision)
             results["re-estimated"] = self(variables | {"batch_stats": statistics}, precision)
         return results
@@ -131,4 +132,4 @@ class Evaluator:
             rngs={"dropout": jax.random.key(0)},
         )
         share = 1 - self._model.bn_momentum
-        return jax.tree.map(lambda leaf: leaf / share, updated["batch_stats"])
+        return jax.tree.map(lambda leaf: leaf / share, updated.get("batch_stats", {}))

@@ -48,7 +48,7 @@ def train_and_evaluate(
     ):
         run = Run.prepare(config, files)
         facts = datasets.fingerprint(run.dataset)
-        with claim_workdir(config, files, facts, may_change()):
+        with claim_workdir(config, files, facts, may_change(), run.sources):
             return _train(run, workdir, interruption, stop_after_search)
 
 

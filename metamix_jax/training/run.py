@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from metamix_jax.config import validate_start
 from metamix_jax.data import datasets
 from metamix_jax.errors import require
+from metamix_jax.networks import own
 from metamix_jax.networks.precision import FULL, Precision
 from metamix_jax.report import tables
 from metamix_jax.runtime import distributed, sharding
@@ -95,6 +96,12 @@ class Run:
             guard=FiniteGuard(workdir, config, len(dataset.train)),
             started=started,
         )
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Files outside the package that determine the run's results."""
+        names = (self.config.model.name, self.config.teacher.model.name)
+        return tuple(path for name in names if own.is_own(name) if (path := own.source_file(name)))
 
     @property
     def branches(self) -> Mapping[str, jax.Array]:

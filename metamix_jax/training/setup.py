@@ -74,8 +74,9 @@ def make_model(config: ConfigDict) -> tuple[nn.Module, LayerCosts]:
         positive_step=options.positive_step,
         compute_dtype=config.compute_dtype,
     )
-    model = registry.make(config.model, config.data.num_classes, settings)
-    return model, cost.layer_costs(model, _image_shape(config.data))
+    shape = _image_shape(config.data)
+    model = registry.make(config.model, config.data.num_classes, settings, image_shape=shape)
+    return model, cost.layer_costs(model, shape)
 
 
 def _image_shape(config_data: ConfigDict) -> tuple[int, int, int]:
@@ -137,7 +138,8 @@ def _init_variables(network: Network, seed: int) -> dict[str, Any]:
     key = jax.random.key(seed)
     keys = {"params": jax.random.fold_in(key, 0), "quant": jax.random.fold_in(key, 1)}
     variables = network.model.init(keys, jnp.zeros((1, *network.image_shape)))
-    return {name: variables[name] for name in ("params", "batch_stats", "quant")}
+    # A network without batch norm has no statistics.
+    return {name: variables.get(name, {}) for name in ("params", "batch_stats", "quant")}
 
 
 def load_dataset(config: ConfigDict, mesh: Mesh) -> datasets.Dataset:

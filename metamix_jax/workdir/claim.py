@@ -26,6 +26,7 @@ def claim_workdir(
     workdir: Path,
     dataset_facts: dict[str, Any],
     may_change: Collection[str],
+    sources: Collection[Path] = (),
 ) -> Iterator[None]:
     """Locks the workdir, new or of the same run, for the duration of the block.
 
@@ -37,6 +38,7 @@ def claim_workdir(
       workdir: made if it is not there.
       dataset_facts: what identifies the data set.
       may_change: paths of the fields of `config` that may say something else there.
+      sources: files outside the package that determine the results.
 
     Raises:
       UserError: the workdir is not writable, is in use, or holds a run with another configuration,
@@ -48,7 +50,7 @@ def claim_workdir(
             with usable(workdir):
                 workdir.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock.hold(workdir))
-            check_same_run(config, workdir, dataset_facts, may_change)
+            check_same_run(config, workdir, dataset_facts, may_change, sources)
         except UserError as found:
             error = found
         distributed.agree(error)
@@ -56,12 +58,16 @@ def claim_workdir(
 
 
 def check_same_run(
-    config: ConfigDict, workdir: Path, dataset_facts: dict[str, Any], may_change: Collection[str]
+    config: ConfigDict,
+    workdir: Path,
+    dataset_facts: dict[str, Any],
+    may_change: Collection[str],
+    sources: Collection[Path] = (),
 ) -> None:
     """Writes the files that identify a run; raises UserError if the workdir holds another run."""
     wanted = {"config.json": json.loads(config.to_json()), "dataset.json": dataset_facts}
     if not is_finished(workdir):
-        wanted["code.json"] = digests.of_code()
+        wanted["code.json"] = digests.of_code(sources)
     for name, new in wanted.items():
         path = workdir / name
         old = new

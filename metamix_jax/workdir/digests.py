@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,12 @@ def of_json(value: Mapping[str, Any]) -> str:
     return _digest(json.dumps(value, sort_keys=True).encode())
 
 
-def of_code() -> dict[str, str]:
-    """Returns what determines a run's bits: library versions and a digest of our sources."""
+def of_code(others: Collection[Path] = ()) -> dict[str, str]:
+    """Returns what determines a run's bits: library versions and digests of sources.
+
+    Args:
+      others: files besides our own, such as that of the user's network.
+    """
     root = Path(__file__).parents[1]
     sources = {str(path.relative_to(root)): path for path in root.rglob("*.py")}
     contents = {
@@ -54,7 +58,8 @@ def of_code() -> dict[str, str]:
         if Path(name).parts[0] not in _NOT_TRAINING
     }
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    return {"metamix_jax": of_json(contents), **versions}
+    own = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:_LENGTH] for path in others}
+    return {"metamix_jax": of_json(contents), **versions, **own}
 
 
 def _of_array(array: np.ndarray) -> str:

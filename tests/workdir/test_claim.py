@@ -103,3 +103,14 @@ def test_code_digest_covers_training_only(monkeypatch, tmp_path):
     assert digests.of_code() == code
     (package / "training" / "loop.py").write_text("")
     assert digests.of_code()["metamix_jax"] != code["metamix_jax"]
+
+
+def test_another_network_in_the_users_file_is_another_run(tmp_path):
+    path, workdir = tmp_path / "nets.py", tmp_path / "run"
+    workdir.mkdir()
+    path.write_text("width = 3")
+    claim.check_same_run(tiny_config(), workdir, {}, (), [path])
+    claim.check_same_run(tiny_config(), workdir, {}, (), [path])
+    path.write_text("width = 4")
+    with pytest.raises(UserError, match=r"another version of the code .*nets\.py: was"):
+        claim.check_same_run(tiny_config(), workdir, {}, (), [path])

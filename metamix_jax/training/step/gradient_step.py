@@ -178,7 +178,7 @@ def objective(
         gap = jnp.abs(spent - limit) / budget.cost_model.reference
         metrics |= {"cost": spent, "budget_term": options.budget_weight * gap}
         loss += metrics["budget_term"]
-    return loss, (updated["batch_stats"], metrics)
+    return loss, (updated.get("batch_stats", {}), metrics)
 
 
 def task_loss(

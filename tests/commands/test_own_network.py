@@ -1,0 +1,30 @@
+"""A network of the user's own from search to evaluation, through main.py."""
+
+import json
+import sys
+
+from tests.helpers.config_fields import ROOT
+from tests.helpers.processes import assert_one_error_line, command, rows_of
+
+
+def test_from_search_to_evaluation(processes, tmp_path):
+    """GroupNorm instead of batch norm, a shared block, a skip connection."""
+    workdir = tmp_path / "run"
+    overrides = {"model.name": f"{ROOT}/tests/helpers/own_networks.py:Net", "bit_meta.epochs": 0.2,
+                 "bit_search.epochs": 0.2, "full_precision.epochs": 0.2,
+                 "weight_training.act_epochs": 0, "weight_training.epochs": 0.2}  # fmt: skip
+    result = processes.result(command(f"--workdir={workdir}", **overrides))
+    assert (result["model"], result["examples"]) == ("Net", 360)
+    assert result["gbops"] <= result["budget_gbops"]
+    policy = json.loads((workdir / "policy.json").read_text())
+    assert list(policy["layers"]) == [
+        "Conv_0", "Block_0/Conv_0", "Block_0/Conv_1", "Conv_1", "Dense_0",
+    ]  # fmt: skip
+    assert {row["statistics"] for row in rows_of(workdir) if row["kind"] == "eval"} == {"running"}
+    assert "own_networks.py" in json.loads((workdir / "code.json").read_text())
+
+    read = [sys.executable, "main.py", f"--workdir={workdir}"]
+    assert processes.result([*read, "--mode=evaluate"])["correct"] == result["correct"]
+    done = processes.finish([*read, "--mode=export"])
+    assert done.returncode == 2
+    assert_one_error_line(done.stderr, "'Net': cannot be exported")

@@ -1,0 +1,192 @@
+"""Networks as users write them: plain Flax, with nothing of this package."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        y = nn.Conv(channels, (3, 3), feature_group_count=channels, use_bias=False)(x)
+        y = nn.silu(nn.GroupNorm(2)(y))
+        return x + nn.Conv(channels, (1, 1))(y)
+
+
+class Net(nn.Module):
+    """GroupNorm, SiLU, a depthwise convolution, a skip connection and a shared block."""
+
+    num_classes: int
+    width: int = 8
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.silu(nn.GroupNorm(2)(nn.Conv(self.width, (3, 3))(x)))
+        block = Block()
+        x = block(block(x))
+        x = nn.silu(nn.GroupNorm(2)(nn.Conv(2 * self.width, (3, 3), strides=2)(x)))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, channels, *, rngs):
+        self.depthwise = nnx.Conv(
+            channels, channels, (3, 3), feature_group_count=channels, use_bias=False, rngs=rngs
+        )
+        self.norm = nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
+        self.pointwise = nnx.Conv(channels, channels, (1, 1), rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.dropout(self.pointwise(nnx.silu(self.norm(self.depthwise(x)))))
+
+
+class NnxNet(nnx.Module):
+    """Batch norm, dropout, a list of blocks, and attention."""
+
+    def __init__(self, num_classes, width=8, *, rngs):
+        self.stem = nnx.Conv(1, width, (3, 3), rngs=rngs)
+        self.blocks = nnx.List([NnxBlock(width, rngs=rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(
+            num_heads=2, in_features=width, decode=False, rngs=rngs
+        )
+        self.head = nnx.Linear(width, num_classes, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.stem(x))
+        for block in self.blocks:
+            x = block(x)
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        return self.head((tokens + self.attention(tokens)).mean(1))
+
+
+class PlainResNet(nn.Module):
+    """The CIFAR ResNet of zoo/resnet.py in plain Flax, with the same names."""
+
+    num_classes: int
+    depth: int = 8
+    width: int = 4
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        def norm(name):
+            return nn.BatchNorm(use_running_average=not train, momentum=0.9, name=name)
+
+        x = nn.relu(norm("bn1")(conv(self.width, "conv1")(x)))
+        for stage in range(3):
+            for block in range((self.depth - 2) // 6):
+                stride = 2 if stage > 0 and block == 0 else 1
+                features, name = self.width * 2**stage, f"layer{stage + 1}_{block}"
+                x = PlainBlock(features, stride, name=name)(x, train)
+        return nn.Dense(self.num_classes, name="fc")(jnp.mean(x, axis=(1, 2)))
+
+
+class PlainBlock(nn.Module):
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        def norm(name):
+            return nn.BatchNorm(use_running_average=not train, momentum=0.9, name=name)
+
+        y = nn.relu(norm("bn1")(conv(self.features, "conv1", self.stride)(x)))
+        y = norm("bn2")(conv(self.features, "conv2")(y))
+        if x.shape != y.shape:
+            extra = self.features - x.shape[-1]
+            x = x[:, :: self.stride, :: self.stride]
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
+        return nn.relu(x + y)
+
+
+def conv(features, name, stride=1):
+    return nn.Conv(
+        features, (3, 3), strides=stride, padding=1, use_bias=False,
+        kernel_init=nn.initializers.he_normal(), name=name,
+    )  # fmt: skip
+
+
+class Scanned(nn.Module):
+    """Layers inside nn.scan, which share one equation."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        class Cell(nn.Module):
+            @nn.compact
+            def __call__(self, carry, _):
+                return nn.Dense(8)(carry), None
+
+        scan = nn.scan(Cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = scan()(nn.Dense(8)(x.mean((1, 2))), None)
+        return nn.Dense(self.num_classes)(x)
+
+
+class Half(nn.Module):
+    """Computes in bfloat16."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.num_classes, dtype=jnp.bfloat16)(x.mean((1, 2)))
+
+
+class WrongShape(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.num_classes)(x)
+
+
+class NeedsWidth(nn.Module):
+    num_classes: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.num_classes)(nn.Dense(self.width)(x.mean((1, 2))))
+
+
+class NoLayers(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.tile(x.mean((1, 2))[:, :1], (1, self.num_classes))
+
+
+def two_momenta(num_classes):
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            for momentum in (0.9, 0.99):
+                x = nn.BatchNorm(use_running_average=not train, momentum=momentum)(x)
+            return nn.Dense(num_classes)(x.mean((1, 2)))
+
+    return Two()
+
+
+def attention(queries, keys):
+    """Returns scores of dot-product attention, as nn.MultiHeadDotProductAttention computes them."""
+    return jnp.einsum("...qd,...kd->...qk", queries / jnp.sqrt(queries.shape[-1]), keys)
+
+
+class Attending(nn.Module):
+    """One product of two inputs."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        queries, keys = nn.Dense(4, name="queries")(tokens), nn.Dense(4, name="keys")(tokens)
+        shares = jax.nn.softmax(attention(queries, keys))
+        return nn.Dense(self.num_classes, name="head")((shares @ tokens).mean(1))
+
+
+not_a_network = 3
