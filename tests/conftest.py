@@ -1,6 +1,7 @@
 """Shared fixtures; makes JAX strict with two virtual devices, before anything imports it."""
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -27,6 +28,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # inherited by the workers of
 import jax  # noqa: E402  reads the environment on import
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# As in command_line.py: traces are many long-lived objects, among which to look for garbage.
+gc.set_threshold(100_000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_of_one_module():
+    """Drops compiled programs after each module; otherwise a worker grows to gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ MUTATIONS = (
          "tests/networks/test_layer_pairs.py"),
         ("quantized(bits.index(min(bits)))", "quantized(bits.index(max(bits)))"),
         ('return quantized if mode == "quantized" else', 'return quantized if mode != "x" else'),
-        ("macs=math.prod(y.shape[1:3]) * kernel.size", "macs=math.prod(x.shape[1:3]) * kernel.size",
+        ("math.prod(y.shape[1:3]) * kernel.size,", "math.prod(x.shape[1:3]) * kernel.size,",
          "tests/networks/test_mobilenet.py -k cost_anchors"),
         ("return (kernel_size - 1) // 2, (kernel_size - 1) // 2",
          "return kernel_size // 2, 0"),

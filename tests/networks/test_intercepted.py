@@ -82,8 +82,8 @@ def test_variables_are_those_of_our_own_layers(pair):
 @pytest.mark.parametrize(
     "precision",
     [
-        Precision(1), Precision("chosen", "quantized"), Precision("mixture"),
-        Precision("mixture", "quantized"), Precision("calibrate_lowest"),
+        Precision("chosen", "quantized"), Precision("mixture", "quantized"),
+        Precision("calibrate_lowest"),
     ],
 )  # fmt: skip
 def test_scores_and_gradients_are_those_of_our_own_layers(pair, precision):
