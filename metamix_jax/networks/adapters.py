@@ -99,7 +99,7 @@ class NnxAdapter:
     def init(self, rng: jax.Array, x: jax.Array) -> Variables:
         """See `Adapter`."""
         _, params, statistics, _ = _split(self._made(rng))
-        variables = {"params": params, "batch_stats": statistics}
+        variables = {"params": _pure(params), "batch_stats": _pure(statistics)}
         return {name: tree for name, tree in variables.items() if tree}
 
     def apply(
@@ -109,13 +109,13 @@ class NnxAdapter:
         # Its variables are replaced; only the structure and the random streams are kept.
         module = self._made(jax.random.key(0) if rng is None else rng)
         module.train() if train else module.eval()
-        graph, params, statistics, rest = _split(module, as_state=True)
+        graph, params, statistics, rest = _split(module)
         nnx.replace_by_pure_dict(params, _with_numbers(variables["params"]))
         if variables.get("batch_stats"):
             nnx.replace_by_pure_dict(statistics, _with_numbers(variables["batch_stats"]))
         module = nnx.merge(graph, params, statistics, rest)
         scores = module(x, **_flags(type(module).__call__, train))
-        return scores, _split(module)[2] if train else {}
+        return scores, _pure(_split(module)[2]) if train else {}
 
     def momentum(self, x: jax.ShapeDtypeStruct) -> float:
         """See `Adapter`."""
@@ -127,12 +127,12 @@ class NnxAdapter:
         return self.make(rngs=nnx.Rngs(rng))
 
 
-def _split(module: nnx.Module, as_state: bool = False) -> tuple[Any, Any, Any, Any]:
-    graph, params, statistics, rest = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
-    if as_state:
-        return graph, params, statistics, rest
-    pure = (_with_names(nnx.to_pure_dict(state)) for state in (params, statistics))
-    return graph, *pure, rest
+def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:
+    return nnx.split(module, nnx.Param, nnx.BatchStat, ...)
+
+
+def _pure(state: nnx.State) -> dict[str, Any]:
+    return _with_names(nnx.to_pure_dict(state))
 
 
 def _with_names(tree: Any) -> Any:

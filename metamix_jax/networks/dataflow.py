@@ -2,8 +2,10 @@
 
 A quantizer without negative levels has twice as many for the same width, so it matters whether a
 layer's input can be negative, and how far: ReLU gives at least 0, hswish -3/8, SiLU -0.278. The
-bounds hold for every input: they follow from interval arithmetic and, for chains of elementwise
-operations on one value (as activation functions are), from evaluating the chain on a grid.
+bounds follow from interval arithmetic and, for chains of elementwise operations on one value (as
+activation functions are), from evaluating the chain on a grid. They hold for every input up to the
+grid's fineness; a function that turns between two of its points would be bounded too tightly, and
+its values there clipped.
 """
 
 import dataclasses
@@ -20,6 +22,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 _INFINITE = (-math.inf, math.inf)
 _NEAR = 32.0  # where activation functions turn
 _STEP = 2.0**-9  # of the grid there, which contains -1.5, where hswish is least
+# Functions of scaled values turn closer to 0.
+_SMALL = np.geomspace(1e-6, _NEAR, 4096)
 _FAR = np.float32([1e2, 1e3, 1e4, 1e6, 1e8, 1e12])  # the last two tell whether it goes on
 
 SAME = frozenset({
@@ -123,14 +127,26 @@ def _results(eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
         "below": frozenset().union(*(value.below for value in operands)),
     }
     if name in ELEMENTWISE and (chain := _chained(eqn, operands)):
-        return [Value(chain=chain, **facts)]
-    intervals = _interval(name, eqn, operands)
+        root, function = chain
+        return [Value(chain=(root, function), **facts) if root else _evaluated(function)]
     number = operands[0].constant if name in SAME and len(operands) == 1 else None
-    return [Value(intervals, constant=number, **facts) for _ in eqn.outvars]
+    interval = _interval(name, eqn, operands)
+    return [Value(interval, constant=number, **facts) for _ in eqn.outvars]
 
 
-def _chained(eqn: JaxprEqn, operands: list[Value]) -> tuple[Value, Callable[[Any], Any]] | None:
-    """Returns root and function of an elementwise operation on one value and constants."""
+def _evaluated(function: Callable[[Any], Any]) -> Value:
+    """Returns the value of a function that does not depend on its argument."""
+    with jax.ensure_compile_time_eval():
+        return constant(function(jnp.zeros(1)))
+
+
+def _chained(
+    eqn: JaxprEqn, operands: list[Value]
+) -> tuple[Value | None, Callable[[Any], Any]] | None:
+    """Returns root and function of an elementwise operation on one value and constants.
+
+    The root is None if there are constants alone; the result None if there are several values.
+    """
     if eqn.params.get("sharding") is not None or len(eqn.outvars) != 1:
         return None
     roots, functions = [], []
@@ -141,7 +157,7 @@ def _chained(eqn: JaxprEqn, operands: list[Value]) -> tuple[Value, Callable[[Any
         root, function = value.chain or (value, lambda x: x)
         roots.append(root)
         functions.append(function)
-    if not roots or any(root is not roots[0] for root in roots):
+    if any(root is not roots[0] for root in roots):
         return None
 
     def function(x: Any) -> Any:
@@ -153,7 +169,7 @@ def _chained(eqn: JaxprEqn, operands: list[Value]) -> tuple[Value, Callable[[Any
         inputs = [jnp.broadcast_to(value, shape) for value in inputs]
         return eqn.primitive.bind(*inputs, **eqn.params)
 
-    return roots[0], function
+    return (roots[0] if roots else None), function
 
 
 def _filled(number: float, x: Any) -> Any:
@@ -172,7 +188,8 @@ def _range_on_grid(
     left = low if math.isfinite(low) else min(-_NEAR, high - 2 * _NEAR)
     right = high if math.isfinite(high) else max(_NEAR, left + 2 * _NEAR)
     near = np.clip(np.arange(-_NEAR, _NEAR + _STEP, _STEP), left, right)
-    parts = [np.float32([left, right]), np.linspace(left, right, 4096), near]
+    small = np.clip(np.concatenate([-_SMALL, _SMALL]), left, right)
+    parts = [np.array([left, right]), np.linspace(left, right, 4096), near, small]
     ends = [side * _FAR for side, limit in ((-1, low), (1, high)) if math.isinf(limit)]
     try:
         with jax.ensure_compile_time_eval():
@@ -198,17 +215,11 @@ def _range_on_grid(
 
 
 def _interval(name: str, eqn: JaxprEqn, operands: list[Value]) -> tuple[float, float]:
-    """Returns bounds of an operation's results by interval arithmetic."""
+    """Returns bounds of the results of an operation on several values, or across positions."""
     if name in SAME:
         return operands[0].bounds
     if name in _ARITHMETIC:
         return _ARITHMETIC[name](*(value.bounds for value in operands))
-    if name in ("logistic", "tanh", "erf", "exp", "square", "abs", "sqrt", "rsqrt", "exp2"):
-        return {"tanh": (-1.0, 1.0), "erf": (-1.0, 1.0), "logistic": (0.0, 1.0)}.get(
-            name, (0.0, math.inf)
-        )
-    if name == "integer_pow" and eqn.params["y"] % 2 == 0:
-        return 0.0, math.inf
     if name in ("concatenate", "select_n", "pad", "dynamic_update_slice", "scatter"):
         values = operands[1:] if name == "select_n" else operands
         bounds = [value.bounds for value in values]
@@ -254,13 +265,8 @@ _ARITHMETIC: Mapping[str, Callable[..., tuple[float, float]]] = {
     "add": lambda a, b: (a[0] + b[0], a[1] + b[1]),
     "add_any": lambda a, b: (a[0] + b[0], a[1] + b[1]),
     "sub": lambda a, b: (a[0] - b[1], a[1] - b[0]),
-    "neg": lambda a: (-a[1], -a[0]),
     "mul": _multiply,
     "div": _divide,
     "max": lambda a, b: (max(a[0], b[0]), max(a[1], b[1])),
     "min": lambda a, b: (min(a[0], b[0]), min(a[1], b[1])),
-    "clamp": lambda low, x, high: (
-        max(low[0], min(x[0], high[0])),
-        min(high[1], max(x[1], low[1])),
-    ),
 }

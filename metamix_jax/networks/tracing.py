@@ -99,7 +99,7 @@ def _traced(network: Adapter, structure: Any, shapes: tuple[Any, ...], train: bo
     outputs = walk(
         closed.jaxpr, closed.consts, [_argument(path) for path, _ in paths], finder.visit
     )
-    if not finder.found:
+    if not any(finder.found):
         raise UserError(f"{network.label}: no convolutions or matrix products to quantize")
     return finder.trace(closed, jax.tree.structure(results), outputs[0])
 

@@ -26,7 +26,7 @@ def lead(run: Finished) -> Markup:
     return join(
         element("p", element("strong", first), outcome, class_="lead"),
         element("p", " ".join(_comparison(run))),
-        element("p", "Next: ", element("code", _next_command(run))),
+        element("p", "Next: ", element("code", _next_command(run)), _purpose(run)),
     )
 
 
@@ -55,11 +55,15 @@ def _comparison(run: Finished) -> list[str]:
 def _next_command(run: Finished) -> str:
     workdir = bucket.origin(run.workdir)
     if run.results["mode"] == "search":
-        return f"metamix --config={workdir} --workdir={workdir}  (fine-tunes the network)"
+        return f"metamix --config={workdir} --workdir={workdir}"
     if run.policy is None:
         return f"metamix --config=RECIPE --config.pretrained={workdir} --workdir=DIR"
     mode = "export" if run.results.get("exportable", True) else "evaluate"
     return f"metamix --mode={mode} --workdir={workdir}"
+
+
+def _purpose(run: Finished) -> str | None:
+    return ", which fine-tunes the network." if run.results["mode"] == "search" else None
 
 
 def spent(run: Finished) -> str:

@@ -32,6 +32,8 @@ def value_of(function, *arguments):
         (nn.hard_swish, -3 / 8, INFINITE),
         (nn.silu, -0.278464543, INFINITE),
         (lambda x: x * jax.nn.sigmoid(x), -0.278464543, INFINITE),
+        (lambda x: nn.silu(1000 * x), -0.278464543, INFINITE),  # turns close to 0
+        (lambda x: nn.relu(x) / jnp.sqrt(jnp.float32(64)), 0, INFINITE),
         (nn.gelu, -0.170040733, INFINITE),
         (lambda x: nn.gelu(x, approximate=False), -0.169971252, INFINITE),
         (nn.elu, -1, INFINITE),
