@@ -50,16 +50,17 @@ def main() -> None:
             cpu.keep_freed_memory()
         if options.by in ("ours", "ours_bfloat16", "ours_plain_malloc"):
             cpu.use_cores(config)
-        make = our_step if options.by.startswith("ours") else torch_step
-        compiled = options.by == "torch_compiled"
-        answer(options.steps, *make(config, options.kind, options.arrays, compiled=compiled))
+        make = our_steps if options.by.startswith("ours") else torch_steps
+        answer(options.steps, *make(config, options))
 
 
-def answer(steps: int, step: Callable, device_bytes: Callable, before: int) -> None:
-    """Answers "steps" with wall and CPU seconds and "memory" with MiB, line by line."""
-    started = time.perf_counter()
-    first = {name: float(value) for name, value in zip(("loss", "norm"), step(), strict=True)}
-    print(json.dumps(first | {"seconds": time.perf_counter() - started}), flush=True)
+def answer(steps: int, run: Callable, device_bytes: Callable, before: int, seconds: float) -> None:
+    """Tells how many seconds compiling took, then answers questions, line by line.
+
+    "steps": wall and CPU seconds of that many steps, loss and gradient norm of their first.
+    "memory": peak MiB since compilation.
+    """
+    print(json.dumps({"seconds": seconds}), flush=True)
     reset_peak()
     for question in sys.stdin:
         if question.strip() == "memory":
@@ -67,11 +68,9 @@ def answer(steps: int, step: Callable, device_bytes: Callable, before: int) -> N
             print(json.dumps(peak / 2**20), flush=True)
             continue
         wall, busy = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            loss, _ = step()
-        float(loss)
+        loss, norm = (float(value) for value in run(steps))
         spent = [time.perf_counter() - wall, time.process_time() - busy]
-        print(json.dumps(spent), flush=True)
+        print(json.dumps({"spent": spent, "loss": loss, "norm": norm}), flush=True)
 
 
 def resident(field: str) -> int:
@@ -188,8 +187,11 @@ def check(config: Any, path: str) -> None:
         assert off < 1e-6 and error < 1e-6, "not the same computation"
 
 
-def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Callable, Callable, int]:
-    """Returns a function that runs a step, one that returns peak bytes, and the bytes before."""
+def our_steps(config: Any, options: argparse.Namespace) -> tuple[Callable, Callable, int, float]:
+    """Returns a function that runs steps, one that returns peak bytes, bytes before, seconds.
+
+    On an accelerator, all steps of a call are one block, as in a run.
+    """
     import jax
     from flax.traverse_util import unflatten_dict
 
@@ -198,30 +200,52 @@ def our_step(config: Any, kind: str, arrays: str, compiled: bool) -> tuple[Calla
     from metamix_jax.selection import cost
     from metamix_jax.selection import policy as policy_lib
     from metamix_jax.training import setup
+    from metamix_jax.training.step import blocks
     from metamix_jax.training.step.batch_step import make_train_step
     from metamix_jax.training.step.state import enter_phase
 
     mobilenet.DROPOUT = 0.0  # otherwise losses could not be compared
     device = jax.devices()[0]
+    whole = device.platform != "cpu"
     before = resident("VmRSS")
     network = setup.make_network(config)
     schedule = setup.make_schedule(config, train_examples=10_000 * config.batch_size)
-    span = next(span for span in schedule if span.phase.name == kind)
-    trees = unflatten_dict({path: jax.device_put(x) for path, x in np.load(arrays).items()}, "/")
+    span = next(span for span in schedule if span.phase.name == options.kind)
+    leaves = np.load(options.arrays).items()
+    trees = unflatten_dict({path: jax.device_put(leaf) for path, leaf in leaves}, "/")
     state = setup.init_state(config, network).replace(**trees)
     mesh = sharding.make_mesh()
     kept = [sharding.replicate(enter_phase(state, span, config), mesh)]
     branches = policy_lib.branches(cost.uniform_bits(network.costs, 4), network.costs)
-    batch = sharding.shard_batch(random_batch(config), mesh)
-    inputs = (batch, sharding.replicate(branches, mesh), {})
-    train_step = make_train_step(network.model, span, config, network.budget, None)
+    branches, batch = sharding.replicate(branches, mesh), random_batch(config)
+    train_step = make_train_step(network.model, span, config, network.budget, None, scan=whole)
+    started = time.perf_counter()
+    if whole:
+        split = sharding.replicate({key: batch.pop(key) for key in ("image", "label")}, mesh)
+        block = {name: np.stack([rows] * options.steps) for name, rows in batch.items()}
+        block = sharding.shard_batch(block, mesh, axis=1)
+        run_block = blocks.in_blocks(train_step)
+        program = run_block.lower(kept[0], block, split, branches, {}).compile()
+    else:
+        batch = sharding.shard_batch(batch, mesh)
+        copy = jax.tree.map(jax.numpy.copy, kept[0])
+        jax.block_until_ready(train_step(copy, batch, branches, {}))
+    seconds = time.perf_counter() - started
 
-    def step():
-        kept[0], metrics = train_step(kept[0], *inputs)
-        return metrics["loss"], metrics["gradient_norm"]
+    def run(steps: int) -> tuple[Any, Any]:
+        if whole:
+            kept[0], metrics = program(kept[0], block, split, branches, {})
+        else:
+            rows = []
+            for _ in range(steps):
+                kept[0], found = train_step(kept[0], batch, branches, {})
+                rows.append(found)
+            jax.block_until_ready(rows)
+            metrics = rows[0]
+        return tuple(np.ravel(metrics[name])[0] for name in ("loss", "gradient_norm"))
 
-    statistics = device.memory_stats if device.platform != "cpu" else dict
-    return step, lambda: statistics().get("peak_bytes_in_use", 0), before
+    statistics = device.memory_stats if whole else dict
+    return run, lambda: statistics().get("peak_bytes_in_use", 0), before, seconds
 
 
 def torch_network(config: Any, arrays: str) -> Any:
@@ -238,16 +262,15 @@ def torch_network(config: Any, arrays: str) -> Any:
     return network
 
 
-def torch_step(
-    config: Any, kind: str, arrays: str, compiled: bool
-) -> tuple[Callable, Callable, int]:
+def torch_steps(config: Any, options: argparse.Namespace) -> tuple[Callable, Callable, int, float]:
     """The same for pytorch_metamix.py."""
     import pytorch_metamix
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = resident("VmRSS")
-    network = torch_network(config, arrays).to(device, memory_format=torch.channels_last)
+    network = torch_network(config, options.arrays)
+    network = network.to(device, memory_format=torch.channels_last)
     batch = random_batch(config)
     images = torch.tensor(batch["image"]).permute(0, 3, 1, 2).to(device)  # stays channels-last
     labels = torch.tensor(batch["label"]).long().to(device)
@@ -257,11 +280,24 @@ def torch_step(
     }
     constants |= {"act_bits": tuple(config.quant.act_bits), "clip_norm": config.optimizer.clip_norm}
     constants |= {"budget_weight": config.bit_search.budget_weight}
-    trainer = pytorch_metamix.Trainer(network, kind, constants)
-    if compiled:
-        trainer.network = torch.compile(network)
+    trainer = pytorch_metamix.Trainer(network, options.kind, constants)
+    started = time.perf_counter()
+    if options.by == "torch_compiled":
+        compiled = torch.compile(network)
+        trainer.network = compiled
+        trainer.step(images, labels)
+        # Again from the start, so that first losses can be compared.
+        pytorch_metamix.load(network, dict(np.load(options.arrays)))
+        trainer = pytorch_metamix.Trainer(network, options.kind, constants)
+        trainer.network = compiled
+        torch.cuda.empty_cache()
+
+    def run(steps: int) -> tuple[Any, Any]:
+        first, *rest = [trainer.step(images, labels) for _ in range(steps)]
+        return [value.item() for pair in (*rest, first) for value in pair][-2:]
+
     peak = torch.cuda.max_memory_allocated if device == "cuda" else int
-    return lambda: trainer.step(images, labels), peak, before
+    return run, peak, before, time.perf_counter() - started
 
 
 if __name__ == "__main__":

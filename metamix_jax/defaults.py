@@ -56,6 +56,10 @@ FIELDS = (
           "one core. 0: one per core, if the batch can be split evenly. Small networks are "
           "fastest on 1. Ignored if JAX may use an accelerator.",
           at_least(0, at_most=1024), may_change=True),
+    Field("steps_per_dispatch", 0, "Training steps that one compiled program runs. 0: on CPU each "
+          "step is several programs; on accelerators up to 16 steps, which fit evenly between logs "
+          "and checkpoints, where the decoded training split fits on the device, else 1.",
+          at_least(0, at_most=1024), may_change=True),
     Field("max_skipped_steps", 0, "Non-finite steps to skip before stopping. 0: stop at the first. "
           "Above 0, the state is kept in memory twice.", at_least(0)),
     Field("loss", "cross_entropy", "Loss on the labels (`cross_entropy`), on the teacher's soft "

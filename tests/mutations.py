@@ -57,7 +57,24 @@ _BUDGET = "tests/selection/test_budget.py tests/selection/test_cost_models.py"
 _PLAIN = 'batching.preprocess(batch["image"], mean=config.data.mean, std=config.data.std)'
 _RECIPES = "tests/test_recipes.py -k recipes_of_the_paper"
 
+_BLOCKS = "tests/training/test_blocks.py"
+
 MUTATIONS = (
+    *_rows(
+        "metamix_jax/training/step/blocks.py", _BLOCKS,
+        ('whole.at[batch["index"]]', 'whole.at[batch["index"] * 0]', f"{_BLOCKS} -k one_by_one"),
+        ("start + interval - start % interval", "start + interval", f"{_BLOCKS} -k interval"),
+        ("if common % steps == 0", "if steps", f"{_BLOCKS} -k automatic"),
+    ),
+    *_rows(
+        "metamix_jax/training/step/gradient_step.py", f"{_BLOCKS} -k one_by_one",
+        ("part = pick_part(number % micro_batches)", "part = pick_part(0 * number)"),
+        ("pick_precision(number // micro_batches)", "pick_precision(number % micro_batches)"),
+    ),
+    Mutation("metamix_jax/training/nonfinite.py", "start=step + 1 - len(rows)", "start=step",
+             f"{_BLOCKS} -k bad_step"),
+    Mutation("metamix_jax/networks/kernels/convolution.py", "cuda=rounded, ", "",
+             "tests/networks/test_bfloat16.py -k gpus"),
     *_rows(
         "metamix_jax/networks/quantizers.py", "tests/networks/test_quantizers.py",
         ("return x + jax.lax.stop_gradient(jnp.round(x) - x)", "return jnp.round(x)"),
@@ -127,7 +144,7 @@ MUTATIONS = (
          "jax.random.fold_in(state.rng, number)"),
         ("jax.random.fold_in(jax.random.fold_in(state.rng, state.step), number)",
          "jax.random.fold_in(state.rng, state.step)"),
-        ("gradient, _, above = add_pass(", "gradient, batch_stats, above = add_pass(",
+        ("gradient, _, above = add_all(", "gradient, batch_stats, above = add_all(",
          f"{_SEARCH} -k sharpness_aware"),
         ('if path.startswith("params/")}\n    radius', "}\n    radius"),
         ("moved = {path: trained[path] + factor", "moved = {path: trained[path] - factor"),
@@ -156,8 +173,8 @@ MUTATIONS = (
          "teacher.apply(teacher_variables, images, train=True)"),
         ('batch["image"], batch["index"], batch["epoch"], seed=config.seed',
          'batch["image"], batch["index"], batch["epoch"], seed=0'),
-        ("make_update(model, update, span.steps, config, budget)",
-         "make_update(model, update, span.stop, config, budget)"),
+        ("make_update(model, update, span.steps, config, budget, scan=scan)",
+         "make_update(model, update, span.stop, config, budget, scan=scan)"),
         ("return step + 1", "return step + 2", f"{_BATCH_STEP} -k sees_the_weights"),
         ("kept = kept.replace(step=after.step", "kept = kept.replace(step=before.step",
          "tests/training/test_nonfinite.py -k skipped_step"),

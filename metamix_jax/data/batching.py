@@ -51,20 +51,30 @@ def train_batches(
     stop: int,
     process_index: int = 0,
     process_count: int = 1,
+    images: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Returns this process's part of the global batches of steps start..stop-1, prefetched.
 
     Each has `image` uint8 [b, h, w, c] and int32 [b] `label`, `index` (of the example) and `epoch`,
-    with b = batch_size / process_count. Raises UserError if that is not an integer.
+    with b = batch_size / process_count; without `images`, only `index` and `epoch`. Raises
+    UserError if b is not an integer.
     """
     rows = _process_rows(batch_size, process_index, process_count, "batch_size")
 
-    def load_step(step: int) -> dict[str, np.ndarray]:
+    def choose(step: int) -> tuple[np.ndarray, np.ndarray]:
         indices, epochs = train_indices(len(split), seed=seed, step=step, batch_size=batch_size)
-        images, labels = split.gather(indices[rows], epochs[rows], seed)
-        index = indices[rows].astype(np.int32)
-        return {"image": images, "label": labels, "index": index, "epoch": epochs[rows]}
+        return indices[rows], epochs[rows]
 
+    def named(indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
+        return {"index": indices.astype(np.int32), "epoch": epochs}
+
+    def load_step(step: int) -> dict[str, np.ndarray]:
+        indices, epochs = choose(step)
+        found, labels = split.gather(indices, epochs, seed)
+        return {"image": found, "label": labels, **named(indices, epochs)}
+
+    if not images:
+        return (named(*choose(step)) for step in range(start, stop))
     return _read_ahead(load_step, start, stop)
 
 

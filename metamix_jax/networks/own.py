@@ -38,6 +38,11 @@ def label(name: str) -> str:
     return name.rpartition(":")[2]
 
 
+def source_files(*names: str) -> tuple[Path, ...]:
+    """Returns the files that define the networks among `names` that are a user's own."""
+    return tuple(path for name in names if is_own(name) if (path := source_file(name)))
+
+
 def source_file(name: str) -> Path | None:
     """Returns the file that defines a user's network; None if it is not a file of Python."""
     place = name.rpartition(":")[0]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self, TextIO
 
+import numpy as np
 from tqdm import tqdm
 
 _WINDOW_SECONDS = 30.0  # of active time over which the rate is measured
@@ -57,7 +58,8 @@ class Progress:
     def update(self, step: int, **numbers: Any) -> None:
         """Records that `step` steps are done and shows `numbers` if a refresh is due.
 
-        Numbers may be JAX scalars: they are read, which blocks on the device, only when shown.
+        Numbers may be JAX arrays, of which the last element counts: they are read, which blocks on
+        the device, only when shown.
         """
         self._step, self._numbers, self._updated_at = step, numbers, self._clock()
         if self.description != self._rate_description:
@@ -213,7 +215,7 @@ def _bar_format(line: str) -> str:
 
 
 def _format(value: Any) -> str:
-    return str(value) if isinstance(value, int | str) else f"{float(value):.4g}"
+    return str(value) if isinstance(value, int | str) else f"{np.ravel(value)[-1]:.4g}"
 
 
 def _print(text: str, stream: TextIO) -> None:

@@ -25,9 +25,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, parts: int = 1) -> None:
         raise UserError(f"config.batch_size={batch_size}: expected a multiple of {' x '.join(of)}")
 
 
-def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns the global batch sharded over the devices, given this process's part of it."""
-    rows = NamedSharding(mesh, P("data"))
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, axis: int = 0) -> dict[str, jax.Array]:
+    """Returns the global batch sharded over the devices, given this process's part of it.
+
+    Its images lie along `axis`: 1 in a block of batches.
+    """
+    rows = NamedSharding(mesh, P(*[None] * axis, "data"))
     return {
         name: jax.make_array_from_process_local_data(rows, value) for name, value in batch.items()
     }

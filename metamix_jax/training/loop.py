@@ -82,18 +82,17 @@ def _train(
             for span in schedule:
                 if step >= span.stop:
                     continue
-                train_step, batches = run.make_step(state, span), run.batches(step, span.stop)
+                train_step = run.make_step(state, span, step)
                 progress.description, metrics = span.phase.name, None
                 interruption.stop_if_requested(step)
-                for batch in batches:
+                lengths = run.feed.block_lengths(step, span.stop)
+                for steps, batch in run.feed.blocks(step, lengths):
                     with run.clock(span.phase.name):
                         before = metrics
-                        state, metrics = train_step(
-                            state, batch, run.branches, run.teacher_variables
-                        )
-                        # At most one step ahead of the device, so that the rate shown is correct.
+                        state, metrics = train_step(state, batch)
+                        # At most one block ahead of the device, so that the rate shown is correct.
                         run.guard.check_metrics(step, span.phase.name, before, state)
-                        step += 1
+                        step += steps
                         progress.update(step, **{k: metrics[k] for k in metrics if "loss" in k})
                         if step % config.log_every_steps == 0 or step == span.stop:
                             run.log(step, span.phase, metrics, state)

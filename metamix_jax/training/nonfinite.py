@@ -18,10 +18,13 @@ from metamix_jax.workdir.files import write_json
 NAME = "nonfinite.json"
 
 
-def broken_metrics(metrics: Mapping[str, jax.Array] | None) -> list[str]:
-    """Returns the names of the non-finite metrics; blocks on the step that computes them."""
-    numbers = jax.device_get(dict(metrics or {}))
-    return [name for name, value in numbers.items() if not math.isfinite(value)]
+def metrics_by_step(metrics: Mapping[str, jax.Array] | None) -> list[dict[str, float]]:
+    """Returns the metrics, scalars or [steps], of each step; blocks on the steps' computation."""
+    numbers = {
+        name: np.ravel(values) for name, values in jax.device_get(dict(metrics or {})).items()
+    }
+    rows = zip(*numbers.values(), strict=True)
+    return [dict(zip(numbers, map(float, row), strict=True)) for row in rows]
 
 
 def broken_leaves(state: Any) -> list[str]:
@@ -60,15 +63,26 @@ class FiniteGuard:
     def check_metrics(
         self, step: int, phase: str, metrics: Mapping[str, jax.Array] | None, state: Any
     ) -> None:
-        """Waits for the step that computes `metrics` and ends the run where one is not finite.
+        """Waits for the steps that compute `metrics` and ends the run where one is not finite.
 
         Up to config.max_skipped_steps skipped steps are logged instead.
+
+        Args:
+          step: number of the last of these steps, counted from 1.
+          phase: its phase.
+          metrics: scalars of one step, or [steps].
+          state: the newest state, for the report.
 
         Raises:
           RunError: nonfinite.json has the details.
         """
-        names = broken_metrics(metrics)
-        if metrics and "skipped_steps" in metrics:
+        rows = metrics_by_step(metrics)
+        for number, row in enumerate(rows, start=step + 1 - len(rows)):
+            self._check_step(number, phase, row, state)
+
+    def _check_step(self, step: int, phase: str, metrics: dict[str, float], state: Any) -> None:
+        names = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if "skipped_steps" in metrics:
             known, self.skipped = self.skipped, int(metrics["skipped_steps"])
             names = (names or ["the updated state"]) if self.skipped > known else []
             if names and self.skipped <= self._config.max_skipped_steps:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import parameter_overview
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -33,8 +34,10 @@ from metamix_jax.training.calibrate import calibrations, make_calibrate
 from metamix_jax.training.checkpoints import Checkpoints
 from metamix_jax.training.choose_policy import choose_policy, logits_of
 from metamix_jax.training.evaluator import Evaluator, uniform_precisions
+from metamix_jax.training.feed import Feed
 from metamix_jax.training.nonfinite import FiniteGuard
 from metamix_jax.training.schedule import Span, phase_at
+from metamix_jax.training.step import blocks
 from metamix_jax.training.step.batch_step import make_train_step
 from metamix_jax.training.step.state import TrainState, enter_phase, with_logits
 from metamix_jax.workdir.metrics import MetricWriter
@@ -54,6 +57,7 @@ class Run:
     teacher: nn.Module | None
     teacher_variables: dict[str, Any]
     weights: dict[str, Any] | None  # pretrained params and batch_stats
+    feed: Feed
     guard: FiniteGuard
     started: float  # on time.monotonic()'s clock
     earlier: float = 0.0  # wall time before the resume
@@ -76,12 +80,8 @@ class Run:
             weights, _ = start_weights.load_weights(config.pretrained, network, mesh)
         teacher, teacher_variables = start_weights.load_teacher(config, network.image_shape)
         dataset = setup.load_dataset(config, mesh)
-        require(
-            config.batch_size <= len(dataset.train),
-            "batch_size",
-            config.batch_size,
-            f"at most {len(dataset.train)}, the number of training images",
-        )
+        most = f"at most {len(dataset.train)}, the number of training images"
+        require(config.batch_size <= len(dataset.train), "batch_size", config.batch_size, most)
         return cls(
             config=config,
             workdir=workdir,
@@ -93,6 +93,7 @@ class Run:
             teacher=teacher,
             teacher_variables=sharding.replicate(teacher_variables, mesh),
             weights=weights,
+            feed=Feed(config, dataset, mesh),
             guard=FiniteGuard(workdir, config, len(dataset.train)),
             started=started,
         )
@@ -100,13 +101,12 @@ class Run:
     @property
     def sources(self) -> tuple[Path, ...]:
         """Files outside the package that determine the run's results."""
-        names = (self.config.model.name, self.config.teacher.model.name)
-        return tuple(path for name in names if own.is_own(name) if (path := own.source_file(name)))
+        return own.source_files(self.config.model.name, self.config.teacher.model.name)
 
     @property
     def branches(self) -> Mapping[str, jax.Array]:
         """The policy as branch indices for the forward pass; empty before there is one."""
-        return {} if self.policy is None else self.policy.branches(self.network.costs)
+        return self.policy.branches(self.network.costs) if self.policy else {}
 
     def init_state(self) -> TrainState:
         """Returns the state before the first step; logs parameters, layers and schedule."""
@@ -137,8 +137,8 @@ class Run:
             checkpoints.set_aside(later)
         self.seconds, self.guard.skipped = facts["seconds"], int(state.skipped_steps or 0)
         self.earlier = self.seconds.get(results.WALL, 0.0)
-        source = "the checkpoint's policy"
-        self.policy = policy_of_checkpoint(facts["policy"], self.network.costs, source)
+        policy, costs = facts["policy"], self.network.costs
+        self.policy = policy_of_checkpoint(policy, costs, "the checkpoint's policy")
         if self.policy is not None:
             write_policy(self.workdir / "policy.json", self.policy)
         return step, state
@@ -164,7 +164,7 @@ class Run:
             self.config, acts=span.calibrates_acts, weights=span.calibrates_weights
         )
         if calibrates:
-            batch = next(iter(self.batches(span.start, span.start + 1)))
+            batch = next(self.feed.batches(span.start, span.start + 1))
             calibrate = jax.jit(
                 make_calibrate(self.network.model, calibrates, self.config, train=True)
             )
@@ -191,27 +191,24 @@ class Run:
             waiting(f"choosing bits by {self.config.search.searcher}"),
             self.clock(results.CHOICE),
         ):
-            return choose_policy(self.config, self.network, state, budget, self.batches)
+            return choose_policy(self.config, self.network, state, budget, self.feed.batches)
 
-    def make_step(self, state: TrainState, span: Span) -> Callable[..., Any]:
-        """Returns the training step of a phase, compiled by running it on a copy of the state."""
-        network = self.network
-        step = make_train_step(
-            network.model, span, self.config, network.budget, self.teacher, network.further_budgets
-        )
-        batch = next(iter(self.batches(span.start, span.start + 1)))
+    def make_step(self, state: TrainState, span: Span, start: int) -> Callable[..., Any]:
+        """Returns `step(state, batch)`, compiled for the blocks from step `start` on."""
+        network, inputs = self.network, (self.branches, self.teacher_variables)
+        given = span, self.config, network.budget, self.teacher, network.further_budgets
+        step = make_train_step(network.model, *given, scan=self.feed.block_steps > 0)
+        if self.feed.block_steps:
+            step, inputs = blocks.in_blocks(step), (self.feed.resident, *inputs)
         with (
             self.progress.pause(),
             waiting(f"compiling {span.phase.name}"),
             self.clock(results.COMPILING),
         ):
-            copy = jax.tree.map(jnp.copy, state)
-            jax.block_until_ready(step(copy, batch, self.branches, self.teacher_variables))
-        return step
-
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
-        """Yields the global batches of steps start to stop - 1, sharded over the devices."""
-        return setup.train_batches(self.config, self.dataset, self.mesh, start, stop)
+            for length in sorted(set(self.feed.block_lengths(start, span.stop))):
+                _, batch = next(self.feed.blocks(start, [length]))
+                jax.block_until_ready(step(jax.tree.map(jnp.copy, state), batch, *inputs))
+        return lambda state, batch: step(state, batch, *inputs)
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -236,8 +233,8 @@ class Run:
     def log(
         self, step: int, phase: Phase, metrics: Mapping[str, jax.Array], state: TrainState
     ) -> None:
-        """Writes the step's metrics, and the logits if they are trained."""
-        numbers = {name: value.item() for name, value in metrics.items()}
+        """Writes the metrics of the last step, and the logits if they are trained."""
+        numbers = {name: np.ravel(value)[-1].item() for name, value in metrics.items()}
         self.writer.write(step, {"phase": phase.name, "kind": "train", **numbers})
         if any("logits" in update.trains for update in phase.updates):
             logits = {path: row.tolist() for path, row in logits_of(state).items()}

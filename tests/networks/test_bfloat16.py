@@ -196,6 +196,18 @@ def test_all_products_of_a_network_run_on_the_chosen_type(dtype):
             assert types.count(("bf16", "bf16", "bf16")) == backward
 
 
+def test_on_gpus_the_sums_of_convolutions_are_rounded():
+    net = make_net(SETTINGS)
+    variables = init(net, CONV_INPUT)
+    run = jax.jit(lambda: apply(net, variables, CONV_INPUT, 0, "quantized"))
+    types = {
+        platform: operand_types(run.trace().lower(lowering_platforms=(platform,)).as_text())
+        for platform in ("cuda", "rocm", "tpu", "cpu")
+    }
+    exact, rounded = [("bf16", "bf16", "f32")], [("bf16", "bf16", "bf16")]
+    assert types == {"cuda": rounded, "rocm": rounded, "tpu": exact, "cpu": exact}
+
+
 def test_a_quantized_network_evaluates_as_in_float32():
     shape = (9, 9, 3)
     model = Pieces(5, SETTINGS)

@@ -178,7 +178,7 @@ def test_schedules_last_as_long_as_their_phase(monkeypatch):
     config = make_config()
     span = Span(phase_of("weight_training", config), 100, 100 + STEPS, False, False)
     lengths = []
-    monkeypatch.setattr(batch_step, "make_update", lambda *args: lengths.append(args[2]))
+    monkeypatch.setattr(batch_step, "make_update", lambda *args, **_: lengths.append(args[2]))
     make_train_step(Stub(brightness), span, config, None, None)
     monkeypatch.setattr(
         state_module, "make_optimizer", lambda *args: lengths.append(args[1]) or optax.identity()

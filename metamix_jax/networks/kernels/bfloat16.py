@@ -5,9 +5,8 @@ exactly up to 256, and scaled afterwards: the product is exact while float32 acc
 2^24. Other operands (full-precision weights and images, mixtures of widths) are rounded to
 bfloat16's 8-bit significand. The backward products also run in bfloat16, on rounded cotangents.
 
-This is native on TPU. According to its source (not run here), XLA on NVIDIA GPUs has no bfloat16
-convolution with a float32 result and upcasts the operands of the forward one, which changes no
-value; dense layers and the backward convolutions stay in bfloat16.
+This is native on TPU. On GPUs the float32 sums of a convolution are rounded to bfloat16 when they
+leave the matrix units (convolution.py); those of dense layers are not.
 """
 
 from collections.abc import Callable

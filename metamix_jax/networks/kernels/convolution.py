@@ -36,16 +36,31 @@ def plain_convolve(
     groups: int = 1,
     preferred_element_type: DTypeLike | None = None,
 ) -> jax.Array:
-    """XLA's convolution; shapes as in `convolve`."""
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride) if isinstance(stride, int) else stride,
-        padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-        preferred_element_type=preferred_element_type,
-    )
+    """XLA's convolution; shapes as in `convolve`.
+
+    XLA on GPUs has no bfloat16 convolution with a float32 result (it converts the operands to
+    float32 first), so there the float32 sums are rounded to bfloat16.
+    """
+
+    def product(x: jax.Array, kernel: jax.Array, result: DTypeLike | None) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(stride, stride) if isinstance(stride, int) else stride,
+            padding=padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+            preferred_element_type=result,
+        )
+
+    if x.dtype != jnp.bfloat16 or preferred_element_type is None:
+        return product(x, kernel, preferred_element_type)
+
+    def rounded(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return product(x, kernel, x.dtype).astype(preferred_element_type)
+
+    wide = functools.partial(product, result=preferred_element_type)
+    return jax.lax.platform_dependent(x, kernel, cuda=rounded, rocm=rounded, default=wide)
 
 
 def _value(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:

@@ -40,15 +40,16 @@ def make_train_step(
     budget: Budget | None,
     teacher: nn.Module | None,
     further_budgets: Mapping[str, Budget] | None = None,
+    *,
+    scan: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `step(state, batch, branches, teacher_variables) -> (state, metrics)`.
 
     The step calls several compiled functions and consumes (donates) the given state. All branches
     run through the same compiled pass, one after the other, so neither compile time nor memory
-    grows with their number. With config.accumulation_steps > 1, so do the micro-batches of a batch
-    (without `lax.scan`, in which XLA's CPU convolutions are many times slower). Gradients are
-    averaged over micro-batches; batch norm normalizes each micro-batch by its own statistics, and
-    each updates the running statistics in turn.
+    grows with their number. With config.accumulation_steps > 1, so do the micro-batches of a batch.
+    Gradients are averaged over micro-batches; batch norm normalizes each micro-batch by its own
+    statistics, and each updates the running statistics in turn.
 
     Args:
       model: the network.
@@ -57,9 +58,11 @@ def make_train_step(
       budget: for updates with a budget term.
       teacher: network that provides the soft targets, or None.
       further_budgets: of additional searches, by the keys used in `enter_phase`.
+      scan: run the passes in `lax.scan`, for a step that is compiled as a whole (blocks.py); in it,
+        XLA's CPU convolutions are many times slower.
     """
     updates = [
-        (update, make_update(model, update, span.steps, config, budget))
+        (update, make_update(model, update, span.steps, config, budget, scan=scan))
         for update in span.phase.updates
     ]
     parts = config.accumulation_steps

@@ -1,11 +1,12 @@
 """One gradient step on a batch, as described by an `Update` of the phase table.
 
-The step is a sequence of small compiled functions, so that all passes share one of them: the
-gradient is accumulated over passes and micro-batches (`accumulate`), then applied
-(`apply_gradient`).
+The gradient is accumulated over passes and micro-batches (`accumulate`), then applied
+(`apply_gradient`). By default these are small compiled functions, so that all passes share one of
+them; blocks.py compiles them together, with a loop over the passes inside.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -33,13 +34,16 @@ def make_update(
     steps: int,
     config: ConfigDict,
     budget: Budget | None = None,
+    *,
+    scan: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `apply(state, parts, branches, limit) -> (state, metrics)`.
 
     Like `make_train_step`'s, it calls several compiled functions and consumes the state. `parts`
     are the batch's micro-batches, each (images, labels, soft targets or None): the gradient is the
     mean of theirs, and each updates the running statistics in turn. `limit` defaults to the
-    budget's.
+    budget's. With `scan`, passes and micro-batches are one `lax.scan`, for callers that compile the
+    whole update.
     """
     optimizer = make_optimizer(update, steps, config)
     candidates = bit_candidates(config.quant.act_bits, config.quant.weight_bits)
@@ -51,7 +55,10 @@ def make_update(
         return jax.tree.map(jnp.zeros_like, split_by_label(state, update.trains)[0])
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def add_part(gradient, state, batch_stats, inputs, precision, number):
+    def add_part(gradient, batch_stats, state, inputs, precision, number):
+        if update.gradient == "last":  # starts again with every pass
+            first = number % micro_batches == 0
+            gradient = jax.tree.map(lambda total: jnp.where(first, 0, total), gradient)
         trained, frozen = split_by_label(state, update.trains)
         rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), number)
         part, batch_stats, metrics = pass_gradient(
@@ -60,15 +67,32 @@ def make_update(
         part = of_whole_batch(part, micro_batches)
         return accumulate(gradient, part, 1 / micro_batches), batch_stats, metrics
 
-    def add_pass(gradient, state, batch_stats, parts, limit, precision, number):
+    def add_one_by_one(gradient, batch_stats, state, parts, limit, precisions):
         rows = []
-        for part in parts:
-            inputs, key = (*part, limit), np.int32(number * len(parts) + len(rows))
+        for precision, part in itertools.product(precisions, parts):
             gradient, batch_stats, metrics = add_part(
-                gradient, state, batch_stats, inputs, precision, key
+                gradient, batch_stats, state, (*part, limit), precision, np.int32(len(rows))
             )
             rows.append(metrics)
         return gradient, batch_stats, rows
+
+    def add_in_scan(gradient, batch_stats, state, parts, limit, precisions):
+        count = len(precisions) * micro_batches
+        if count == 1:
+            return add_one_by_one(gradient, batch_stats, state, parts, limit, precisions)
+        pick_part, pick_precision = _picker(parts), _picker(precisions)
+
+        def add(carry, number):
+            part = pick_part(number % micro_batches)
+            precision = pick_precision(number // micro_batches)
+            *carry, metrics = add_part(*carry, state, (*part, limit), precision, number)
+            return tuple(carry), metrics
+
+        carry = gradient, batch_stats
+        carry, rows = jax.lax.scan(add, carry, jnp.arange(count, dtype=jnp.int32))
+        return *carry, [jax.tree.map(lambda row, i=i: row[i], rows) for i in range(count)]
+
+    add_all = add_in_scan if scan else add_one_by_one
 
     @functools.partial(jax.jit, donate_argnums=0)
     def descend(state, gradient, rows):
@@ -85,19 +109,15 @@ def make_update(
             limit = budget.limit if budget else 0.0
         limit = np.float32(limit)
         searched = branch_logits(split_by_label(state, {"logits"})[0])
-        gradient, batch_stats, rows = zeros(state), state.batch_stats, []
-        for number, precision in enumerate(passes(update, candidates, branches, searched)):
-            if update.gradient == "last":
-                gradient = zeros(state)
-            gradient, batch_stats, found = add_pass(
-                gradient, state, batch_stats, parts, limit, precision, number
-            )
-            rows += found
+        precisions = passes(update, candidates, branches, searched)
+        gradient, batch_stats, rows = add_all(
+            zeros(state), state.batch_stats, state, parts, limit, precisions
+        )
         if update.sharpness_aware:
             # The second pass leaves the running statistics alone, and its loss is not reported.
             copy, perturbed = jax.tree.map(jnp.copy, gradient), ascend(state, gradient)
-            gradient, _, above = add_pass(
-                copy, perturbed, state.batch_stats, parts, limit, precision, 0
+            gradient, _, above = add_all(
+                copy, state.batch_stats, perturbed, parts, limit, precisions
             )
             state = state.replace(surrogate_gap=mean_rise(above, rows))
         if update.commits_statistics:
@@ -105,6 +125,14 @@ def make_update(
         return descend(state, gradient, rows)
 
     return apply_update
+
+
+def _picker(trees: Sequence[Any]) -> Callable[[jax.Array], Any]:
+    """Returns a function from a traced number to that one of `trees`, which are alike."""
+    if len(trees) == 1:
+        return lambda number: trees[0]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return lambda number: jax.tree.map(lambda rows: rows[number], stacked)
 
 
 def passes(
