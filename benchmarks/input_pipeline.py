@@ -1,12 +1,13 @@
 """Images per second of the ImageNet training transform, and the time to the first batch.
 
-    python benchmarks/input_pipeline.py --data_dir=DATA_DIR [--tensorflow]
+    python benchmarks/input_pipeline.py --data_dir=DATA_DIR [--folder] [--tensorflow]
 
 DATA_DIR contains a TFDS data set named imagenet2012 in array_record format. With --tensorflow
 (install it just for this), tf.data does the same work: it reads serialized examples, crops at
-random with decode_and_crop_jpeg, resizes bilinearly, flips, and batches uint8. Both read files in
-the page cache, and both run in processes pinned to as many cores as threads. Repetitions are
-interleaved, so that other work slows both; medians are reported. Prints a table, then one line of
+random with decode_and_crop_jpeg, resizes bilinearly, flips, and batches uint8. With --folder, the
+same images are read from files in folders (config.data.name=folder). All read files in
+the page cache, and all run in processes pinned to as many cores as threads. Repetitions are
+interleaved, so that other work slows all; medians are reported. Prints a table, then one line of
 JSON.
 """
 
@@ -37,6 +38,9 @@ def main() -> None:
     options = parse_options()
     pipelines = {"metamix_jax": metamix_batches}
     with tempfile.TemporaryDirectory() as folder:
+        if options.folder:
+            pipelines["folder"] = folder_batches
+            options.images_folder = write_folder(options, Path(folder) / "images")
         if options.tensorflow:
             pipelines["tf.data"] = tensorflow_batches
             options.tfrecord = write_tfrecord(options, Path(folder) / "examples.tfrecord")
@@ -71,6 +75,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--folder", action="store_true", help="measure image files too")
     parser.add_argument("--tensorflow", action="store_true", help="measure tf.data too")
     return parser.parse_args()
 
@@ -109,20 +114,20 @@ def measure_first(options: argparse.Namespace, step: int) -> float:
 
 
 @functools.cache
-def _load_train(data_dir: str, split: str):
+def _load_train(name: str, data_dir: str, split: str, num_classes: int):
     from metamix_jax import config
     from metamix_jax.data import datasets
 
     options = config.default().data
     options.update(
-        name="imagenet2012", data_dir=data_dir, num_classes=1000, image_size=IMAGE_SIZE,
+        name=name, data_dir=data_dir, num_classes=num_classes, image_size=IMAGE_SIZE,
         train_split=split, eval_split=split, in_memory_gib=0.0, augment="random_resized_crop_flip",
     )  # fmt: skip
     return datasets.load(options).train
 
 
 def load_train(options: argparse.Namespace):
-    return _load_train(options.data_dir, options.split)
+    return _load_train("imagenet2012", options.data_dir, options.split, 1000)
 
 
 def batches_from(train, options: argparse.Namespace, start: int, stop: int) -> Iterator[dict]:
@@ -133,8 +138,28 @@ def batches_from(train, options: argparse.Namespace, start: int, stop: int) -> I
 
 
 def metamix_batches(options: argparse.Namespace, threads: int) -> Iterator[np.ndarray]:
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
-    train = dataclasses.replace(load_train(options), pool=pool)
+    return _batches(load_train(options), options, threads)
+
+
+def folder_batches(options: argparse.Namespace, threads: int) -> Iterator[np.ndarray]:
+    folder = options.images_folder
+    train = _load_train("folder", folder, "train", sum(1 for _ in Path(folder, "train").iterdir()))
+    return _batches(train, options, threads)
+
+
+def write_folder(options: argparse.Namespace, folder: Path) -> str:
+    """Writes the encoded images as files, train/CLASS/NUMBER.jpg."""
+    train = load_train(options)
+    for index in range(len(train)):
+        example = train.parse(train.records.__getitems__([index])[0])
+        path = folder / f"train/{example['label']:04d}/{index:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(example["image"])
+    return str(folder)
+
+
+def _batches(train, options: argparse.Namespace, threads: int) -> Iterator[np.ndarray]:
+    train = dataclasses.replace(train, pool=concurrent.futures.ThreadPoolExecutor(threads))
     stop = 2 + options.images // options.batch_size + 8  # 8: so that reading ahead continues
     return (batch["image"] for batch in batches_from(train, options, 0, stop))
 
@@ -192,8 +217,9 @@ def report(options: argparse.Namespace, rates: dict, first: dict) -> None:
     print(
         f"{'pipeline':12} {'threads':>7} {'images/s':>9} {'lowest':>8} {'highest':>8} {'ratio':>6}"
     )
+    others = "tf.data" if options.tensorflow else "metamix_jax"
     for row in rows:
-        rival = rates.get(("tf.data", row["threads"]))
+        rival = rates.get((others, row["threads"]))
         ratio = f"{row['images_per_second'] / statistics.median(rival):6.2f}" if rival else ""
         print(
             f"{row['pipeline']:12} {row['threads']:7} {row['images_per_second']:9.1f} "

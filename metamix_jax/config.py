@@ -112,12 +112,13 @@ def validate(config: ConfigDict) -> None:
         rule(config)
 
 
-def validate_start(config: ConfigDict) -> None:
+def validate_start(config: ConfigDict, *, has_weights: bool = False) -> None:
     """Raises UserError unless training has weights to start from and the teacher it needs.
 
-    Recipes leave both files to the command line; cost and evaluation need neither.
+    Recipes leave both files to the command line; cost and evaluation need neither. `has_weights`:
+    a Python program hands them over.
     """
-    if not config.pretrained:
+    if not (config.pretrained or has_weights):
         _require(
             config, "full_precision.epochs", config.full_precision.epochs > 0,
             "more than 0, or config.pretrained set to trained weights to start from",

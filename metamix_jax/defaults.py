@@ -85,11 +85,13 @@ FIELDS = (
 
     Field("model.name", "", "Name of the network; an unknown name gives an error that lists all."),
 
-    Field("data.name", "", "`digits`, or any image classification data set of TFDS."),
-    Field("data.data_dir", "", "Directory of TFDS data sets. Empty: the default of TFDS.",
-          may_change=True),
-    Field("data.train_split", "train", "Split to train on, in TFDS notation."),
-    Field("data.eval_split", "test", "Split to evaluate on, in TFDS notation."),
+    Field("data.name", "", "`digits`; `folder`, for images in folders; or any image classification "
+          "data set of TFDS."),
+    Field("data.data_dir", "", "Folder of the images, SPLIT/CLASS/IMAGE or CLASS/IMAGE; or of TFDS "
+          "data sets, empty for the default of TFDS.", may_change=True),
+    Field("data.train_split", "train", "Split to train on, in TFDS notation: `train[:90%]`."),
+    Field("data.eval_split", "test", "Split to evaluate on, likewise. Of a folder without `test`, "
+          "`val` is taken, or a tenth of every class is held out."),
     Field("data.image_size", 32, "Height and width of images; other sizes are resized when read.",
           more_than(0, at_most=MOST_PIXELS)),
     Field("data.channels", 3, "Channels of the images.", more_than(0, at_most=MOST_PIXELS)),

@@ -21,7 +21,12 @@ READING = ("evaluate", "diagnose", "export", "report")  # modes that read a run
 RUNNING = ("train", "search", "compare")  # modes that need exclusive use of the workdir
 
 
-def run_mode(mode: str, config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Runs a mode; returns the RESULT line's content."""
+def run_mode(mode: str, config: ConfigDict, workdir: Path, **given: Any) -> dict[str, Any]:
+    """Runs a mode; returns the RESULT line's content.
+
+    `given` is passed on: see the mode's module.
+    """
     # Imported on demand; the report, for example, does not need JAX.
-    return importlib.import_module(f"metamix_jax.commands.{MODES[mode]}").run(config, workdir)
+    return importlib.import_module(f"metamix_jax.commands.{MODES[mode]}").run(
+        config, workdir, **given
+    )

@@ -5,9 +5,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from metamix_jax.training.given import Given
 from metamix_jax.training.loop import train_and_evaluate
 
 
-def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: Path, given: Given | None = None) -> dict[str, Any]:
     """Runs all phases; returns the RESULT line's content."""
-    return train_and_evaluate(config, workdir)
+    return train_and_evaluate(config, workdir, given=given)

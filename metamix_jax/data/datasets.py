@@ -1,4 +1,4 @@
-"""Data sets by name: scikit-learn's digits and any TFDS image classification data set."""
+"""Data sets by name: scikit-learn's digits, folders of images, TFDS; or given from Python."""
 
 import dataclasses
 import functools
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from metamix_jax.data import folders, sources
 from metamix_jax.data.images import RandomResizedCropFlip, Resize
 from metamix_jax.data.splits import MemorySplit, Split, StreamedSplit, first_line, read_into_memory
 from metamix_jax.errors import UserError, suggestion
@@ -21,19 +22,39 @@ DECODING_AUGMENT = "random_resized_crop_flip"  # the config.data.augment applied
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The training and evaluation splits of a run."""
+    """The training and evaluation splits of a run.
+
+    class_names: in the order of the labels; empty where they are not known.
+    """
 
     train: Split
     evaluation: Split
+    class_names: tuple[str, ...] = ()
 
 
-def load(config_data: ConfigDict) -> Dataset:
+def load(config_data: ConfigDict, given: tuple[Any, Any] | None = None) -> Dataset:
     """Returns the data set named by `config.data`; small splits are decoded into memory.
 
-    "digits" is scikit-learn's, with a fixed stratified split: 1437 "train", 360 "test". Any other
-    name is a prepared TFDS data set with features `image` and `label`. Raises UserError.
+    "digits" is scikit-learn's, with a fixed stratified split: 1437 "train", 360 "test". "folder"
+    is config.data.data_dir/SPLIT/CLASS/IMAGE (folders.py). Any other name is a prepared TFDS data
+    set with features `image` and `label`. Raises UserError.
+
+    Args:
+      config_data: the section `data`.
+      given: sources to train and to evaluate on (sources.py), in place of a name.
     """
-    open_split = (_open_digits if config_data.name == "digits" else _open_tfds)(config_data)
+    class_names = ()
+    if given is not None:
+        open_split = _open_given(config_data, given)
+    elif config_data.name == sources.NAME:
+        raise UserError(
+            f"config.data.name={sources.NAME!r}: the data of this run were given from Python; give "
+            "them again, as `data`"
+        )
+    elif config_data.name == "folder":
+        open_split, class_names = _open_folder(config_data)
+    else:
+        open_split = (_open_digits if config_data.name == "digits" else _open_tfds)(config_data)
     # Open both before reading either, so that a mistake in the second shows immediately.
     splits = {key: open_split(key) for key in ("train_split", "eval_split")}
     limit = config_data.in_memory_gib * 2**30
@@ -42,7 +63,7 @@ def load(config_data: ConfigDict) -> Dataset:
         fixed = isinstance(split, StreamedSplit) and isinstance(split.transform, Resize)
         if fixed and len(split) * math.prod(split.transform.shape) <= limit:
             splits[key] = read_into_memory(split)
-    return Dataset(splits["train_split"], splits["eval_split"])
+    return Dataset(splits["train_split"], splits["eval_split"], class_names)
 
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
@@ -51,10 +72,11 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     The labels of up to 64 examples, evenly spaced over each split, detect a data set of the same
     size with other examples or another order.
     """
-    return {
+    facts = {
         name: {"examples": len(split), "labels": _labels_digest(split)}
         for name, split in (("train", dataset.train), ("evaluation", dataset.evaluation))
     }
+    return facts | ({"classes": list(dataset.class_names)} if dataset.class_names else {})
 
 
 def _labels_digest(split: Split) -> str:
@@ -97,10 +119,8 @@ def _open_digits(config_data: ConfigDict) -> Callable[[str], Split]:
 def _open_tfds(config_data: ConfigDict) -> Callable[[str], Split]:
     import tensorflow_datasets as tfds
 
-    name, channels = config_data.name, config_data.channels
-    shape = (config_data.image_size, config_data.image_size, channels)
-    if channels not in (1, 3):
-        raise UserError(f"config.data.channels={channels}: expected 1 (grey) or 3 (RGB)")
+    name = config_data.name
+    _check_channels(config_data)
     builder = _tfds_builder(name, config_data.data_dir)
     features = builder.info.features
     for key, kind in (("image", tfds.features.Image), ("label", tfds.features.ClassLabel)):
@@ -130,21 +150,69 @@ def _open_tfds(config_data: ConfigDict) -> Callable[[str], Split]:
     def open_split(key: str) -> Split:
         what = f"config.data.{key}={config_data[key]!r}"
         records = _tfds_records(builder, config_data[key], what)
-        transform, max_bad_examples = Resize(shape, config_data.eval_resize), None
-        if key == "train_split":
-            max_bad_examples = config_data.max_bad_examples
-            if config_data.augment == DECODING_AUGMENT:
-                transform = RandomResizedCropFlip(shape)
-        return StreamedSplit(
-            records,
-            parse,
-            transform,
-            f"{name} {config_data[key]}",
-            config_data.num_classes,
-            max_bad_examples,
-        )
+        return _streamed(config_data, key, records, parse, f"{name} {config_data[key]}")
 
     return open_split
+
+
+def _open_folder(config_data: ConfigDict) -> tuple[Callable[[str], Split], tuple[str, ...]]:
+    _check_channels(config_data)
+    open_files, class_names = folders.open_folder(config_data)
+
+    def open_split(key: str) -> Split:
+        files = open_files(key)
+        name = f"{config_data.data_dir} {config_data[key]}"
+        return _streamed(config_data, key, files, dict, name, files.where)
+
+    return open_split, class_names
+
+
+def _open_given(config_data: ConfigDict, given: tuple[Any, Any]) -> Callable[[str], Split]:
+    _check_channels(config_data)
+    try:
+        train, evaluation = given
+    except (TypeError, ValueError):
+        raise UserError("data: expected a pair, (to train on, to evaluate on)") from None
+    named = {"train_split": (train, "training data"), "eval_split": (evaluation, "evaluation data")}
+
+    def open_split(key: str) -> Split:
+        source = sources.open_source(*named[key])
+        return _streamed(config_data, key, source, dict, source.name)
+
+    return open_split
+
+
+def _check_channels(config_data: ConfigDict) -> None:
+    if config_data.channels not in (1, 3):
+        raise UserError(
+            f"config.data.channels={config_data.channels}: expected 1 (grey) or 3 (RGB)"
+        )
+
+
+def _streamed(
+    config_data: ConfigDict,
+    key: str,
+    records: Any,
+    parse: Callable[[Any], dict[str, Any]],
+    name: str,
+    where: Callable[[int], str] | None = None,
+) -> StreamedSplit:
+    """Returns a split with the transform that `config.data` asks for."""
+    shape = (config_data.image_size, config_data.image_size, config_data.channels)
+    transform, max_bad_examples = Resize(shape, config_data.eval_resize), None
+    if key == "train_split":
+        max_bad_examples = config_data.max_bad_examples
+        if config_data.augment == DECODING_AUGMENT:
+            transform = RandomResizedCropFlip(shape)
+    return StreamedSplit(
+        records,
+        parse,
+        transform,
+        name,
+        config_data.num_classes,
+        where,
+        max_bad_examples,
+    )
 
 
 def _tfds_records(builder: Any, split: str, what: str) -> Sequence[bytes]:

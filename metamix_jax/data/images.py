@@ -43,12 +43,15 @@ class UnsupportedImageError(Exception):
     """An intact image whose pixels have no defined range; the message says what it is."""
 
 
+Source = bytes | np.ndarray | Image.Image  # an encoded image, pixels uint8 [h, w] or [h, w, c]
+
+
 class Transform(Protocol):
-    """Turns an encoded image into an example's pixels."""
+    """Turns an image into an example's pixels."""
 
     shape: Shape
 
-    def __call__(self, encoded: bytes, *, seed: int, epoch: int, index: int) -> np.ndarray:
+    def __call__(self, source: Source, *, seed: int, epoch: int, index: int) -> np.ndarray:
         """Returns uint8 pixels of `shape`; randomness depends only on seed, epoch and index.
 
         Raises DamagedImageError or UnsupportedImageError.
@@ -67,11 +70,11 @@ class Resize:
     shorter_side: int = 0
 
     def __call__(
-        self, encoded: bytes, *, seed: int = 0, epoch: int = 0, index: int = 0
+        self, source: Source, *, seed: int = 0, epoch: int = 0, index: int = 0
     ) -> np.ndarray:
         """See `Transform`."""
         height, width, channels = self.shape
-        with _open(encoded) as image:
+        with _open(source) as image:
             image = _load(image, channels)
         if not self.shorter_side:
             image = _resize(image, (width, height))
@@ -92,16 +95,17 @@ class RandomResizedCropFlip:
 
     shape: Shape
 
-    def __call__(self, encoded: bytes, *, seed: int, epoch: int, index: int) -> np.ndarray:
+    def __call__(self, source: Source, *, seed: int, epoch: int, index: int) -> np.ndarray:
         """See `Transform`."""
         height, width, channels = self.shape
         mirror, *numbers = _uniform(1 + 4 * CROP_TRIES, seed, epoch, index)
-        with _open(encoded) as image:
+        with _open(source) as image:
             box = random_crop(image.size, iter(numbers))
             pixels = None
             # Grey and CMYK JPEGs are rare, and the libraries convert their colours differently.
-            if image.format == "JPEG" and image.mode == "RGB" and channels == 3:
-                pixels = _crop_jpeg(encoded, box, (width, height))
+            encoded = isinstance(source, bytes)
+            if encoded and image.format == "JPEG" and image.mode == "RGB" and channels == 3:
+                pixels = _crop_jpeg(source, box, (width, height))
             if pixels is None:
                 image = _load(image, channels)
                 pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))
@@ -171,10 +175,21 @@ def _uniform(count: int, seed: int, epoch: int, index: int) -> list[float]:
     return ((raw >> np.uint64(11)) * 2.0**-53).tolist()
 
 
-def _open(encoded: bytes) -> Image.Image:
-    """Opens an image, reading only its header."""
+def _open(source: Source) -> Image.Image:
+    """Opens an image; of an encoded one, reads only the header."""
+    if isinstance(source, Image.Image):
+        return source.copy()  # because the copy is closed
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise UnsupportedImageError(f"pixels of type {source.dtype}; expected uint8, 0 to 255")
+        grey = source.ndim == 3 and source.shape[-1] == 1
+        if source.ndim != 2 and not (source.ndim == 3 and source.shape[-1] in (1, 3, 4)):
+            raise UnsupportedImageError(
+                f"an array of shape {source.shape}; expected [height, width, channels]"
+            )
+        return Image.fromarray(source[..., 0] if grey else source)
     try:
-        return Image.open(io.BytesIO(encoded))
+        return Image.open(io.BytesIO(source))
     except Exception as error:  # Pillow raises many types for damaged files
         raise DamagedImageError from error
 

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,11 +58,14 @@ class MemorySplit:
 class StreamedSplit:
     """A split that is read, decoded and transformed at each `gather`."""
 
-    records: Sequence[bytes]
-    parse: Callable[[bytes], dict[str, Any]]  # record -> `image` as encoded bytes, `label` as int
+    records: Any  # has __len__ and __getitems__
+    parse: Callable[
+        [Any], dict[str, Any]
+    ]  # record -> `image`, as a Transform takes it, and `label`
     transform: Transform
     name: str  # for error messages
     num_classes: int
+    where: Callable[[int], str] | None = None  # an example's file, for error messages
     # How many examples with damaged images to replace; None: none, as in evaluation.
     max_bad_examples: int | None = None
     pool: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
@@ -115,29 +118,33 @@ class StreamedSplit:
         try:
             image = self.transform(example["image"], seed=seed, epoch=epoch, index=index)
         except DamagedImageError as error:
-            self._count_bad(index, len(example["image"]), error)
+            self._count_bad(index, example["image"], error)
             # A fixed replacement keeps batches a function of (seed, step).
             index = (index + 1) % len(self)
             (example,) = self._examples([index])
             return self._decode(example, index=index, epoch=epoch, seed=seed)
         except UnsupportedImageError as error:
             raise UserError(
-                f"{self.name}, example {index}: {error}; convert the data set's images"
+                f"{self._place(index)}: {error}; convert the data set's images"
             ) from error
         return image, self._label(example, index)
 
     def _label(self, example: dict[str, Any], index: int) -> int:
         label = example["label"]
         if label < 0:
-            raise UserError(f"{self.name}, example {index}: no label; use a labelled split")
+            raise UserError(f"{self._place(index)}: no label; use a labelled split")
         if label >= self.num_classes:
             raise UserError(
-                f"{self.name}, example {index}: label {label}; expected 0 to "
+                f"{self._place(index)}: label {label}; expected 0 to "
                 f"{self.num_classes - 1}, because config.data.num_classes={self.num_classes}"
             )
         return label
 
-    def _count_bad(self, index: int, size: int, error: DamagedImageError) -> None:
+    def _place(self, index: int) -> str:
+        file = f" ({self.where(index)})" if self.where else ""
+        return f"{self.name}, example {index}{file}"
+
+    def _count_bad(self, index: int, image: Any, error: DamagedImageError) -> None:
         """Logs an example with a damaged image, or raises UserError if there are too many."""
         allowed, hint = 0, ""
         if self.max_bad_examples is not None:
@@ -147,7 +154,8 @@ class StreamedSplit:
             known = index in self.bad_examples
             self.bad_examples.add(index)
             count = len(self.bad_examples)
-        what = f"{self.name}, example {index}: not a decodable image ({size} bytes)"
+        size = f" ({len(image)} bytes)" if isinstance(image, bytes) else ""
+        what = f"{self._place(index)}: not a decodable image{size}"
         if count > allowed:
             raise UserError(f"{what}; prepare or copy the data set again{hint}") from error
         if not known:

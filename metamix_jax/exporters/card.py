@@ -1,6 +1,6 @@
 """The model card: README.md next to the exported files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metamix_jax.exporters.bundle import MAGIC, SCALES, WEIGHTS
@@ -24,6 +24,7 @@ def card(
     counts: Mapping[str, Any],
     *,
     data: str,
+    class_names: Sequence[str],
     pretrained: str,
     licence: str,
     versions: Mapping[str, str],
@@ -35,6 +36,7 @@ def card(
       sizes: file -> bytes.
       counts: result of `evaluate_graph` on the bundle read back, with JAX as the reference.
       data: name of the evaluation data.
+      class_names: in the order of the scores, where they are known.
       pretrained: the weights that training started from; "" = random.
       licence: of the weights; "" = unknown.
       versions: package -> version.
@@ -58,7 +60,7 @@ Written by metamix_jax ({", ".join(f"{name} {version}" for name, version in vers
   `(pixel / 255 - mean) / std` with mean {list(graph.mean)} and std {list(graph.std)}.
   The ONNX files take float32 `image` [n, {channels}, {height}, {width}], the bundle and StableHLO
   [n, {height}, {width}, {channels}].
-- **Output**: scores of {graph.num_classes} classes, in the order of the labels of {data}.
+- **Output**: scores of {graph.num_classes} classes, {_order(class_names, data)}.
 - **Accuracy** of the integer bundle in this directory on {counts["examples"]:,} images of
   {data}: top-1 {counts["top1"]:.2f} % ({counts["correct"]} correct),
   top-5 {counts["top5"]:.2f} %. The checkpoint in JAX: {counts["reference_correct"]} correct;
@@ -78,6 +80,11 @@ Written by metamix_jax ({", ".join(f"{name} {version}" for name, version in vers
 |---|---|---|---|
 {rows}
 """
+
+
+def _order(class_names: Sequence[str], data: str) -> str:
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(class_names))
+    return f"in this order: {names}" if names else f"in the order of the labels of {data}"
 
 
 def _channels(count: int) -> str:

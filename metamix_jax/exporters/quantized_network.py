@@ -33,6 +33,7 @@ from metamix_jax.selection import policy as policy_lib
 from metamix_jax.selection.policy import Policy
 from metamix_jax.training import setup
 from metamix_jax.training.evaluator import Evaluator
+from metamix_jax.training.given import Given
 from metamix_jax.training.start_weights import load_calibrated, load_checkpoint
 from metamix_jax.workdir import bucket
 from metamix_jax.workdir.files import write_bytes_atomic
@@ -45,12 +46,14 @@ class QuantizedNetwork:
     """A network with activations and weights quantized to the bit-widths of a policy.
 
     variables: params, batch_stats and quant.
+    given: what a Python program handed over: its network and data.
     """
 
     config: ConfigDict
     network: setup.Network
     variables: Mapping[str, Any]
     policy: Policy
+    given: Given = Given()
 
     @property
     def precision(self) -> Precision:
@@ -82,22 +85,39 @@ def load_policy(path: str | Path) -> Policy:
     return policy_lib.load_policy(path / "policy.json" if path.is_dir() else path)
 
 
-def quantize(config: ConfigDict, policy: Policy) -> QuantizedNetwork:
-    """Returns the network of config.pretrained at a policy's bits, calibrated but not trained.
+def quantize(
+    config: ConfigDict,
+    policy: Policy,
+    *,
+    model: Any = None,
+    variables: Mapping[str, Any] | None = None,
+    data: tuple[Any, Any] | None = None,
+) -> QuantizedNetwork:
+    """Returns a trained network at a policy's bits, calibrated but not trained further.
 
     Step sizes come from the first training batch (config.batch_size images); batch norm statistics
     are re-estimated if config.eval.bn_reestimate_batches > 0. Raises UserError.
+
+    Args:
+      config: from `load_config`; its `pretrained` names the weights.
+      policy: from `load_policy`.
+      model: as for `train`.
+      variables: as for `train`.
+      data: as for `train`.
     """
-    network = setup.make_network(config)
+    given = Given(model, variables, data)
+    config = given.named(config)
+    network = setup.make_network(config, model)
     policy.check(network.costs, "policy")
     mesh = sharding.make_mesh()
-    dataset = setup.load_dataset(config, mesh)
-    state = load_calibrated(config, network, dataset, mesh)
-    found = QuantizedNetwork(config, network, state.variables, policy)
+    dataset = setup.load_dataset(config, mesh, data)
+    weights = given.weights(setup.abstract_variables(network))
+    state = load_calibrated(config, network, dataset, mesh, weights)
+    found = QuantizedNetwork(config, network, state.variables, policy, given)
     return _settled(found, Evaluator(network.model, dataset, config, mesh))
 
 
-def restore(config: ConfigDict, workdir: Path) -> QuantizedNetwork:
+def restore(config: ConfigDict, workdir: Path, given: Given | None = None) -> QuantizedNetwork:
     """Returns the quantized network of a checkpoint, as evaluated by --mode=evaluate.
 
     The checkpoint is the one at config.checkpoint, or the newest in `workdir`.
@@ -105,15 +125,17 @@ def restore(config: ConfigDict, workdir: Path) -> QuantizedNetwork:
     Raises:
       UserError: no such checkpoint, or its weights are not quantized yet.
     """
-    network, mesh = setup.make_network(config), sharding.make_mesh()
-    dataset = setup.load_dataset(config, mesh)
+    given = given or Given()
+    config = given.named(config)
+    network, mesh = setup.make_network(config, given.model), sharding.make_mesh()
+    dataset = setup.load_dataset(config, mesh, given.data)
     trained = load_checkpoint(config, network, workdir, len(dataset.train), mesh)
     if trained.policy is None or trained.phase.evaluation.weights != "quantized":
         raise UserError(
             f"{trained.name} is of phase {trained.phase.name}, whose weights are not quantized; "
             "expected a checkpoint of weight_training: finish training first"
         )
-    found = QuantizedNetwork(config, network, trained.variables, trained.policy)
+    found = QuantizedNetwork(config, network, trained.variables, trained.policy, given)
     if trained.finished:  # its statistics are final
         return found
     return _settled(found, Evaluator(network.model, dataset, config, mesh))
@@ -127,35 +149,48 @@ def _settled(network: QuantizedNetwork, evaluator: Evaluator) -> QuantizedNetwor
     return dataclasses.replace(network, variables=variables)
 
 
-def _network(source: Source) -> QuantizedNetwork:
+def _network(source: Source, model: Any, data: tuple[Any, Any] | None) -> QuantizedNetwork:
     if isinstance(source, QuantizedNetwork):
-        return source
+        given = dataclasses.replace(source.given, data=data or source.given.data)
+        return dataclasses.replace(source, given=given)
     workdir = bucket.path_of(source)
-    return restore(recipes.from_workdir(workdir), workdir)
+    return restore(recipes.from_workdir(workdir), workdir, Given(model, data=data))
 
 
-def evaluate(source: Source) -> dict[str, Any]:
+def evaluate(
+    source: Source, *, model: Any = None, data: tuple[Any, Any] | None = None
+) -> dict[str, Any]:
     """Returns top1, top5, correct, examples and loss of a quantized network on its data set.
 
     Args:
       source: a quantized network, or a workdir (its newest checkpoint).
+      model: the network of a workdir whose run was given one, as for `train`.
+      data: likewise; of a quantized network, other data.
 
     Raises:
       UserError: see `restore`.
     """
-    found = _network(source)
+    found = _network(source, model, data)
     mesh = sharding.make_mesh()
-    dataset = setup.load_dataset(found.config, mesh)
+    dataset = setup.load_dataset(found.config, mesh, found.given.data)
     evaluator = Evaluator(found.network.model, dataset, found.config, mesh)
     return evaluator(sharding.replicate(found.variables, mesh), found.precision)
 
 
-def export(source: Source, directory: str | Path) -> dict[str, Any]:
+def export(
+    source: Source,
+    directory: str | Path,
+    *,
+    model: Any = None,
+    data: tuple[Any, Any] | None = None,
+) -> dict[str, Any]:
     """Writes the integer bundle, ONNX, StableHLO and a model card into `directory`.
 
     Args:
       source: a quantized network, or a workdir (its newest checkpoint).
       directory: created if missing; files of the same names are replaced.
+      model: the network of a workdir whose run was given one, as for `train`.
+      data: likewise.
 
     Returns:
       Counts of the bundle, read back from the files, on the first config.export.examples evaluation
@@ -165,7 +200,7 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
     Raises:
       UserError: see `restore`; or onnx is not installed, or the directory cannot be written.
     """
-    found, directory = _network(source), Path(directory).expanduser()
+    found, directory = _network(source, model, data), Path(directory).expanduser()
     graph, config = found.graph(), found.config
     contents = bundle.encode(graph)
     if config.export.onnx:
@@ -180,15 +215,15 @@ def export(source: Source, directory: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
     sizes = {name: len(content) for name, content in contents.items()}
-    split = setup.load_dataset(config, sharding.make_mesh()).evaluation
-    counts = evaluate_graph(
-        bundle.read_bundle(directory), split, config.export.examples, _prediction(found)
-    )
+    dataset = setup.load_dataset(config, sharding.make_mesh(), found.given.data)
+    bundled, examples = bundle.read_bundle(directory), config.export.examples
+    counts = evaluate_graph(bundled, dataset.evaluation, examples, _prediction(found))
     text = card.card(
         graph,
         sizes,
         counts,
         data=f"{config.data.name} ({config.data.eval_split})",
+        class_names=dataset.class_names,
         pretrained=config.pretrained,
         licence=config.export.licence,
         versions={name: metadata.version(name) for name in ("jax", "flax", "numpy")},

@@ -1,6 +1,7 @@
 """Networks of Linen and of NNX as the same pair of pure functions."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -125,6 +126,28 @@ class NnxAdapter:
 
     def _made(self, rng: jax.Array) -> nnx.Module:
         return self.make(rngs=nnx.Rngs(rng))
+
+
+class NnxInstance(NnxAdapter):
+    """An NNX module that exists already; its own variables are the initial ones."""
+
+    def __init__(self, module: nnx.Module):
+        super().__init__(functools.partial(_cloned, module), type(module).__name__)
+        object.__setattr__(self, "_module", module)
+
+    def variables(self) -> Variables:
+        """Returns the module's params and batch_stats."""
+        _, params, statistics, _ = _split(self._module)
+        return {"params": _pure(params), "batch_stats": _pure(statistics)}
+
+
+def _cloned(module: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
+    """Returns a copy of a module whose random streams start from those of `rngs`."""
+    graph, keys, rest = nnx.split(module, nnx.RngKey, ...)
+    key = rngs.dropout()
+    leaves, structure = jax.tree.flatten(keys)
+    fresh = [jax.random.split(jax.random.fold_in(key, i), k.shape) for i, k in enumerate(leaves)]
+    return nnx.merge(graph, jax.tree.unflatten(structure, fresh), rest, copy=True)
 
 
 def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State, nnx.State]:

@@ -19,18 +19,38 @@ from flax import linen as nn
 from flax import nnx
 
 from metamix_jax.errors import UserError, suggestion
-from metamix_jax.networks.adapters import Adapter, LinenAdapter, NnxAdapter
+from metamix_jax.networks.adapters import Adapter, LinenAdapter, NnxAdapter, NnxInstance
 from metamix_jax.networks.intercepted import InterceptedNetwork
 from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.networks.tracing import traced
 
 _GIVEN = ("num_classes", "rngs", "parent", "name")  # arguments that are not fields of config.model
+_HANDED_OVER = "given"  # in place of a module's name: a network that a Python program hands over
 _PLAIN = (bool, int, float, str, tuple)  # types of fields
 
 
 def is_own(name: str) -> bool:
     """Returns whether a name in config.model.name is that of a user's network."""
     return ":" in name
+
+
+def given_name(model: nn.Module | nnx.Module) -> str:
+    """Returns config.model.name of a network handed over by a Python program."""
+    if not isinstance(model, nn.Module | nnx.Module):
+        raise UserError(f"model: a {type(model).__name__}; expected a Linen or NNX module")
+    return f"{_HANDED_OVER}:{type(model).__name__}"
+
+
+def variables_of(model: nn.Module | nnx.Module | None) -> dict[str, Any] | None:
+    """Returns the variables that a network carries itself: those of NNX, None otherwise."""
+    return instance(model).variables() if isinstance(model, nnx.Module) else None
+
+
+def instance(model: nn.Module | nnx.Module) -> Adapter:
+    """Returns the adapter of a network that exists already."""
+    if isinstance(model, nn.Module):
+        return LinenAdapter(model)
+    return NnxInstance(model)
 
 
 def label(name: str) -> str:
@@ -73,6 +93,7 @@ def make(
     settings: QuantSettings,
     image_shape: tuple[int, int, int],
     source: str = "config.model",
+    model: nn.Module | nnx.Module | None = None,
 ) -> InterceptedNetwork:
     """Returns a user's network with its products quantized.
 
@@ -83,12 +104,13 @@ def make(
       settings: of the quantizers.
       image_shape: (height, width, channels).
       source: the section that describes it.
+      model: the network itself, where it is handed over.
 
     Raises:
       UserError: there is no such network, its arguments do not fit, it does not return the scores,
         or has layers that cannot be quantized.
     """
-    network = _adapter(name, given, num_classes, source)
+    network = _adapter(name, given, num_classes, source) if model is None else instance(model)
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(network.init, key, images)
@@ -148,6 +170,10 @@ def _arguments(kind: Any) -> Mapping[str, inspect.Parameter]:
 
 def _load(name: str, source: str) -> Callable[..., Any] | nn.Module:
     place, _, attribute = name.rpartition(":")
+    if place == _HANDED_OVER:
+        raise UserError(
+            f"{source}.name={name!r}: this network was given from Python; give it again, as `model`"
+        )
     module = _module(place, name, source)
     if not hasattr(module, attribute):
         classes = [key for key, value in vars(module).items() if _is_network(value)]

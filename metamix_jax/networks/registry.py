@@ -33,6 +33,7 @@ def make(
     settings: QuantSettings,
     source: str = "config.model",
     image_shape: tuple[int, int, int] | None = None,
+    model: Any = None,
 ) -> nn.Module:
     """Returns the network described by `config_model`, the section called `source`.
 
@@ -42,6 +43,7 @@ def make(
       settings: of the quantizers.
       source: for error messages.
       image_shape: (height, width, channels), needed by a network of the user's own.
+      model: the network itself, where a Python program hands it over.
 
     Raises:
       UserError: unknown network, unknown field or invalid value.
@@ -49,7 +51,7 @@ def make(
     fields = dict(config_model)
     name = fields.pop("name")
     if own.is_own(name):
-        return own.make(name, fields, num_classes, settings, image_shape, source)
+        return own.make(name, fields, num_classes, settings, image_shape, source, model)
     if name not in ARCHITECTURES:
         hint = suggestion(name, ARCHITECTURES)
         raise UserError(

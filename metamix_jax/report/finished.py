@@ -32,6 +32,7 @@ class Finished:
     config: content of config.json, flattened: "budget.value" -> 0.9.
     rows: rows of metrics.jsonl.
     diagnostics: content of diagnostics.json; None without a diagnosis.
+    class_names: in the order of the labels; empty where they are not known.
     """
 
     workdir: Path
@@ -40,6 +41,7 @@ class Finished:
     config: Mapping[str, Any]
     rows: list[dict[str, Any]]
     diagnostics: Mapping[str, Any] | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def read_finished(workdir: Path) -> Finished:
@@ -64,7 +66,9 @@ def read_finished(workdir: Path) -> Finished:
     diagnostics, path = None, workdir / "diagnostics.json"
     if path.exists():
         diagnostics = _read(path, _DIAGNOSTICS)
-    return Finished(workdir, results, policy, config, rows, diagnostics)
+    data = workdir / "dataset.json"
+    class_names = tuple(_read(data, ()).get("classes", ())) if data.exists() else ()
+    return Finished(workdir, results, policy, config, rows, diagnostics, class_names)
 
 
 def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def summary(run: Finished) -> Section:
         "Image size": f"{policy['image_size'] if policy else config.get('data.image_size')} pixels",
         "Data": f"{config.get('data.name')}, trained on {config.get('data.train_split')}, "
         f"evaluated on {config.get('data.eval_split')}",
+        **({"Classes": ", ".join(run.class_names)} if run.class_names else {}),
         "Initial weights": config.get("pretrained") or "trained in this run",
         "Searcher": f"{results['searcher']} (seed {config.get('seed')})",
     }

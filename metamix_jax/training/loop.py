@@ -12,6 +12,7 @@ from metamix_jax.runtime import distributed, failures
 from metamix_jax.runtime.interruption import Interruption
 from metamix_jax.runtime.progress import Progress
 from metamix_jax.training.checkpoints import DIRECTORY, KEPT, Checkpoints
+from metamix_jax.training.given import Given
 from metamix_jax.training.run import Run
 from metamix_jax.training.schedule import phase_at
 from metamix_jax.training.step.batch_step import make_train_step
@@ -24,7 +25,11 @@ __all__ = ["TrainState", "make_train_step", "train_and_evaluate"]
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir: Path, *, stop_after_search: bool = False
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    stop_after_search: bool = False,
+    given: Given | None = None,
 ) -> dict[str, Any]:
     """Runs all phases of `config` in `workdir`, resuming from its newest checkpoint.
 
@@ -32,6 +37,7 @@ def train_and_evaluate(
       config: a configuration of `configs/`.
       workdir: where all files are written.
       stop_after_search: stop once the policy is written.
+      given: network, weights and data that a Python program hands over.
 
     Returns:
       The RESULT line's content.
@@ -41,12 +47,14 @@ def train_and_evaluate(
       RunError: non-finite values, a full disk, out of memory.
       InterruptedRunError: SIGTERM or SIGINT, after saving.
     """
+    given = given or Given()
+    config = given.named(config)
     with (
         Interruption(config.signal_grace_seconds) as interruption,
         failures.explained(workdir, config),
         distributed.files_of(workdir) as files,
     ):
-        run = Run.prepare(config, files)
+        run = Run.prepare(config, files, given)
         facts = datasets.fingerprint(run.dataset)
         with claim_workdir(config, files, facts, may_change(), run.sources):
             return _train(run, workdir, interruption, stop_after_search)

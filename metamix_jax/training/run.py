@@ -35,6 +35,7 @@ from metamix_jax.training.checkpoints import Checkpoints
 from metamix_jax.training.choose_policy import choose_policy, logits_of
 from metamix_jax.training.evaluator import Evaluator, uniform_precisions
 from metamix_jax.training.feed import Feed
+from metamix_jax.training.given import Given
 from metamix_jax.training.nonfinite import FiniteGuard
 from metamix_jax.training.schedule import Span, phase_at
 from metamix_jax.training.step import blocks
@@ -68,18 +69,18 @@ class Run:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, config: ConfigDict, workdir: Path) -> "Run":
+    def prepare(cls, config: ConfigDict, workdir: Path, given: Given) -> "Run":
         """Builds and checks everything that depends on user input."""
         started = time.monotonic()
-        network = setup.make_network(config)
-        validate_start(config)
+        network = setup.make_network(config, given.model)
+        weights = given.weights(setup.abstract_variables(network))
+        validate_start(config, has_weights=weights is not None)
         mesh = sharding.make_mesh()
         sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
-        weights = None
         if config.pretrained:
             weights, _ = start_weights.load_weights(config.pretrained, network, mesh)
         teacher, teacher_variables = start_weights.load_teacher(config, network.image_shape)
-        dataset = setup.load_dataset(config, mesh)
+        dataset = setup.load_dataset(config, mesh, given.data)
         most = f"at most {len(dataset.train)}, the number of training images"
         require(config.batch_size <= len(dataset.train), "batch_size", config.batch_size, most)
         return cls(

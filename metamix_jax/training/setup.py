@@ -41,15 +41,19 @@ class Network:
         return self.budget and knapsack.most_gbops(self.costs, self.budget)
 
 
-def make_network(config: ConfigDict) -> Network:
+def make_network(config: ConfigDict, model: Any = None) -> Network:
     """Builds the network and its budget without data or computation.
+
+    Args:
+      config: of the run.
+      model: the Linen or NNX module itself, where a Python program hands it over.
 
     Raises:
       UserError: invalid configuration or a budget that cannot be met.
     """
     validate(config)
     check_searcher(config)
-    model, costs = make_model(config)
+    model, costs = make_model(config, model)
     searcher, unit = SEARCHERS[config.search.searcher], config.budget.unit
     budget = None
     if searcher.choose is not None:
@@ -62,7 +66,7 @@ def make_network(config: ConfigDict) -> Network:
     return Network(model, label, _image_shape(config.data), costs, budget, further_budgets)
 
 
-def make_model(config: ConfigDict) -> tuple[nn.Module, LayerCosts]:
+def make_model(config: ConfigDict, given: Any = None) -> tuple[nn.Module, LayerCosts]:
     """Returns the network selected by config.model, and the costs of its layers."""
     options = config.quant
     settings = QuantSettings(
@@ -75,7 +79,9 @@ def make_model(config: ConfigDict) -> tuple[nn.Module, LayerCosts]:
         compute_dtype=config.compute_dtype,
     )
     shape = _image_shape(config.data)
-    model = registry.make(config.model, config.data.num_classes, settings, image_shape=shape)
+    model = registry.make(
+        config.model, config.data.num_classes, settings, image_shape=shape, model=given
+    )
     return model, cost.layer_costs(model, shape)
 
 
@@ -142,10 +148,12 @@ def _init_variables(network: Network, seed: int) -> dict[str, Any]:
     return {name: variables.get(name, {}) for name in ("params", "batch_stats", "quant")}
 
 
-def load_dataset(config: ConfigDict, mesh: Mesh) -> datasets.Dataset:
+def load_dataset(
+    config: ConfigDict, mesh: Mesh, given: tuple[Any, Any] | None = None
+) -> datasets.Dataset:
     """Returns the data set after checking that batches divide over the devices."""
     sharding.check_batch_size(config.batch_size, mesh)
-    return datasets.load(config.data)
+    return datasets.load(config.data, given)
 
 
 def train_batches(

@@ -118,17 +118,31 @@ def load_weights(
 
 
 def load_calibrated(
-    config: ConfigDict, network: Network, dataset: Dataset, mesh: Mesh
+    config: ConfigDict,
+    network: Network,
+    dataset: Dataset,
+    mesh: Mesh,
+    given: dict[str, Any] | None = None,
 ) -> TrainState:
-    """Returns the weights of config.pretrained with all step sizes calibrated, without training.
+    """Returns trained weights with all step sizes calibrated, without training.
 
-    The step sizes come from the first training batch. Raises UserError without config.pretrained,
-    and as `load_weights` does.
+    The step sizes come from the first training batch.
+
+    Args:
+      config: of the run; its `pretrained` names the weights.
+      network: the network they are for.
+      dataset: to calibrate on.
+      mesh: devices.
+      given: params and batch_stats, in place of config.pretrained.
+
+    Raises:
+      UserError: without weights, and as `load_weights` does.
     """
-    if not config.pretrained:
+    if config.pretrained:
+        given, _ = load_weights(config.pretrained, network, mesh)
+    if given is None:
         raise UserError("config.pretrained='': expected a weight file or a workdir")
-    loaded, _ = load_weights(config.pretrained, network, mesh)
-    state = sharding.replicate(setup.init_state(config, network, loaded), mesh)
+    state = sharding.replicate(setup.init_state(config, network, given), mesh)
     passes = calibrations(config, acts=True, weights=True)
     batch = next(iter(setup.train_batches(config, dataset, mesh, 0, 1)))
     return jax.jit(make_calibrate(network.model, passes, config, train=False))(state, batch)
