@@ -146,16 +146,19 @@ def test_the_package_names_what_it_has():
         metamix_jax.nothing  # noqa: B018
 
 
+GIVEN = ("model", "variables", "data")
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
         ("load_config", ["recipe", "budget", "fields"]),
         ("load_policy", ["path"]),
-        ("train", ["config", "workdir"]),
-        ("search", ["config", "workdir"]),
-        ("quantize", ["config", "policy"]),
-        ("evaluate", ["source"]),
-        ("export", ["source", "directory"]),
+        ("train", ["config", "workdir", *GIVEN]),
+        ("search", ["config", "workdir", *GIVEN]),
+        ("quantize", ["config", "policy", *GIVEN]),
+        ("evaluate", ["source", "model", "data"]),
+        ("export", ["source", "directory", "model", "data"]),
     ],
 )
 def test_functions_have_signatures_and_docstrings(name, parameters):

@@ -1,15 +1,18 @@
 """--mode=cost: what every layer costs, and which budgets can be met; no data, no training."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from metamix_jax.config import validate
-from metamix_jax.networks import registry
+from metamix_jax.exporters.build import obstacle
+from metamix_jax.networks import own, registry
 from metamix_jax.report import tables
 from metamix_jax.selection import cost, cost_models
 from metamix_jax.training import setup
+from metamix_jax.training.given import Given
 from metamix_jax.workdir.files import make_workdir, write_text_atomic
 
 
@@ -19,11 +22,25 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     config.budget plays no part, so that a budget can be found before one is given.
     """
     validate(config)
-    _, costs = setup.make_model(config)
+    model, costs = setup.make_model(config)
     make_workdir(workdir)
     table = cost.rows(costs)
     totals = cost.totals(costs) | {"reachable": cost_models.reachable(costs)}
     meanings = {name: unit.meaning for name, unit in cost_models.BUDGET_UNITS.items()}
     print(tables.cost_table(table, totals) + tables.reachable_table(totals["reachable"], meanings))
+    if reason := obstacle(model, costs, setup.image_shape(config.data)):
+        print(f"not exportable: {reason}")
     write_text_atomic(workdir / "cost.csv", cost.to_csv(table))
-    return {"mode": "cost", "model": registry.label(config.model), **totals}
+    facts = {"model": registry.label(config.model), "exportable": not reason}
+    return {"mode": "cost", **facts, **totals}
+
+
+def warn_unless_exportable(config: ConfigDict, given: Given | None) -> None:
+    """Logs why a network that is about to be trained cannot be exported, if that is so."""
+    given = given or Given()
+    config = given.named(config)
+    if not own.is_own(config.model.name):
+        return  # known without trying
+    model, costs = setup.make_model(config, given.model)
+    if reason := obstacle(model, costs, setup.image_shape(config.data)):
+        logging.warning("%s; it can be trained and evaluated", reason)

@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from metamix_jax.commands.cost import warn_unless_exportable
 from metamix_jax.errors import UserError
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training.given import Given
@@ -16,4 +17,5 @@ def run(config: ConfigDict, workdir: Path, given: Given | None = None) -> dict[s
     name = config.search.searcher
     if name in SEARCHERS and SEARCHERS[name].choose is None:
         raise UserError(f"config.search.searcher={name!r}: expected a searcher with --mode=search")
+    warn_unless_exportable(config, given)
     return train_and_evaluate(config, workdir, stop_after_search=True, given=given)

@@ -11,11 +11,14 @@ from flax import linen as nn
 
 from metamix_jax.errors import UserError
 from metamix_jax.exporters.graph import Graph, Kernel, Node, Quantizer, result_shape
+from metamix_jax.exporters.lowering import lower
 from metamix_jax.networks import registry
 from metamix_jax.networks.drawing import IMAGE
+from metamix_jax.networks.intercepted import InterceptedNetwork
 from metamix_jax.networks.layers import QuantConv, QuantDense, side_padding
 from metamix_jax.networks.precision import FULL_BITS, Bits
 from metamix_jax.networks.quantizers import POSITIVE_STEPS, fake_quant
+from metamix_jax.selection.cost import LayerCosts
 from metamix_jax.selection.policy import Policy
 
 
@@ -52,21 +55,9 @@ def build_graph(
       std: standard deviation, likewise.
 
     Raises:
-      UserError: the architecture has no `draw`.
+      UserError: the network cannot be exported.
     """
-    architecture = registry.architecture_of(model)
-    if architecture.draw is None:
-        raise UserError(
-            f"config.model.name={architecture.name!r}: cannot be exported; expected a network "
-            "whose file in networks/zoo/ defines `draw`"
-        )
-    drawing = _Drawing(
-        record_modules(model, variables, image_shape),
-        jax.tree.map(np.asarray, variables),
-        policy.bits,
-        image_shape,
-    )
-    architecture.draw(model, drawing)
+    nodes = _nodes(model, variables, policy.bits, image_shape)
     return Graph(
         model=policy.model,
         image_shape=tuple(image_shape),
@@ -74,7 +65,54 @@ def build_graph(
         mean=tuple(mean),
         std=tuple(std),
         policy=policy.to_json(),
-        nodes=tuple(drawing.nodes),
+        nodes=nodes,
+    )
+
+
+def _nodes(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    bits: Mapping[str, Bits],
+    image_shape: tuple[int, int, int],
+) -> tuple[Node, ...]:
+    if isinstance(model, InterceptedNetwork):
+        return lower(model, variables, bits, image_shape)
+    architecture = registry.architecture_of(model)
+    if architecture.draw is None:
+        raise UserError(_undrawn(model))
+    drawing = _Drawing(
+        record_modules(model, variables, image_shape),
+        jax.tree.map(np.asarray, variables),
+        bits,
+        image_shape,
+    )
+    architecture.draw(model, drawing)
+    return tuple(drawing.nodes)
+
+
+def obstacle(model: nn.Module, costs: LayerCosts, image_shape: tuple[int, int, int]) -> str:
+    """Returns why a network cannot be exported, "" if it can; needs no trained variables."""
+    keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    shapes = jax.eval_shape(model.init, keys, images)
+    variables = {
+        name: jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes.get(name, {}))
+        for name in ("params", "batch_stats", "quant")
+    }
+    bits = {path: layer.candidates[0] for path, layer in costs.items()}
+    if not isinstance(model, InterceptedNetwork):
+        return "" if registry.exportable(model) else _undrawn(model)
+    try:
+        lower(model, variables, bits, image_shape, values=False)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _undrawn(model: nn.Module) -> str:
+    return (
+        f"config.model.name={registry.architecture_of(model).name!r}: cannot be exported; expected "
+        "a network whose file in networks/zoo/ defines `draw`"
     )
 
 

@@ -40,6 +40,8 @@ def encode(graph: Graph) -> dict[str, bytes]:
             row["arrays"] = {name: scales.add(array) for name, array in node.arrays.items()}
         if node.quantizer is not None:
             row["quantizer"] = node.quantizer._asdict()
+        if node.other is not None:
+            row["other"] = node.other._asdict()
         if node.kernel is not None:
             kernel = node.kernel
             row["kernel"] = {
@@ -126,7 +128,9 @@ def _graph(content: dict[str, Any], contents: dict[str, bytes]) -> Graph:
     nodes, shapes = [], {IMAGE: _tuples(content["image_shape"])}
     for row in content["nodes"]:
         node = _node(row, contents)
-        if len(node.inputs) != OPS[node.op] or node.name in shapes:
+        wanted = OPS[node.op]
+        fits = len(node.inputs) == wanted if wanted is not None else len(node.inputs) >= 1
+        if not fits or node.name in shapes:
             raise ValueError(
                 f"node {node.name!r}: duplicate name or wrong number of inputs ({len(node.inputs)})"
             )
@@ -149,12 +153,8 @@ def _graph(content: dict[str, Any], contents: dict[str, bytes]) -> Graph:
 
 
 def _node(row: dict[str, Any], contents: dict[str, bytes]) -> Node:
-    quantizer = kernel = None
-    if "quantizer" in row:
-        quantizer = Quantizer(**row["quantizer"])
-        numbers = quantizer.bits in range(2, 9) and quantizer.signed in (False, True)
-        if not (numbers and 0 < quantizer.step < np.inf and abs(quantizer.shift) < np.inf):
-            raise ValueError(f"{row['name']}: invalid quantizer {quantizer}")
+    quantizer, other = (_quantizer(row, key) for key in ("quantizer", "other"))
+    kernel = None
     if "kernel" in row:
         facts = row["kernel"]
         bits, shape, start = facts["bits"], _tuples(facts["shape"]), facts["offset"]
@@ -165,6 +165,8 @@ def _node(row: dict[str, Any], contents: dict[str, bytes]) -> Node:
         kernel = Kernel(bits, levels, _floats(facts["step"], contents))
     if (kernel is not None) != (row["op"] in ("conv", "dense")):
         raise ValueError(f"{row['name']}: conv and dense need a kernel, other ops have none")
+    if (other is not None) != (row["op"] == "product") or (other and not quantizer):
+        raise ValueError(f"{row['name']}: products need two quantizers, other ops have none")
     arrays = {name: _floats(place, contents) for name, place in row.get("arrays", {}).items()}
     return Node(
         op=row["op"],
@@ -175,7 +177,18 @@ def _node(row: dict[str, Any], contents: dict[str, bytes]) -> Node:
         arrays=arrays,
         quantizer=quantizer,
         kernel=kernel,
+        other=other,
     )
+
+
+def _quantizer(row: dict[str, Any], key: str) -> Quantizer | None:
+    if key not in row:
+        return None
+    quantizer = Quantizer(**row[key])
+    numbers = quantizer.bits in range(2, 9) and quantizer.signed in (False, True)
+    if not (numbers and 0 < quantizer.step < np.inf and abs(quantizer.shift) < np.inf):
+        raise ValueError(f"{row['name']}: invalid quantizer {quantizer}")
+    return quantizer
 
 
 class _Floats:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from metamix_jax.exporters.graph import Graph, Node, Padding, Quantizer
+from metamix_jax.exporters.operations import OPERATIONS
 from metamix_jax.networks.drawing import IMAGE
 
 LevelsHook = Callable[[Node, np.ndarray], np.ndarray]
@@ -27,8 +28,10 @@ def run(graph: Graph, images: np.ndarray, on_levels: LevelsHook | None = None) -
         inputs = [tensors[name] for name in node.inputs]
         if node.kernel is not None:
             tensors[node.name] = _layer(node, *inputs, on_levels)
+        elif node.op in OPERATIONS:
+            tensors[node.name] = OPERATIONS[node.op].run(node, *inputs)
         else:
-            tensors[node.name] = OPERATIONS[node.op](node, *inputs)
+            tensors[node.name] = DRAWN[node.op](node, *inputs)
         for name in node.inputs:
             if last_use[name] == i:
                 tensors.pop(name, None)
@@ -144,16 +147,30 @@ def _subsample(node: Node, x: np.ndarray) -> np.ndarray:
     return np.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), node.options["channels"]))
 
 
-OPERATIONS = {
+def _matrix_product(node: Node, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Multiplies integers where no input is shifted, else the values that they represent."""
+    left, right = quantize(x, node.quantizer), quantize(y, node.other)
+    scale = np.float32(node.quantizer.step) * np.float32(node.other.step)
+    if not (node.quantizer.shift or node.other.shift):
+        bound = node.quantizer.bounds[1] * node.other.bounds[1] * x.shape[-1]
+        exact = np.float32 if bound < 2**24 else np.float64
+        return (left.astype(exact) @ right.astype(exact)).astype(np.float32) * scale
+    real = [
+        levels * np.float32(quantizer.step) - np.float32(quantizer.shift)
+        for levels, quantizer in ((left, node.quantizer), (right, node.other))
+    ]
+    return (real[0].astype(np.float64) @ real[1]).astype(np.float32)
+
+
+DRAWN = {
     "affine": _affine,
     "relu": lambda node, x: np.maximum(x, np.float32(0)),
     "relu6": lambda node, x: _relu6(x),
     "hswish": lambda node, x: x * _hard_sigmoid(x),
     "hsigmoid": lambda node, x: _hard_sigmoid(x),
-    "add": lambda node, x, y: x + y,
-    "multiply": lambda node, x, y: x * y,
     "mean": lambda node, x: np.mean(x, axis=(1, 2), keepdims=True),
     "flatten": lambda node, x: x.reshape(len(x), -1),
     "max_pool": _max_pool,
     "subsample": _subsample,
+    "product": _matrix_product,
 }

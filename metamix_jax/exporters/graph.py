@@ -1,9 +1,10 @@
 """An exported network: a list of nodes over named tensors; needs only NumPy.
 
-Tensors are float32 [n, height, width, channels], after `flatten` [n, channels]; every node outputs
-one tensor, of the node's name, from earlier ones. A layer (`conv`, `dense`) quantizes its input to
-levels, integers q that represent q * step - shift, multiplies them by its kernel's levels and
-returns real values.
+Tensors are float32 [n, ...], mostly [n, height, width, channels]; every node outputs one tensor, of
+the node's name, from earlier ones. A layer (`conv`, `dense`) quantizes its input to levels,
+integers q that represent q * step - shift, multiplies them by its kernel's levels and returns real
+values; `product` does so with two inputs. The operations of networks that were traced, in
+operations.py, take tensors of any number of axes.
 """
 
 import dataclasses
@@ -13,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metamix_jax.exporters.operations import OPERATIONS, require
 from metamix_jax.networks.drawing import IMAGE
 
-# op -> number of inputs
+# op -> number of inputs; None: one or more
 OPS = {
     "conv": 1,
     "dense": 1,
@@ -24,13 +26,12 @@ OPS = {
     "relu6": 1,
     "hswish": 1,  # x * relu6(x + 3) / 6
     "hsigmoid": 1,  # relu6(x + 3) / 6
-    "add": 2,
-    "multiply": 2,  # the second, [n, 1, 1, channels], is broadcast over positions
     "mean": 1,  # over positions, -> [n, 1, 1, channels]
     "flatten": 1,
     "max_pool": 1,
     "subsample": 1,  # every stride-th position; missing channels are zero-padded
-}
+    "product": 2,  # of matrices, the last two axes
+} | {name: operation.inputs for name, operation in OPERATIONS.items()}
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (before, after) of height and width
 
 
@@ -73,6 +74,7 @@ class Node:
       `stride`, `channels` (zeros before, after).
     arrays: float32 [channels]; layers: optional `bias`; affine: `scale`, `offset`.
     quantizer: of a layer's input; None if the image is not quantized (image_bits=32).
+    other: of a product's second input.
     shape: of the output without the batch, [height, width, channels] or [channels].
     """
 
@@ -84,6 +86,7 @@ class Node:
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     quantizer: Quantizer | None = None
     kernel: Kernel | None = None
+    other: Quantizer | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,14 @@ class Graph:
         """The nodes with a kernel."""
         return tuple(node for node in self.nodes if node.kernel is not None)
 
+    @property
+    def traced(self) -> bool:
+        """Whether it comes from a traced network, whose tensors have any number of axes."""
+        both = {"add", "multiply"}
+        return any(
+            node.op in OPERATIONS.keys() - both or node.op == "product" for node in self.nodes
+        )
+
     def shape_of(self, tensor: str) -> tuple[int, ...]:
         """Returns a tensor's shape without the batch."""
         if tensor == IMAGE:
@@ -126,46 +137,45 @@ def result_shape(node: Node, inputs: Sequence[tuple[int, ...]]) -> tuple[int, ..
     Raises:
       ValueError, LookupError or TypeError: inputs, options, kernel and arrays are inconsistent.
     """
+    if node.op in OPERATIONS:
+        return OPERATIONS[node.op].shape(node, inputs)
     first, options = inputs[0], node.options
     if node.op == "conv":
         size, width, channels, features = node.kernel.levels.shape
-        _require(width == size and channels * options["groups"] == first[2])
-        _require(features % options["groups"] == 0)
+        require(width == size and channels * options["groups"] == first[2])
+        require(features % options["groups"] == 0)
         shape = (*_windows(first, size, options), features)
     elif node.op == "dense":
         channels, features = node.kernel.levels.shape
-        _require(first == (channels,))
-        shape = (features,)
+        require(first[-1:] == (channels,))
+        shape = (*first[:-1], features)
+    elif node.op == "product":
+        second = inputs[1]
+        require(len(first) >= 2 and first[:-2] == second[:-2] and first[-1] == second[-2])
+        shape = (*first[:-1], second[-1])
     elif node.op == "max_pool":
         shape = (*_windows(first, options["size"], options), first[2])
     elif node.op == "subsample":
         stride, (before, after) = options["stride"], options["channels"]
-        _require(stride >= 1 and 0 <= before <= first[2] and 0 <= after <= first[2])
+        require(stride >= 1 and 0 <= before <= first[2] and 0 <= after <= first[2])
         shape = (-(-first[0] // stride), -(-first[1] // stride), before + first[2] + after)
     elif node.op == "mean":
         shape = (1, 1, first[2])
     elif node.op == "flatten":
         shape = (math.prod(first),)
     else:
-        _require(node.op != "add" or inputs[1] == first)
-        _require(node.op != "multiply" or inputs[1] == (1, 1, first[2]))
         shape = first
     if node.op == "affine":
-        _require(node.arrays.keys() == {"scale", "offset"})
+        require(node.arrays.keys() == {"scale", "offset"})
     arrays = [*node.arrays.values(), *([node.kernel.step] if node.kernel else [])]
-    _require(all(array.shape == shape[-1:] for array in arrays))
+    require(all(array.shape == shape[-1:] for array in arrays))
     return shape
 
 
 def _windows(shape: tuple[int, ...], size: int, options: Mapping[str, Any]) -> tuple[int, int]:
     """Returns the number of windows of `size` along height and width."""
     stride, padding = options["stride"], options["padding"]
-    _require(stride >= 1 and all(0 <= margin < size for pair in padding for margin in pair))
+    require(stride >= 1 and all(0 <= margin < size for pair in padding for margin in pair))
     sides = [side + sum(pair) - size for side, pair in zip(shape[:2], padding, strict=True)]
-    _require(min(sides) >= 0)
+    require(min(sides) >= 0)
     return sides[0] // stride + 1, sides[1] // stride + 1
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise ValueError("inconsistent shapes or options")

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from metamix_jax.exporters import onnx_traced
 from metamix_jax.exporters.executor import ones_product
 from metamix_jax.exporters.graph import Graph, Node
 from metamix_jax.exporters.onnx_writers import (
@@ -47,15 +48,16 @@ def encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
     """Returns the serialized ONNX model of `writer`'s nodes; batch: a size or a symbol."""
     onnx = require_onnx()
     helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
-    for node in graph.nodes:
-        LOWERINGS[node.op](writer, node, graph)
+    if graph.traced:
+        onnx_traced.add_image(writer)
+        for node in graph.nodes:
+            onnx_traced.LOWERINGS[node.op](writer, onnx_traced.with_image(node), graph)
+    else:
+        for node in graph.nodes:
+            LOWERINGS[node.op](writer, node, graph)
     last = graph.nodes[-1].name
     writer.add("Identity", last, SCORES)
-    shapes = {node.name: _channels_first(batch, node.shape) for node in graph.nodes}
-    for node in graph.layers:  # onnx cannot infer shapes through Quant nodes
-        shapes[f"{node.name}/kernel"] = kernel_levels(node).shape
-        if node.quantizer is not None:
-            shapes[f"{node.name}/input"] = _channels_first(batch, graph.shape_of(node.inputs[0]))
+    shapes = _known_shapes(graph, batch)
     body = helper.make_graph(
         writer.nodes,
         graph.model,
@@ -76,6 +78,23 @@ def encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
     if not writer.domain:
         onnx.checker.check_model(model, full_check=True)
     return onnx.shape_inference.infer_shapes(model).SerializeToString()
+
+
+def _known_shapes(graph: Graph, batch: int | str) -> dict[str, Sequence[int | str]]:
+    """Returns the shapes of tensors; onnx cannot infer them through Quant nodes."""
+
+    def shape(found: Sequence[int]) -> list[int | str]:
+        return [batch, *found] if graph.traced else _channels_first(batch, found)
+
+    shapes = {node.name: shape(node.shape) for node in graph.nodes if node.op != "constant"}
+    for node in graph.layers:
+        shapes[f"{node.name}/kernel"] = kernel_levels(node).shape
+    for node in graph.nodes:
+        ends = {"input": node.quantizer, "second/input": node.other}
+        for (end, quantizer), name in zip(ends.items(), node.inputs, strict=False):
+            if quantizer is not None:
+                shapes[f"{node.name}/{end}"] = shape(graph.shape_of(name))
+    return shapes
 
 
 def _channels_first(batch: int | str, shape: Sequence[int]) -> list[int | str]:

@@ -6,6 +6,7 @@ ones for three weeks: jax.export's compatibility window.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from metamix_jax.networks.intercepted import InterceptedNetwork
 from metamix_jax.networks.precision import Precision
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -35,6 +37,17 @@ def stablehlo(
     def scores(images: jax.Array) -> jax.Array:
         return model.apply(variables, images, train=False, precision=precision)
 
-    (batch,) = export.symbolic_shape("batch")
-    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
-    return bytes(export.export(jax.jit(scores), platforms=PLATFORMS)(images).serialize())
+    def exported(batch: Any) -> bytes:
+        images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
+        return bytes(export.export(jax.jit(scores), platforms=PLATFORMS)(images).serialize())
+
+    try:
+        return exported(*export.symbolic_shape("batch"))
+    except (TypeError, jax.errors.InconclusiveDimensionOperation) as error:
+        if not isinstance(model, InterceptedNetwork):
+            raise
+        logging.warning(
+            "network.stablehlo takes one image at a time: the network's code asks how many there "
+            "are (%s)", str(error).splitlines()[0],
+        )  # fmt: skip
+        return exported(1)

@@ -138,19 +138,25 @@ class InterceptedNetwork(nn.Module):
         scope = self.scope
         for part in name.split("/"):
             scope = scope.push(part, reuse=True)
-        settings = self.settings
-        if layer.first:
-            settings = settings.stem()
-        elif layer.last:
-            settings = settings.ends()
         facts = {"macs": layer.macs, "act_elements": layer.act_elements}
         if layer.pair:
-            settings = dataclasses.replace(settings, weight_bits=(settings.first_last_bits,))
             facts |= {"other_signed": layer.signed[1], "other_shift": layer.shift[1]}
         kind = QuantPair if layer.pair else QuantProduct
+        settings = settings_of(self.settings, layer)
         return kind(
             0, settings, signed=layer.signed[0], shift=layer.shift[0], parent=scope, **facts
         )
+
+
+def settings_of(settings: QuantSettings, layer: Layer) -> QuantSettings:
+    """Returns the settings of a layer: the first and the last are not searched."""
+    if layer.first:
+        settings = settings.stem()
+    elif layer.last:
+        settings = settings.ends()
+    if layer.pair:
+        settings = dataclasses.replace(settings, weight_bits=(settings.first_last_bits,))
+    return settings
 
 
 def _quantized(
@@ -162,7 +168,7 @@ def _quantized(
 ) -> jax.Array:
     """Returns a product of quantized operands; weights are given with their features last."""
     second = 1 if site.weights is None else site.weights
-    there, back = _features_last(eqn, second) if site.weights is not None else (_same, _same)
+    there, back = features_last(eqn, second) if site.weights is not None else (_same, _same)
     own = _fast_form(eqn)
 
     def multiply(
@@ -183,7 +189,7 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
-def _features_last(
+def features_last(
     eqn: JaxprEqn, weights: int
 ) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
     """Returns a map of a product's weights to [..., features], and its inverse."""

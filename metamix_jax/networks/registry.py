@@ -63,7 +63,15 @@ def make(
         hint = suggestion(key, known) if known else "it has no fields"
         raise UserError(f"{source}.{key}: {name} has no such field; {hint}")
     architecture.check(fields, source)
-    return architecture.module(num_classes=num_classes, settings=settings, **fields)
+    if not _is_plain(architecture.module):
+        return architecture.module(num_classes=num_classes, settings=settings, **fields)
+    module = architecture.module(num_classes=num_classes, **fields)
+    return own.make(name, {}, num_classes, settings, image_shape, source, module)
+
+
+def _is_plain(module: type[nn.Module]) -> bool:
+    """Returns whether a network is plain Flax, whose products are quantized by interception."""
+    return "settings" not in {field.name for field in dataclasses.fields(module)}
 
 
 def label(config_model: ConfigDict) -> str:
@@ -77,8 +85,15 @@ def label(config_model: ConfigDict) -> str:
 def architecture_of(model: nn.Module) -> Architecture:
     """Returns the architecture of a network created by `make`."""
     if isinstance(model, InterceptedNetwork):
-        return Architecture(model.network.label, InterceptedNetwork)
+        plain = type(getattr(model.network, "module", None))
+        unknown = Architecture(model.network.label, InterceptedNetwork)
+        return next((f for f in ARCHITECTURES.values() if f.module is plain), unknown)
     return {found.module: found for found in ARCHITECTURES.values()}[type(model)]
+
+
+def exportable(model: nn.Module) -> bool:
+    """Returns whether a network can be exported, as far as that is known without trying."""
+    return isinstance(model, InterceptedNetwork) or architecture_of(model).draw is not None
 
 
 def default_fields(name: str) -> dict[str, Any]:

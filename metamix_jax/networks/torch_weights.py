@@ -80,11 +80,13 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 def torch_name(path: tuple[str, ...], names: TorchNames) -> str:
     """Returns the torch name of a Flax leaf, ('params', 'conv1', 'kernel') -> 'conv1.weight'."""
     collection, *modules, leaf = path
-    if (collection, leaf) not in LEAF_NAMES:
+    if (collection, leaf) not in LEAF_NAMES and collection != "params":
         known = ", ".join("/".join(pair) for pair in LEAF_NAMES)
         raise ValueError(f"{'/'.join(path)} has no torch name; known leaves: {known}")
     module = _rename(".".join(modules), names.modules)
-    return f"{module}.{LEAF_NAMES[collection, leaf]}"
+    # A network's own parameters, such as a class token, have the same name there.
+    leaf = LEAF_NAMES.get((collection, leaf), leaf)
+    return f"{module}.{leaf}" if module else leaf
 
 
 def load_pretrained(

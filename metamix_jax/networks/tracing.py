@@ -23,6 +23,7 @@ PRODUCTS = ("conv_general_dilated", "dot_general")
 LOOPS = ("scan", "while", "cond")
 # The largest shift: inputs that fall further below 0 are quantized with a sign.
 MOST_SHIFT = 1.0
+UNKNOWN = "unknown line"
 _LIBRARIES = ("/site-packages/", "/dist-packages/", "/metamix_jax/networks/")
 
 
@@ -144,10 +145,10 @@ class _Finder:
         """Notes a product; returns what is known of its result, None of other equations."""
         name, image = eqn.primitive.name, [value.image for value in operands]
         if any(image) and has_products(eqn) and (name in LOOPS or name.startswith("custom_")):
-            module = _module_of(eqn) or "the network"
+            module = module_of(eqn) or "the network"
             raise UserError(
                 f"{self._label}: {module} has layers inside {name}, which "
-                f"cannot be quantized one by one ({_source(eqn)}); write them as a Python loop"
+                f"cannot be quantized one by one ({source_of(eqn)}); write them as a Python loop"
             )
         if name not in PRODUCTS:
             return None
@@ -158,7 +159,7 @@ class _Finder:
         kind = eqn.outvars[0].aval.dtype
         if kind != jnp.float32:
             raise UserError(
-                f"{self._label}: {_module_of(eqn)} computes in {kind} ({_source(eqn)}); expected "
+                f"{self._label}: {module_of(eqn)} computes in {kind} ({source_of(eqn)}); expected "
                 "float32, and config.compute_dtype for the products"
             )
         leaves = sorted(operands[weights].weights) if weights is not None else []
@@ -169,10 +170,10 @@ class _Finder:
         elements = eqn.invars[0 if weights is None else 1 - weights].aval.shape
         self.found.append(
             _Product(
-                key=key, owner=leaf.rpartition("/")[0] if leaf else _module_of(eqn), leaf=leaf,
+                key=key, owner=leaf.rpartition("/")[0] if leaf else module_of(eqn), leaf=leaf,
                 weights=weights, bounds=tuple(value.bounds for value in operands),
                 first=not before, macs=_macs(eqn), act_elements=math.prod(elements),
-                source=_source(eqn),
+                source=source_of(eqn),
             )
         )  # fmt: skip
         return [Value(image=True, below=frozenset({key}))]
@@ -238,19 +239,19 @@ def has_products(eqn: JaxprEqn) -> bool:
     return any(e.primitive.name in PRODUCTS or has_products(e) for j in jaxprs for e in j.eqns)
 
 
-def _module_of(eqn: JaxprEqn) -> str:
+def module_of(eqn: JaxprEqn) -> str:
     """Returns the path of the Flax module that an equation comes from, as far as it is known."""
     _, *names = str(eqn.source_info.name_stack).split("/")  # the first is the network's own
     return "/".join(name for name in names if name.isidentifier())  # einsum adds its subscripts
 
 
-def _source(eqn: JaxprEqn) -> str:
+def source_of(eqn: JaxprEqn) -> str:
     """Returns the line of the network's own code that an equation comes from."""
     frames = eqn.source_info.traceback.frames if eqn.source_info.traceback else ()
     for frame in frames:
         if not any(part in frame.file_name for part in _LIBRARIES):
             return f"{frame.file_name}:{frame.line_num}"
-    return "unknown line"
+    return UNKNOWN
 
 
 def _macs(eqn: JaxprEqn) -> int:

@@ -215,7 +215,7 @@ def _bar_format(line: str) -> str:
 
 
 def _format(value: Any) -> str:
-    return str(value) if isinstance(value, int | str) else f"{np.ravel(value)[-1]:.4g}"
+    return str(value) if isinstance(value, int | str) else f"{float(np.ravel(value)[-1]):.4g}"
 
 
 def _print(text: str, stream: TextIO) -> None:

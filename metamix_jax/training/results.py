@@ -81,7 +81,7 @@ def write(
             if search_end is None or span.start < search_end
         },
         "sizes": _sizes(network, policy),
-        "exportable": registry.architecture_of(network.model).draw is not None,
+        "exportable": registry.exportable(network.model),
         "budget": policy and _budget(config.budget, network.budget, policy),
         "search_cost": _search_cost(schedule, seconds, config),
         "evaluations": evaluations,

@@ -63,7 +63,7 @@ def make_network(config: ConfigDict, model: Any = None) -> Network:
         key: make_budget(costs, value, unit) for key, value in further_searches(config).items()
     }
     label = registry.label(config.model)
-    return Network(model, label, _image_shape(config.data), costs, budget, further_budgets)
+    return Network(model, label, image_shape(config.data), costs, budget, further_budgets)
 
 
 def make_model(config: ConfigDict, given: Any = None) -> tuple[nn.Module, LayerCosts]:
@@ -78,14 +78,15 @@ def make_model(config: ConfigDict, given: Any = None) -> tuple[nn.Module, LayerC
         positive_step=options.positive_step,
         compute_dtype=config.compute_dtype,
     )
-    shape = _image_shape(config.data)
+    shape = image_shape(config.data)
     model = registry.make(
         config.model, config.data.num_classes, settings, image_shape=shape, model=given
     )
     return model, cost.layer_costs(model, shape)
 
 
-def _image_shape(config_data: ConfigDict) -> tuple[int, int, int]:
+def image_shape(config_data: ConfigDict) -> tuple[int, int, int]:
+    """Returns (height, width, channels) of the images."""
     return (config_data.image_size, config_data.image_size, config_data.channels)
 
 

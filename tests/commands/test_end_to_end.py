@@ -63,17 +63,26 @@ def facts_of(result):
     return {k: v for k, v in result.items() if k != "workdir" and not k.endswith("seconds")}
 
 
-def test_killed_in_every_phase_and_stopped_after_the_search_it_is_the_same_run(
-    processes, finished, tmp_path
+@pytest.mark.parametrize(
+    "killed",
+    [
+        # At different points: before a phase's first checkpoint, at one, between two.
+        pytest.param({"full_precision": 3, "bit_meta": 16 + 9, "bit_search": 32 + 8,
+                      "act_training": 48 + 2, "weight_training": 64 + 12},
+                     marks=pytest.mark.faults, id="in every phase"),
+        pytest.param({"bit_meta": 16 + 9, "weight_training": 64 + 12}, id="twice"),
+    ],
+)  # fmt: skip
+def test_killed_and_stopped_after_the_search_it_is_the_same_run(
+    killed, processes, finished, tmp_path
 ):
     workdir = tmp_path / "run"
     reference, result = finished
     search = command(f"--workdir={workdir}", "--mode=search")
     train = command(f"--workdir={workdir}")
-    # At different points: before a phase's first checkpoint, at one, between two.
-    processes.kill_at(search, workdir, "full_precision", 3)
-    processes.kill_at(search, workdir, "bit_meta", 16 + 9)
-    processes.kill_at(search, workdir, "bit_search", 32 + 8)
+    in_search = {phase: step for phase, step in killed.items() if step < 48}
+    for phase, step in in_search.items():
+        processes.kill_at(search, workdir, phase, step)
     searched = processes.result(search)
     policy = json.loads((workdir / "policy.json").read_text())
     fields = {
@@ -89,8 +98,9 @@ def test_killed_in_every_phase_and_stopped_after_the_search_it_is_the_same_run(
         assert searched[name] == result[name]
     assert max(row["step"] for row in rows_of(workdir)) == 48
 
-    processes.kill_at(train, workdir, "act_training", 48 + 2)
-    processes.kill_at(train, workdir, "weight_training", 64 + 12)
+    for phase, step in killed.items():
+        if step > 48:
+            processes.kill_at(train, workdir, phase, step)
     trained = processes.result(train)
     assert facts_of(trained) == facts_of(result)
     assert_same_run(workdir, reference)

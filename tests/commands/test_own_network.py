@@ -4,7 +4,7 @@ import json
 import sys
 
 from tests.helpers.config_fields import ROOT
-from tests.helpers.processes import assert_one_error_line, command, rows_of
+from tests.helpers.processes import command, rows_of
 
 
 def test_from_search_to_evaluation(processes, tmp_path):
@@ -25,6 +25,8 @@ def test_from_search_to_evaluation(processes, tmp_path):
 
     read = [sys.executable, "main.py", f"--workdir={workdir}"]
     assert processes.result([*read, "--mode=evaluate"])["correct"] == result["correct"]
-    done = processes.finish([*read, "--mode=export"])
-    assert done.returncode == 2
-    assert_one_error_line(done.stderr, "'Net': cannot be exported")
+    exported = processes.result([*read, "--mode=export"])
+    assert (exported["examples"], exported["differing"]) == (360, 0)
+    assert exported["correct"] == result["correct"]
+    bundle = [*read, "--mode=evaluate", f"--config.checkpoint={workdir}/export"]
+    assert processes.result(bundle)["correct"] == result["correct"]

@@ -240,10 +240,12 @@ def test_the_card_says_what_is_there(graph):
         "top1": 70.0, "top5": 80.0, "correct": 7, "correct_top5": 8, "examples": 10,
         "reference_correct": 7, "differing": 0,
     }  # fmt: skip
-    text = card(
-        graph, sizes | {QCDQ: 1, QONNX: 2}, counts, data="photographs", pretrained="w.npz",
-        licence="CC0", versions={"jax": "1"},
-    )  # fmt: skip
+    facts = {"data": "photographs", "pretrained": "w.npz", "licence": "CC0"}
+    facts |= {"versions": {"jax": "1"}}
+    text = card(graph, sizes | {QCDQ: 1, QONNX: 2}, counts, class_names=(), **facts)
+    assert "in the order of the labels of photographs" in text
+    named = card(graph, sizes | {QCDQ: 1, QONNX: 2}, counts, class_names=("ant", "bee"), **facts)
+    assert "in this order: 0 ant, 1 bee." in named
     assert "top-1 70.00 % (7 correct)" in text and "10 images of\n  photographs" in text
     assert f"{graph.policy['gbops']:.6g} GBOPs" in text
     assert f"{sizes[bundle.WEIGHTS]:,} bytes" in text and "CC0. Initial weights: `w.npz`" in text

@@ -190,3 +190,75 @@ class Attending(nn.Module):
 
 
 not_a_network = 3
+
+
+class Everything(nn.Module):
+    """Every operation that can be exported, at least once."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.hard_swish(nn.Conv(8, (3, 3))(x))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        y = nn.avg_pool(jnp.pad(x, ((0, 0), (1, 0), (0, 1), (0, 0))), (2, 2))
+        x = nn.gelu(nn.Conv(8, (1, 1))(x)) + nn.leaky_relu(y[:, 1:, 1:][:, :, ::1])[:, :1, :1]
+        left, right = jnp.split(nn.Conv(12, (3, 3), padding="VALID")(x), [4], axis=-1)
+        x = jnp.concatenate([left, nn.elu(right), jnp.where(left > 0.1, left, 0.5)], axis=-1)
+        x = jnp.clip(x, -1.0, 2.0) ** 3 + nn.gelu(x, approximate=False) + jnp.sign(x) * abs(x)
+        x += jnp.broadcast_to(x.mean(-1, keepdims=True), x.shape)
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        first = self.param("first", nn.initializers.normal(), (1, 1, x.shape[-1]))
+        tokens = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[-1])), tokens], 1)
+        tokens = nn.LayerNorm()(tokens)
+        tokens += nn.MultiHeadDotProductAttention(num_heads=2)(tokens, tokens)
+        tokens += nn.DenseGeneral(tokens.shape[1], axis=1)(tokens).swapaxes(1, 2)
+        kernel = self.param("mixing", nn.initializers.normal(), (tokens.shape[-1], 6))
+        mixed = jnp.einsum("cf,ntc->nft", kernel, tokens)
+        mixed = jnp.log1p(jnp.exp(-jnp.square(mixed))) + jnp.floor(jnp.tanh(mixed) * 2)
+        mixed = mixed / jnp.sqrt(1 + mixed**2) - jnp.minimum(mixed, mixed.min(-1, keepdims=True))
+        gate = nn.sigmoid(nn.Dense(6)(tokens[:, 0]))
+        return nn.Dense(self.num_classes)(mixed.max(-1) * gate + 1 / (1 + gate))
+
+
+class Counts(nn.Module):
+    """Asks how many images there are, which a symbolic batch cannot tell."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3))(x)).reshape(len(x), -1)
+        return nn.Dense(self.num_classes)(x)
+
+
+class Sorts(nn.Module):
+    """Sorts, which cannot be exported."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.sort(nn.Conv(4, (3, 3), name="stem")(x), axis=-1)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+class Dilated(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3))(x))
+        x = nn.Conv(4, (3, 3), kernel_dilation=2, name="wide")(x)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+class Mixes(nn.Module):
+    """Compares images with each other."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3))(x)
+        return nn.Dense(self.num_classes)((x - x.mean(0, keepdims=True)).mean((1, 2)))

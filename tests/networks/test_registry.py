@@ -20,8 +20,12 @@ PACKAGE = ROOT / "metamix_jax"
 FOLDER = PACKAGE / "networks/zoo"
 
 
+DRAWN = sorted(name for name, found in ARCHITECTURES.items() if found.draw)
+PLAIN = sorted(ARCHITECTURES.keys() - set(DRAWN))  # in plain Flax, exported from their trace
+
+
 def make(name):
-    return registry.make(ConfigDict({"name": name}), 3, QuantSettings())
+    return registry.make(ConfigDict({"name": name}), 3, QuantSettings(), image_shape=(32, 32, 3))
 
 
 def test_every_network_of_every_file_is_known():
@@ -37,7 +41,18 @@ def test_every_network_of_every_file_is_known():
     assert len({architecture.module for architecture in found}) == len(found)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_a_plain_network_offers(name):
+    architecture, model = ARCHITECTURES[name], make(name)
+    assert type(model.network.module) is architecture.module
+    assert registry.architecture_of(model) is architecture
+    assert registry.label(ConfigDict({"name": name})) == name
+    assert registry.exportable(model) and architecture.torch_names.modules
+    with pytest.raises(UserError, match="config.model.padding: .* has no such field"):
+        registry.make(ConfigDict({"name": name, "padding": "tf"}), 3, QuantSettings())
+
+
+@pytest.mark.parametrize("name", DRAWN)
 def test_what_a_network_offers(name):
     architecture, model = ARCHITECTURES[name], make(name)
     assert type(model) is architecture.module
@@ -50,7 +65,7 @@ def test_what_a_network_offers(name):
         assert any(path.endswith(f"/{architecture.shortcut}") for path in paths)
 
 
-@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"cifar_resnet"}))
+@pytest.mark.parametrize("name", sorted(set(DRAWN) - {"cifar_resnet"}))
 def test_an_unknown_padding_is_refused(name):
     with pytest.raises(UserError, match="config.model.padding='same': expected torch or tf"):
         registry.make(ConfigDict({"name": name, "padding": "same"}), 3, QuantSettings())

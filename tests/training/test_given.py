@@ -33,7 +33,10 @@ def linen():
 
 def test_a_network_is_trained_and_read_back(tmp_path, linen):
     model, variables = linen
-    handed, quick = {"model": model, "data": PAIR}, config(**{"search.searcher": "uniform"})
+    handed, quick = (
+        {"model": model, "data": PAIR},
+        config(**{"search.searcher": "uniform", "search.uniform_bits": 2}),
+    )
     result = metamix_jax.train(quick, tmp_path, variables=variables, **handed)
     assert (result["model"], result["examples"]) == ("Net", 32)
     assert result["gbops"] <= result["budget_gbops"]

@@ -179,6 +179,13 @@ class ResNet18(ImageNetResNet):
     bottleneck = False
 
 
+class ResNet34(ImageNetResNet):
+    """ResNet-34."""
+
+    stage_sizes = (3, 4, 6, 3)
+    bottleneck = False
+
+
 class ResNet50(ImageNetResNet):
     """ResNet-50."""
 
@@ -261,6 +268,7 @@ ARCHITECTURES = (
         **_RESNET,
     ),
     Architecture("resnet18", ResNet18, ompq_rounds_below=True, **_IMAGENET),
+    Architecture("resnet34", ResNet34, **_IMAGENET),
     Architecture("resnet50", ResNet50, **_IMAGENET),
     Architecture("resnet101", ResNet101, **_IMAGENET),
 )

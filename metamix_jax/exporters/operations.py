@@ -1,0 +1,184 @@
+"""Operations between the layers of a traced network, in NumPy, on tensors [n, ...].
+
+Axes, shapes and margins in a node's options leave the images' axis out.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Shape = tuple[int, ...]
+_erf = np.vectorize(math.erf, otypes=[np.float32])
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation.
+
+    run: (node, *inputs) -> output, all float32 [n, ...].
+    shape: (node, shapes of the inputs) -> shape of the output, without the images; raises
+      ValueError, LookupError or TypeError where they do not fit.
+    inputs: how many; None: one or more.
+    """
+
+    run: Callable[..., np.ndarray]
+    shape: Callable[[Any, Sequence[Shape]], Shape]
+    inputs: int | None = 1
+
+
+def require(condition: bool) -> None:
+    """Raises ValueError if the facts of a node contradict each other."""
+    if not condition:
+        raise ValueError("inconsistent shapes or options")
+
+
+def _elementwise(function: Callable[..., np.ndarray], inputs: int) -> Operation:
+    return Operation(
+        lambda node, *values: np.asarray(function(*values), np.float32),
+        lambda node, shapes: np.broadcast_shapes(*shapes),
+        inputs,
+    )
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.float32(1) / (np.float32(1) + np.exp(-x))
+
+
+def _reduction(function: Callable[..., np.ndarray]) -> Operation:
+    def run(node: Any, x: np.ndarray) -> np.ndarray:
+        return function(x, axis=tuple(axis + 1 for axis in node.options["axes"]))
+
+    def shape(node: Any, shapes: Sequence[Shape]) -> Shape:
+        axes = node.options["axes"]
+        require(all(0 <= axis < len(shapes[0]) for axis in axes))
+        return tuple(side for axis, side in enumerate(shapes[0]) if axis not in axes)
+
+    return Operation(run, shape)
+
+
+def _reshaped(node: Any, shapes: Sequence[Shape]) -> Shape:
+    require(math.prod(shapes[0]) == math.prod(node.options["shape"]))
+    return tuple(node.options["shape"])
+
+
+def _expanded(node: Any, shapes: Sequence[Shape]) -> Shape:
+    require(len(shapes[0]) == len(node.options["shape"]))
+    require(np.broadcast_shapes(shapes[0], node.options["shape"]) == node.options["shape"])
+    return tuple(node.options["shape"])
+
+
+def _transposed(node: Any, shapes: Sequence[Shape]) -> Shape:
+    require(sorted(node.options["order"]) == list(range(1, len(shapes[0]) + 1)))
+    return tuple(shapes[0][axis - 1] for axis in node.options["order"])
+
+
+def _slices(node: Any) -> tuple[slice, ...]:
+    return tuple(slice(*bounds) for bounds in node.options["bounds"])
+
+
+def _sliced(node: Any, shapes: Sequence[Shape]) -> Shape:
+    require(len(node.options["bounds"]) == len(shapes[0]))
+    for (start, stop, step), side in zip(node.options["bounds"], shapes[0], strict=True):
+        require(0 <= start < stop <= side and step >= 1)
+    return tuple(len(range(*bounds)) for bounds in node.options["bounds"])
+
+
+def _joined(node: Any, shapes: Sequence[Shape]) -> Shape:
+    axis = node.options["axis"]
+    rest = {(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}
+    require(len(rest) == 1 and 0 <= axis < len(shapes[0]))
+    first = shapes[0]
+    return (*first[:axis], sum(shape[axis] for shape in shapes), *first[axis + 1 :])
+
+
+def _padded(node: Any, shapes: Sequence[Shape]) -> Shape:
+    margins = node.options["margins"]
+    require(len(margins) == len(shapes[0]) and np.min(margins) >= 0)
+    return tuple(side + sum(pair) for side, pair in zip(shapes[0], margins, strict=True))
+
+
+def _join(node: Any, *values: np.ndarray) -> np.ndarray:
+    images = max(len(value) for value in values)  # constants have one
+    values = [np.broadcast_to(value, (images, *value.shape[1:])) for value in values]
+    return np.concatenate(values, axis=node.options["axis"] + 1)
+
+
+def _windows(node: Any, shapes: Sequence[Shape]) -> Shape:
+    size, strides, padding = (node.options[key] for key in ("size", "strides", "padding"))
+    require(len(shapes[0]) == 3 and min(strides) >= 1)
+    sides = []
+    for side, window, stride, pair in zip(shapes[0][:2], size, strides, padding, strict=True):
+        require(min(pair) >= 0 and max(pair) < window <= side + sum(pair))
+        sides.append((side + sum(pair) - window) // stride + 1)
+    return (*sides, shapes[0][2])
+
+
+def _over_windows(combine: Callable[..., np.ndarray], empty: float) -> Operation:
+    def run(node: Any, x: np.ndarray) -> np.ndarray:
+        size, strides, padding = (node.options[key] for key in ("size", "strides", "padding"))
+        height, width, _ = _windows(node, [x.shape[1:]])
+        x = np.pad(x, ((0, 0), *padding, (0, 0)), constant_values=np.float32(empty))
+        total = None
+        for i, j in np.ndindex(*size):
+            rows = slice(i, i + (height - 1) * strides[0] + 1, strides[0])
+            columns = slice(j, j + (width - 1) * strides[1] + 1, strides[1])
+            part = x[:, rows, columns]
+            total = part if total is None else combine(total, part)
+        return total
+
+    return Operation(run, _windows)
+
+
+def _constant_shape(node: Any, shapes: Sequence[Shape]) -> Shape:
+    require(node.arrays["value"].size == math.prod(node.options["shape"]))
+    return tuple(node.options["shape"])
+
+
+OPERATIONS = {
+    "abs": _elementwise(np.abs, 1),
+    "erf": _elementwise(_erf, 1),
+    "exp": _elementwise(np.exp, 1),
+    "floor": _elementwise(np.floor, 1),
+    "log": _elementwise(np.log, 1),
+    "negate": _elementwise(np.negative, 1),
+    "rsqrt": _elementwise(lambda x: np.float32(1) / np.sqrt(x), 1),
+    "sigmoid": _elementwise(_sigmoid, 1),
+    "sign": _elementwise(np.sign, 1),
+    "sqrt": _elementwise(np.sqrt, 1),
+    "tanh": _elementwise(np.tanh, 1),
+    "add": _elementwise(np.add, 2),
+    "subtract": _elementwise(np.subtract, 2),
+    "multiply": _elementwise(np.multiply, 2),
+    "divide": _elementwise(np.divide, 2),
+    "maximum": _elementwise(np.maximum, 2),
+    "minimum": _elementwise(np.minimum, 2),
+    "greater": _elementwise(np.greater, 2),  # 1 or 0
+    "greater_equal": _elementwise(np.greater_equal, 2),
+    "less": _elementwise(np.less, 2),
+    "less_equal": _elementwise(np.less_equal, 2),
+    "where": _elementwise(lambda condition, yes, no: np.where(condition > 0, yes, no), 3),
+    "sum": _reduction(np.sum),
+    "greatest": _reduction(np.max),
+    "least": _reduction(np.min),
+    "max_window": _over_windows(np.maximum, -np.inf),
+    "sum_window": _over_windows(np.add, 0.0),
+    "reshape": Operation(lambda node, x: x.reshape(len(x), *node.options["shape"]), _reshaped),
+    "expand": Operation(
+        lambda node, x: np.broadcast_to(x, (len(x), *node.options["shape"])), _expanded
+    ),
+    "transpose": Operation(lambda node, x: x.transpose(0, *node.options["order"]), _transposed),
+    "slice": Operation(lambda node, x: x[(slice(None), *_slices(node))], _sliced),
+    "concatenate": Operation(_join, _joined, None),
+    "pad": Operation(
+        lambda node, x: np.pad(
+            x, ((0, 0), *node.options["margins"]), constant_values=np.float32(node.options["value"])
+        ),
+        _padded,
+    ),
+    "constant": Operation(
+        lambda node: node.arrays["value"].reshape(1, *node.options["shape"]), _constant_shape, 0
+    ),
+}
