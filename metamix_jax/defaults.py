@@ -14,6 +14,7 @@ from metamix_jax.fields import (
     bit_widths,
     more_than,
     one_of,
+    rules,
     whole_numbers,
 )
 from metamix_jax.selection.cost_models import BUDGET_UNITS
@@ -72,6 +73,10 @@ FIELDS = (
           "`--workdir`.", may_change=True),
     Field("pretrained", "", "Weights to start from: `.npz`, `.safetensors`, `.pth`, or the workdir "
           "of another run. Empty: random weights, trained for `full_precision.epochs` first."),
+    Field("pretrained_names", (), "Rules for a weight file with names other than the network's: "
+          "regular expressions on the paths of its modules, `blocks.0.attn.qkv`, and what stands "
+          "for them in the file; applied in this order. Empty: the names that come with the "
+          "network.", rules()),
     Field("log_every_steps", 20, "Training steps between rows of `metrics.jsonl`.", more_than(0),
           may_change=True),
     Field("checkpoint_every_steps", 200, "Training steps between checkpoints.", more_than(0),

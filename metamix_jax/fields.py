@@ -1,6 +1,7 @@
 """Configuration fields: one row each, with the checks of their values."""
 
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -79,6 +80,25 @@ def whole_numbers(low: int, high: int) -> Check:
     return Check(
         f"whole numbers from {low} to {high}",
         lambda values: all(isinstance(value, int) and low <= value <= high for value in values),
+    )
+
+
+def _is_rule(text: Any) -> bool:
+    if not isinstance(text, str) or "=" not in text:
+        return False
+    pattern, _, replacement = text.partition("=")
+    try:
+        re.sub(pattern, replacement, "")
+    except (re.error, IndexError):
+        return False
+    return True
+
+
+def rules() -> Check:
+    """Returns the check for any number of rules PATTERN=REPLACEMENT."""
+    return Check(
+        "rules PATTERN=REPLACEMENT, the pattern a regular expression",
+        lambda values: all(map(_is_rule, values)),
     )
 
 

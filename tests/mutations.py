@@ -105,12 +105,32 @@ MUTATIONS = (
         ("return total // 2, total - total // 2", "return total - total // 2, total // 2"),
     ),
     *_rows(
-        "metamix_jax/networks/zoo/mobilenet.py",
+        "metamix_jax/networks/zoo/mobilenet_v3.py",
         "tests/networks/test_mobilenet.py -k batch_norm_and_dropout",
-        ("_V3_MOMENTUM, _V3_EPSILON = 0.99, 1e-3", "_V3_MOMENTUM, _V3_EPSILON = 0.99, 1e-5"),
-        ("_V3_MOMENTUM, _V3_EPSILON = 0.99,", "_V3_MOMENTUM, _V3_EPSILON = 0.9,"),
-        ("deterministic=not train)(x)", "deterministic=True)(x)"),
+        ("_MOMENTUM, _EPSILON = 0.99, 1e-3", "_MOMENTUM, _EPSILON = 0.99, 1e-5"),
+        ("_MOMENTUM, _EPSILON = 0.99,", "_MOMENTUM, _EPSILON = 0.9,"),
         ("deterministic=not train)(nn.hard_swish(x))", "deterministic=True)(nn.hard_swish(x))"),
+    ),
+    Mutation(
+        "metamix_jax/networks/zoo/mobilenet.py", "deterministic=not train)(x)",
+        "deterministic=True)(x)", "tests/networks/test_mobilenet.py -k batch_norm_and_dropout",
+    ),
+    *_rows(
+        "metamix_jax/exporters/traced_layers.py", "tests/exporters/test_lowering.py -k numpy",
+        ("axis in sorted(summed)]", "axis in summed]"),
+        ('f"{name}/other"), bits,', "name), bits,"),
+        ("rows, columns = (own, summed) if number == 0", "rows, columns = (own, summed) if number"),
+    ),
+    *_rows(
+        "metamix_jax/exporters/lowering.py", "tests/exporters/test_lowering.py -k numpy",
+        ("x.images - sum(axis < x.images", "x.images - sum(axis > x.images"),
+        ("condition, when_false, when_true = op", "condition, when_true, when_false = op"),
+    ),
+    *_rows(
+        "metamix_jax/data/folders.py", "tests/data/test_folders.py",
+        ("return sorted(images), others", "return images[::-1], others"),
+        ("order[start:stop]", "range(start, stop)"),
+        ("percent / 100 + 0.5", "percent / 100 + 0.4"),
     ),
     *_rows(
         "metamix_jax/selection/phases.py", "tests/selection/test_phases.py",

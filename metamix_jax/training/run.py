@@ -78,7 +78,8 @@ class Run:
         mesh = sharding.make_mesh()
         sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
         if config.pretrained:
-            weights, _ = start_weights.load_weights(config.pretrained, network, mesh)
+            source = config.pretrained, network, mesh, config.pretrained_names
+            weights, _ = start_weights.load_weights(*source)
         teacher, teacher_variables = start_weights.load_teacher(config, network.image_shape)
         dataset = setup.load_dataset(config, mesh, given.data)
         most = f"at most {len(dataset.train)}, the number of training images"

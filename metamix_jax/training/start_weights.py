@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def load_checkpoint(
 
 
 def load_weights(
-    path: str | Path, network: Network, mesh: Mesh
+    path: str | Path, network: Network, mesh: Mesh, rules: Sequence[str] = ()
 ) -> tuple[dict[str, Any], int | None]:
     """Returns trained params and batch_stats, and the checkpoint's step (None for weight files).
 
@@ -90,6 +91,7 @@ def load_weights(
       path: a weight file, a workdir (its newest checkpoint), or one checkpoint.
       network: the network they are for.
       mesh: devices.
+      rules: config.pretrained_names, for a weight file.
 
     Raises:
       UserError: missing, damaged, or of another network.
@@ -101,6 +103,9 @@ def load_weights(
         if bucket.is_remote(path):
             raise UserError(f"{path}: expected a workdir; copy weight files to this machine first")
         names = registry.architecture_of(network.model).torch_names
+        if rules:
+            pairs = tuple(tuple(rule.split("=", 1)) for rule in rules)
+            names = names._replace(modules=pairs)
         weights, report = torch_weights.load_pretrained(path, target, names)
         logging.info("%s:\n%s", path, torch_weights.format_report(report))
         return weights, None
@@ -139,7 +144,7 @@ def load_calibrated(
       UserError: without weights, and as `load_weights` does.
     """
     if config.pretrained:
-        given, _ = load_weights(config.pretrained, network, mesh)
+        given, _ = load_weights(config.pretrained, network, mesh, config.pretrained_names)
     if given is None:
         raise UserError("config.pretrained='': expected a weight file or a workdir")
     state = sharding.replicate(setup.init_state(config, network, given), mesh)

@@ -13,7 +13,8 @@ from metamix_jax.networks import registry
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, QuantSettings
 from metamix_jax.networks.torch_weights import read_weights, torch_name
-from metamix_jax.networks.zoo.mobilenet import V3_LARGE, InvertedResidual
+from metamix_jax.networks.zoo.mobilenet import InvertedResidual
+from metamix_jax.networks.zoo.mobilenet_v3 import V3_LARGE
 from metamix_jax.selection import cost
 
 DATA = pathlib.Path(__file__).parents[3] / "shared/data"

@@ -16,6 +16,7 @@ SHAPE = (224, 224, 3)
 # dense layers, and of attention's products.
 NETWORKS = {
     "resnet34": (21_797_672, 3663.761, 0),
+    "mobilenet_v3_small": (2_542_856, 56.511, 0),
     "vit_tiny": (5_717_416, 1074.852, 178.832),
     "convnext_atto": (3_695_520, 547.332, 0),
     "efficientnet_b0": (5_288_548, 385.815, 0),
@@ -48,7 +49,7 @@ def test_published_parameters_and_costs(name):
 @pytest.mark.parametrize("name", [*NETWORKS, "deit_tiny"])
 def test_scores_are_those_of_pytorch(name, tmp_path):
     torch = pytest.importorskip("torch")
-    if name in ("resnet34", "efficientnet_b0"):
+    if name in ("resnet34", "efficientnet_b0", "mobilenet_v3_small"):
         theirs = getattr(pytest.importorskip("torchvision").models, name)()
     else:
         full = {"convnext_atto": name}.get(name, f"{name}_patch16_224")

@@ -4,11 +4,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 import metamix_jax
 from metamix_jax.errors import UserError
+from metamix_jax.runtime import sharding
 from metamix_jax.training import setup
 from metamix_jax.training.given import Given
+from metamix_jax.training.start_weights import load_weights
 from metamix_jax.workdir.files import read_json
 from tests.helpers import own_networks
 from tests.helpers.processes import TINY
@@ -115,3 +118,35 @@ def test_mistakes(tmp_path, linen):
             config(), tmp_path, model=linen[0], variables=linen[1], data=(IMAGES, LABELS, 1)
         )
     assert not list(tmp_path.iterdir())
+
+
+# Weight files ----------------------------------------------------------------------------------
+
+
+def test_rules_name_the_weights_of_a_network_of_ones_own(tmp_path, linen):
+    model, variables = linen
+    network = setup.make_network(Given(model).named(config()), model)
+    path = tmp_path / "weights.npz"
+    theirs = {"Block_0.": "body.", "Conv_": "conv", "GroupNorm_": "norm", "Dense_0": "head"}
+    entries = {}
+    for key, leaf in flatten_dict(variables["params"], sep=".").items():
+        for ours, name in theirs.items():
+            key = key.replace(ours, name)
+        module, _, kind = key.rpartition(".")
+        axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(leaf.ndim, (0,))
+        name = {"kernel": "weight", "scale": "weight"}.get(kind, kind)
+        entries[f"{module}.{name}"] = np.asarray(leaf).transpose(axes)
+    np.savez(path, **entries)
+    rules = (r"^Block_0\.=body.", r"Conv_(\d)=conv\1", r"GroupNorm_(\d)=norm\1", "^Dense_0$=head")
+    assert metamix_jax.load_config("digits", pretrained_names=rules).pretrained_names == rules
+    loaded, _ = load_weights(path, network, sharding.make_mesh(), rules)
+    for key, leaf in flatten_dict(variables["params"], sep="/").items():
+        np.testing.assert_array_equal(flatten_dict(loaded["params"], sep="/")[key], leaf)
+    with pytest.raises(UserError, match=r"15 missing of the network's 15: Block_0.Conv_0.weight"):
+        load_weights(path, network, sharding.make_mesh())
+
+
+@pytest.mark.parametrize("rule", ["no replacement", "(unfinished=x", r"a=\1"])
+def test_rules_that_are_none(rule):
+    with pytest.raises(UserError, match=r"config.pretrained_names=.*rules PATTERN=REPLACEMENT"):
+        setup.make_network(config(pretrained_names=(rule,)))

@@ -1,11 +1,11 @@
-"""MobileNet-v2 (Sandler et al., 2018) and MobileNet-v3-large (Howard et al., 2019).
+"""MobileNet-v2 (Sandler et al., 2018), and the blocks that version 3 shares.
 
 Quantizers are placed as in MetaMix's code: linear bottleneck outputs are signed, ReLU outputs
 unsigned, hswish outputs unsigned after a shift of 3/8; squeeze-and-excite layers are searched too.
 """
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,7 @@ from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 
 DROPOUT = 0.2
-_V2_MOMENTUM, _V2_EPSILON = 0.9, 1e-5
-_V3_MOMENTUM, _V3_EPSILON = 0.99, 1e-3
+_MOMENTUM, _EPSILON = 0.9, 1e-5
 
 # expansion factor, channels, blocks, stride of the first block
 V2_STAGES = (
@@ -29,36 +28,6 @@ V2_STAGES = (
     (6, 96, 3, 1),
     (6, 160, 3, 2),
     (6, 320, 1, 1),
-)
-
-
-class Bneck(NamedTuple):
-    """One row of MobileNet-v3's table."""
-
-    kernel_size: int
-    expanded: int  # channels of the depthwise convolution
-    features: int
-    squeeze: bool  # squeeze-and-excite
-    hswish: bool  # otherwise ReLU
-    stride: int
-
-
-V3_LARGE = (
-    Bneck(3, 16, 16, False, False, 1),
-    Bneck(3, 64, 24, False, False, 2),
-    Bneck(3, 72, 24, False, False, 1),
-    Bneck(5, 72, 40, True, False, 2),
-    Bneck(5, 120, 40, True, False, 1),
-    Bneck(5, 120, 40, True, False, 1),
-    Bneck(3, 240, 80, False, True, 2),
-    Bneck(3, 200, 80, False, True, 1),
-    Bneck(3, 184, 80, False, True, 1),
-    Bneck(3, 184, 80, False, True, 1),
-    Bneck(3, 480, 112, True, True, 1),
-    Bneck(3, 672, 112, True, True, 1),
-    Bneck(5, 672, 160, True, True, 2),
-    Bneck(5, 960, 160, True, True, 1),
-    Bneck(5, 960, 160, True, True, 1),
 )
 
 
@@ -122,7 +91,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNet-v2 of width 1.0."""
 
-    bn_momentum: ClassVar[float] = _V2_MOMENTUM
+    bn_momentum: ClassVar[float] = _MOMENTUM
     num_classes: int
     settings: QuantSettings
     padding: str = "torch"  # "tf": TensorFlow's SAME
@@ -130,7 +99,7 @@ class MobileNetV2(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
         """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
-        norm = _batch_norm(_V2_MOMENTUM, _V2_EPSILON)
+        norm = batch_norm(_MOMENTUM, _EPSILON)
         stem = QuantConv(
             32, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"
         )
@@ -156,48 +125,9 @@ class MobileNetV2(nn.Module):
         return QuantDense(self.num_classes, self.settings.ends(), name="classifier")(x, precision)
 
 
-class MobileNetV3Large(nn.Module):
-    """MobileNet-v3-large of width 1.0."""
+def batch_norm(momentum: float, epsilon: float) -> Callable[..., nn.BatchNorm]:
+    """Returns a function that makes a batch norm, given `train` and `name`."""
 
-    bn_momentum: ClassVar[float] = _V3_MOMENTUM
-    num_classes: int
-    settings: QuantSettings
-    padding: str = "torch"  # "tf": TensorFlow's SAME
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
-        """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
-        norm = _batch_norm(_V3_MOMENTUM, _V3_EPSILON)
-        stem = QuantConv(
-            16, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"
-        )
-        x = nn.hard_swish(norm(train, name="stem_bn")(stem(x, precision)))
-        for i, row in enumerate(V3_LARGE):
-            x = InvertedResidual(
-                expanded=row.expanded,
-                features=row.features,
-                settings=self.settings,
-                norm=norm,
-                kernel_size=row.kernel_size,
-                stride=row.stride,
-                squeeze=row.squeeze,
-                hswish=row.hswish,
-                activation=nn.hard_swish if row.hswish else nn.relu,
-                input_shift=HSWISH_SHIFT if i == 0 else 0.0,
-                padding=self.padding,
-                name=f"bneck{i + 1}",
-            )(x, train, precision)
-        head = QuantConv(960, self.settings, signed=True, kernel_size=1, name="head_conv")
-        x = nn.hard_swish(norm(train, name="head_bn")(head(x, precision)))
-        x = jnp.mean(x, axis=(1, 2))
-        x = QuantDense(1280, self.settings, shift=HSWISH_SHIFT, name="classifier1")(x, precision)
-        x = nn.Dropout(DROPOUT, deterministic=not train)(nn.hard_swish(x))
-        ends = self.settings.ends()
-        classifier = QuantDense(self.num_classes, ends, shift=HSWISH_SHIFT, name="classifier2")
-        return classifier(x, precision)
-
-
-def _batch_norm(momentum: float, epsilon: float) -> Callable[..., nn.BatchNorm]:
     def norm(train: bool, name: str) -> nn.BatchNorm:
         return nn.BatchNorm(
             use_running_average=not train, momentum=momentum, epsilon=epsilon, name=name
@@ -216,22 +146,13 @@ def draw_mobilenet_v2(model: MobileNetV2, drawing: Drawing) -> None:
     """Adds the nodes of a MobileNet-v2."""
     x = drawing.layer(IMAGE, "stem", "stem_bn", "relu6")
     for block in range(1, 1 + sum(repeats for _, _, repeats, _ in V2_STAGES)):
-        x = _draw_block(drawing, x, f"block{block}", "relu6")
+        x = draw_block(drawing, x, f"block{block}", "relu6")
     x = drawing.layer(x, "last_conv", "last_bn", "relu6")
     drawing.layer(drawing.node("flatten", drawing.node("mean", x)), "classifier")
 
 
-def draw_mobilenet_v3_large(model: MobileNetV3Large, drawing: Drawing) -> None:
-    """Adds the nodes of a MobileNet-v3-large."""
-    x = drawing.layer(IMAGE, "stem", "stem_bn", "hswish")
-    for i, row in enumerate(V3_LARGE):
-        x = _draw_block(drawing, x, f"bneck{i + 1}", "hswish" if row.hswish else "relu")
-    x = drawing.layer(x, "head_conv", "head_bn", "hswish")
-    x = drawing.node("flatten", drawing.node("mean", x))
-    drawing.layer(drawing.layer(x, "classifier1", activation="hswish"), "classifier2")
-
-
-def _draw_block(drawing: Drawing, x: str, name: str, activation: str) -> str:
+def draw_block(drawing: Drawing, x: str, name: str, activation: str) -> str:
+    """Adds the nodes of an `InvertedResidual` to tensor `x`; returns the output's name."""
     y = x
     if drawing.has(f"{name}/expand"):
         y = drawing.layer(y, f"{name}/expand", f"{name}/expand_bn", activation)
@@ -244,50 +165,28 @@ def _draw_block(drawing: Drawing, x: str, name: str, activation: str) -> str:
     return drawing.node("add", x, y) if drawing.shape(x) == drawing.shape(y) else y
 
 
-def _conv_and_norm(ours: str, theirs: str) -> Rules:
+def conv_and_norm(ours: str, theirs: str) -> Rules:
+    """Returns the rules of a convolution and its batch norm, numbers 0 and 1 in PyTorch."""
     return (rf"^{ours}$", f"{theirs}.0"), (rf"^{ours}_bn$", f"{theirs}.1")
 
 
 V2_TORCH_NAMES = TorchNames(
     modules=(
         # The first block has no expansion, so its layers have lower indices.
-        *_conv_and_norm(r"block1\.depthwise", "features.1.conv.0"),
+        *conv_and_norm(r"block1\.depthwise", "features.1.conv.0"),
         (r"^block1\.project$", "features.1.conv.1"),
         (r"^block1\.project_bn$", "features.1.conv.2"),
-        *_conv_and_norm(r"block(\d+)\.expand", r"features.\1.conv.0"),
-        *_conv_and_norm(r"block(\d+)\.depthwise", r"features.\1.conv.1"),
+        *conv_and_norm(r"block(\d+)\.expand", r"features.\1.conv.0"),
+        *conv_and_norm(r"block(\d+)\.depthwise", r"features.\1.conv.1"),
         (r"^block(\d+)\.project$", r"features.\1.conv.2"),
         (r"^block(\d+)\.project_bn$", r"features.\1.conv.3"),
         (r"^classifier$", "classifier.1"),
         (r"^last_conv$", "features.18.0"),
         (r"^last_bn$", "features.18.1"),
-        *_conv_and_norm("stem", "features.0"),
+        *conv_and_norm("stem", "features.0"),
     )
 )
-# The same; the projection comes after squeeze-and-excite, if there is one.
-_SQUEEZING = "|".join(str(i + 1) for i, row in enumerate(V3_LARGE) if row.squeeze)
-V3_TORCH_NAMES = TorchNames(
-    modules=(
-        *_conv_and_norm(r"bneck1\.depthwise", "features.1.block.0"),
-        *_conv_and_norm(r"bneck1\.project", "features.1.block.1"),
-        *_conv_and_norm(r"bneck(\d+)\.expand", r"features.\1.block.0"),
-        *_conv_and_norm(r"bneck(\d+)\.depthwise", r"features.\1.block.1"),
-        (r"^bneck(\d+)\.se_(fc\d)$", r"features.\1.block.2.\2"),
-        *_conv_and_norm(rf"bneck({_SQUEEZING})\.project", r"features.\1.block.3"),
-        *_conv_and_norm(r"bneck(\d+)\.project", r"features.\1.block.2"),
-        (r"^classifier1$", "classifier.0"),
-        (r"^classifier2$", "classifier.3"),
-        (r"^head_conv$", "features.16.0"),
-        (r"^head_bn$", "features.16.1"),
-        *_conv_and_norm("stem", "features.0"),
-    )
-)
+
 ARCHITECTURES = (
     Architecture("mobilenet_v2", MobileNetV2, torch_names=V2_TORCH_NAMES, draw=draw_mobilenet_v2),
-    Architecture(
-        "mobilenet_v3_large",
-        MobileNetV3Large,
-        torch_names=V3_TORCH_NAMES,
-        draw=draw_mobilenet_v3_large,
-    ),
 )
