@@ -169,22 +169,6 @@ def test_evaluate_takes_the_checkpoint_it_is_told(processes, finished, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_searcher_uniform(processes, tmp_path):
-    settings = {
-        "search.searcher": "uniform",
-        "search.uniform_bits": 2,
-        "weight_training.act_epochs": 0,
-    }
-    result = processes.result(command(f"--workdir={tmp_path / 'run'}", **settings))
-    assert result["searcher"] == "uniform"
-    assert (result["average_act_bits"], result["average_weight_bits"]) == (2, 4)
-    assert max(row["step"] for row in rows_of(tmp_path / "run")) == 32
-    policy = json.loads((tmp_path / "run/policy.json").read_text())
-    bits = {path: row["act_bits"] for path, row in policy["layers"].items()}
-    assert bits.pop("conv1") == bits.pop("fc") == 8
-    assert set(bits.values()) == {2}
-
-
 def test_calibration_alone_of_another_runs_weights(processes, finished, tmp_path):
     weights, _ = finished
     settings = {"pretrained": str(weights), "quant.init_rule": "mse", "budget.value": 1.0}
@@ -247,6 +231,7 @@ def test_budget_in_average_bits(processes, tmp_path):
         "full_precision.epochs": 0.05,
         "bit_meta.epochs": 0,
         "bit_search.epochs": 0.1,
+        "search.searcher": "random",
         "budget.unit": "average_act_bits",
         "budget.value": 2.5,
     }

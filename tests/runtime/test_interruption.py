@@ -75,9 +75,7 @@ def stop_twice(processes, workdir, moment, milliseconds, name="SIGTERM"):
 
 def test_signals_within_milliseconds_are_one_request(processes, tmp_path):
     """As from `timeout`, which signals its child and then its process group."""
-    workdir = tmp_path / "run"
-    assert stop_twice(processes, workdir, "compilation", 1) == 0
-    assert stop_twice(processes, workdir, "step", 50, "SIGINT") == 1
+    assert stop_twice(processes, tmp_path / "run", "step", 50, "SIGINT") == 1
 
 
 @pytest.mark.faults
