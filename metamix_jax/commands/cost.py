@@ -10,6 +10,7 @@ from metamix_jax.config import validate
 from metamix_jax.exporters.build import obstacle
 from metamix_jax.networks import own, registry
 from metamix_jax.report import tables
+from metamix_jax.runtime import distributed
 from metamix_jax.selection import cost, cost_models
 from metamix_jax.training import setup
 from metamix_jax.training.given import Given
@@ -39,8 +40,9 @@ def warn_unless_exportable(config: ConfigDict, given: Given | None) -> None:
     """Logs why a network that is about to be trained cannot be exported, if that is so."""
     given = given or Given()
     config = given.named(config)
-    if not own.is_own(config.model.name):
-        return  # known without trying
+    if not own.is_own(config.model.name) or not distributed.is_first():
+        return  # of the zoo's it is known
+    validate(config)
     model, costs = setup.make_model(config, given.model)
     if reason := obstacle(model, costs, setup.image_shape(config.data)):
         logging.warning("%s; it can be trained and evaluated", reason)

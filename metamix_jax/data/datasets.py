@@ -25,11 +25,13 @@ class Dataset:
     """The training and evaluation splits of a run.
 
     class_names: in the order of the labels; empty where they are not known.
+    split_names: of both, where config.data does not say which they are.
     """
 
     train: Split
     evaluation: Split
     class_names: tuple[str, ...] = ()
+    split_names: tuple[str, str] | None = None
 
 
 def load(config_data: ConfigDict, given: tuple[Any, Any] | None = None) -> Dataset:
@@ -43,7 +45,7 @@ def load(config_data: ConfigDict, given: tuple[Any, Any] | None = None) -> Datas
       config_data: the section `data`.
       given: sources to train and to evaluate on (sources.py), in place of a name.
     """
-    class_names = ()
+    class_names, split_names = (), None
     if given is not None:
         open_split = _open_given(config_data, given)
     elif config_data.name == sources.NAME:
@@ -52,7 +54,7 @@ def load(config_data: ConfigDict, given: tuple[Any, Any] | None = None) -> Datas
             "them again, as `data`"
         )
     elif config_data.name == "folder":
-        open_split, class_names = _open_folder(config_data)
+        open_split, class_names, split_names = _open_folder(config_data)
     else:
         open_split = (_open_digits if config_data.name == "digits" else _open_tfds)(config_data)
     # Open both before reading either, so that a mistake in the second shows immediately.
@@ -63,7 +65,7 @@ def load(config_data: ConfigDict, given: tuple[Any, Any] | None = None) -> Datas
         fixed = isinstance(split, StreamedSplit) and isinstance(split.transform, Resize)
         if fixed and len(split) * math.prod(split.transform.shape) <= limit:
             splits[key] = read_into_memory(split)
-    return Dataset(splits["train_split"], splits["eval_split"], class_names)
+    return Dataset(splits["train_split"], splits["eval_split"], class_names, split_names)
 
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
@@ -76,7 +78,11 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
         name: {"examples": len(split), "labels": _labels_digest(split)}
         for name, split in (("train", dataset.train), ("evaluation", dataset.evaluation))
     }
-    return facts | ({"classes": list(dataset.class_names)} if dataset.class_names else {})
+    if dataset.class_names:
+        facts["classes"] = list(dataset.class_names)
+    if dataset.split_names:
+        facts["splits"] = list(dataset.split_names)
+    return facts
 
 
 def _labels_digest(split: Split) -> str:
@@ -155,16 +161,18 @@ def _open_tfds(config_data: ConfigDict) -> Callable[[str], Split]:
     return open_split
 
 
-def _open_folder(config_data: ConfigDict) -> tuple[Callable[[str], Split], tuple[str, ...]]:
+def _open_folder(
+    config_data: ConfigDict,
+) -> tuple[Callable[[str], Split], tuple[str, ...], tuple[str, str]]:
     _check_channels(config_data)
-    open_files, class_names = folders.open_folder(config_data)
+    open_files, class_names, split_names = folders.open_folder(config_data)
 
     def open_split(key: str) -> Split:
         files = open_files(key)
         name = f"{config_data.data_dir} {config_data[key]}"
         return _streamed(config_data, key, files, dict, name, files.where)
 
-    return open_split, class_names
+    return open_split, class_names, split_names
 
 
 def _open_given(config_data: ConfigDict, given: tuple[Any, Any]) -> Callable[[str], Split]:

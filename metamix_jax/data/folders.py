@@ -30,7 +30,7 @@ class Slice:
 
     def __str__(self) -> str:
         whole = (self.low, self.high) == (0, 100)
-        return f"{self.folder}" if whole else f"{self.folder} [{self.low}%:{self.high}%]"
+        return self.folder.name if whole else f"{self.folder.name}[{self.low}%:{self.high}%]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,8 @@ class ImageFiles:
 
 def open_folder(
     config_data: ConfigDict,
-) -> tuple[Callable[[str], ImageFiles], tuple[str, ...]]:
-    """Returns a function from "train_split" or "eval_split" to its files, and the class names.
+) -> tuple[Callable[[str], ImageFiles], tuple[str, ...], tuple[str, str]]:
+    """Returns a function from "train_split" or "eval_split" to its files; classes; split names.
 
     Classes are the sorted names of the training split's folders. Splits may be slices, such as
     train[:90%], of every class in an order that is random but always the same. Without a folder
@@ -90,8 +90,9 @@ def open_folder(
             f"config.data.num_classes={len(classes)}"
         )
     for key, found in slices.items():
-        logging.info("config.data.%s: %s", key, found)
-    return lambda key: _list_images(slices[key], classes), classes
+        logging.info("config.data.%s: %s in %s", key, found, found.folder.parent)
+    names = str(slices["train_split"]), str(slices["eval_split"])
+    return lambda key: _list_images(slices[key], classes), classes, names
 
 
 def _slices(config_data: ConfigDict) -> dict[str, Slice]:

@@ -10,14 +10,14 @@ import numpy as np
 from flax import linen as nn
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters.graph import Graph, Kernel, Node, Quantizer, result_shape
+from metamix_jax.exporters.graph import Graph, Node, Quantizer, result_shape
+from metamix_jax.exporters.integers import integer_kernel, step_sizes
 from metamix_jax.exporters.lowering import lower
 from metamix_jax.networks import registry
 from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.intercepted import InterceptedNetwork
 from metamix_jax.networks.layers import QuantConv, QuantDense, side_padding
 from metamix_jax.networks.precision import FULL_BITS, Bits
-from metamix_jax.networks.quantizers import POSITIVE_STEPS, fake_quant
 from metamix_jax.selection.cost import LayerCosts
 from metamix_jax.selection.policy import Policy
 
@@ -92,6 +92,8 @@ def _nodes(
 
 def obstacle(model: nn.Module, costs: LayerCosts, image_shape: tuple[int, int, int]) -> str:
     """Returns why a network cannot be exported, "" if it can; needs no trained variables."""
+    if not isinstance(model, InterceptedNetwork):
+        return "" if registry.exportable(model) else _undrawn(model)
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(model.init, keys, images)
@@ -100,8 +102,6 @@ def obstacle(model: nn.Module, costs: LayerCosts, image_shape: tuple[int, int, i
         for name in ("params", "batch_stats", "quant")
     }
     bits = {path: layer.candidates[0] for path, layer in costs.items()}
-    if not isinstance(model, InterceptedNetwork):
-        return "" if registry.exportable(model) else _undrawn(model)
     try:
         lower(model, variables, bits, image_shape, values=False)
     except UserError as error:
@@ -172,7 +172,12 @@ class _Drawing:
             options=_conv_options(module),
             arrays=_bias(params),
             quantizer=_quantizer(module, quant, self._bits[path]),
-            kernel=_kernel(module, params, quant, self._bits[path]),
+            kernel=integer_kernel(
+                module.fields["settings"],
+                params["kernel"],
+                quant["weight_step"],
+                self._bits[path].weight,
+            ),
         )
         assert module.output_shape == self.shape(result), f"{path} has shape {module.output_shape}"
         if norm:
@@ -224,26 +229,8 @@ def _quantizer(module: Recorded, quant: Mapping[str, np.ndarray], bits: Bits) ->
     settings = module.fields["settings"]
     if bits.act == FULL_BITS:
         return None
-    step = _steps(settings, quant["act_step"])[settings.act_bits.index(bits.act)]
+    step = step_sizes(settings, quant["act_step"])[settings.act_bits.index(bits.act)]
     return Quantizer(bits.act, module.fields["signed"], float(step), module.fields["shift"])
-
-
-def _kernel(
-    module: Recorded,
-    params: Mapping[str, np.ndarray],
-    quant: Mapping[str, np.ndarray],
-    bits: Bits,
-) -> Kernel:
-    settings = module.fields["settings"]
-    step = _steps(settings, quant["weight_step"])[settings.weight_bits.index(bits.weight)]
-    # With JAX, whose division differs from NumPy's in the last digit: hundreds of weights decoded
-    # from integers are on rounding boundaries.
-    real = fake_quant(jnp.asarray(params["kernel"]), jnp.asarray(step), bits.weight, signed=True)
-    return Kernel(bits.weight, np.rint(np.asarray(real) / step).astype(np.int8), step)
-
-
-def _steps(settings: Any, stored: np.ndarray) -> np.ndarray:
-    return np.asarray(POSITIVE_STEPS[settings.positive_step].step(jnp.asarray(stored)), np.float32)
 
 
 def _fold(

@@ -28,6 +28,8 @@ def run(graph: Graph, images: np.ndarray, on_levels: LevelsHook | None = None) -
         inputs = [tensors[name] for name in node.inputs]
         if node.kernel is not None:
             tensors[node.name] = _layer(node, *inputs, on_levels)
+        elif node.op == "product":
+            tensors[node.name] = matrix_product(node, *inputs)
         elif node.op in OPERATIONS:
             tensors[node.name] = OPERATIONS[node.op].run(node, *inputs)
         else:
@@ -147,7 +149,7 @@ def _subsample(node: Node, x: np.ndarray) -> np.ndarray:
     return np.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), node.options["channels"]))
 
 
-def _matrix_product(node: Node, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def matrix_product(node: Node, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Multiplies integers where no input is shifted, else the values that they represent."""
     left, right = quantize(x, node.quantizer), quantize(y, node.other)
     scale = np.float32(node.quantizer.step) * np.float32(node.other.step)
@@ -172,5 +174,4 @@ DRAWN = {
     "flatten": lambda node, x: x.reshape(len(x), -1),
     "max_pool": _max_pool,
     "subsample": _subsample,
-    "product": _matrix_product,
 }

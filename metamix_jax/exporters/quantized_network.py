@@ -222,7 +222,7 @@ def export(
         graph,
         sizes,
         counts,
-        data=f"{config.data.name} ({config.data.eval_split})",
+        data=f"{config.data.name} ({(dataset.split_names or [config.data.eval_split])[-1]})",
         class_names=dataset.class_names,
         pretrained=config.pretrained,
         licence=config.export.licence,

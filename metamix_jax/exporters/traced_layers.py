@@ -10,7 +10,8 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters.graph import Kernel, Node, Quantizer
+from metamix_jax.exporters.graph import Node, Quantizer
+from metamix_jax.exporters.integers import integer_kernel, step_sizes
 from metamix_jax.exporters.nodes import NodeList
 from metamix_jax.networks.intercepted import (
     InterceptedNetwork,
@@ -19,7 +20,6 @@ from metamix_jax.networks.intercepted import (
     settings_of,
 )
 from metamix_jax.networks.precision import FULL_BITS, Bits, QuantSettings
-from metamix_jax.networks.quantizers import POSITIVE_STEPS, fake_quant
 from metamix_jax.networks.tracing import UNKNOWN, Site, Trace, module_of, source_of
 
 TRACED_IMAGES = 13  # a number of images that no other axis is likely to have
@@ -171,14 +171,12 @@ class TracedLayers(NodeList):
                 settings, settings.act_bits, quant["act_step"], bits.act, layer.signed[0],
                 layer.shift[0],
             )  # fmt: skip
-        step = _steps(settings, quant["weight_step"])[settings.weight_bits.index(bits.weight)]
-        levels = np.zeros(kernel.shape, np.int8)
-        if self._values:
-            real = fake_quant(kernel, jnp.asarray(step), bits.weight, signed=True)
-            levels = np.rint(np.asarray(real) / step).astype(np.int8)
+        integers = integer_kernel(
+            settings, kernel, quant["weight_step"], bits.weight, values=self._values
+        )
         return self.append(
             Node(op, self.unique(name), (x,), (), options=options or {}, quantizer=quantizer,
-                 kernel=Kernel(bits.weight, levels, step))
+                 kernel=integers)
         )  # fmt: skip
 
     def _of(self, path: str) -> Mapping[str, Any]:
@@ -219,8 +217,4 @@ def _quantizer(
     signed: bool,
     shift: float,
 ) -> Quantizer:
-    return Quantizer(bits, signed, float(_steps(settings, stored)[widths.index(bits)]), shift)
-
-
-def _steps(settings: QuantSettings, stored: Any) -> np.ndarray:
-    return np.asarray(POSITIVE_STEPS[settings.positive_step].step(jnp.asarray(stored)), np.float32)
+    return Quantizer(bits, signed, float(step_sizes(settings, stored)[widths.index(bits)]), shift)

@@ -33,6 +33,7 @@ class Finished:
     rows: rows of metrics.jsonl.
     diagnostics: content of diagnostics.json; None without a diagnosis.
     class_names: in the order of the labels; empty where they are not known.
+    split_names: what was trained and evaluated on, where config.json does not say.
     """
 
     workdir: Path
@@ -42,6 +43,7 @@ class Finished:
     rows: list[dict[str, Any]]
     diagnostics: Mapping[str, Any] | None = None
     class_names: tuple[str, ...] = ()
+    split_names: tuple[str, str] | None = None
 
 
 def read_finished(workdir: Path) -> Finished:
@@ -66,9 +68,10 @@ def read_finished(workdir: Path) -> Finished:
     diagnostics, path = None, workdir / "diagnostics.json"
     if path.exists():
         diagnostics = _read(path, _DIAGNOSTICS)
-    data = workdir / "dataset.json"
-    class_names = tuple(_read(data, ()).get("classes", ())) if data.exists() else ()
-    return Finished(workdir, results, policy, config, rows, diagnostics, class_names)
+    path = workdir / "dataset.json"
+    data = _read(path, ()) if path.exists() else {}
+    names = {"class_names": tuple(data.get("classes", ())), "split_names": data.get("splits")}
+    return Finished(workdir, results, policy, config, rows, diagnostics, **names)
 
 
 def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:

@@ -31,11 +31,11 @@ def summary(run: Finished) -> Section:
     results, config, policy = run.results, run.config, run.policy
     final = results["evaluations"][-1]
     ends, image = config.get("quant.first_last_bits"), config.get("quant.image_bits")
+    splits = run.split_names or [config.get(f"data.{key}_split") for key in ("train", "eval")]
     asked = {
         "Network": results["model"],
         "Image size": f"{policy['image_size'] if policy else config.get('data.image_size')} pixels",
-        "Data": f"{config.get('data.name')}, trained on {config.get('data.train_split')}, "
-        f"evaluated on {config.get('data.eval_split')}",
+        "Data": f"{config.get('data.name')}, trained on {splits[0]}, evaluated on {splits[1]}",
         **({"Classes": ", ".join(run.class_names)} if run.class_names else {}),
         "Initial weights": config.get("pretrained") or "trained in this run",
         "Searcher": f"{results['searcher']} (seed {config.get('seed')})",

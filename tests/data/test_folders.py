@@ -44,12 +44,16 @@ def test_training_and_evaluation_folders(tmp_path, evaluation):
     assert seen(dataset.train) == [(label, i) for label in range(3) for i in range(7)]
     assert seen(dataset.evaluation) == [(label, i) for label in range(3) for i in range(2)]
     assert datasets.fingerprint(dataset)["classes"] == list(CLASSES)
+    assert dataset.split_names == ("train", evaluation)
 
 
 @pytest.mark.parametrize("below", [".", "train"])
 def test_a_tenth_of_every_class_is_held_out(tmp_path, below):
     write(tmp_path / below, 20)
     first, again = (datasets.load(folder_config(tmp_path)) for _ in range(2))
+    name = tmp_path.name if below == "." else below
+    assert first.split_names == (f"{name}[0%:90%]", f"{name}[90%:100%]")
+    assert datasets.fingerprint(first)["splits"] == list(first.split_names)
     train, evaluation = seen(first.train), seen(first.evaluation)
     assert len(train) == 54 and len(evaluation) == 6
     assert sorted(train + evaluation) == [(label, i) for label in range(3) for i in range(20)]
@@ -63,7 +67,8 @@ def test_slices_are_disjoint_and_complete(tmp_path, images):
     write(tmp_path / "train", images)
     splits = {"train_split": "train[:70%]", "eval_split": "train[70%:]"}
     config = folder_config(tmp_path, **splits)
-    open_split, _ = folders.open_folder(config)
+    open_split, _, names = folders.open_folder(config)
+    assert names == ("train[0%:70%]", "train[70%:100%]")
     if images == 1:  # all of every class in the larger share
         with pytest.raises(UserError, match="70%:100%.*no images"):
             open_split("eval_split")

@@ -176,6 +176,15 @@ def test_page_without_a_policy(tmp_path):
     assert "re-estimated" not in page.text
 
 
+def test_classes_and_splits_of_a_folder_are_those_that_were_used(tmp_path):
+    workdir = write_run(tmp_path)
+    facts = {"classes": ["ant", "bee"], "splits": ["photos[0%:90%]", "photos[90%:100%]"]}
+    (workdir / "dataset.json").write_text(json.dumps(facts))
+    text = report(workdir).text
+    assert "trained on photos[0%:90%], evaluated on photos[90%:100%]" in text
+    assert "Classesant, bee" in text
+
+
 def test_page_of_a_stopped_search(tmp_path):
     workdir = write_run(tmp_path)
     results = json.loads((workdir / "results.json").read_text())

@@ -1,0 +1,299 @@
+"""The mistakes that `make mutate` makes, with the tests that must notice (mutations.py)."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One mistake.
+
+    file: in the repository.
+    old: text that occurs there exactly once.
+    new: what replaces it.
+    tests: arguments of pytest: files that should notice, and a choice among their tests.
+    harmless: why no test can notice it, if that is so.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    harmless: str = ""
+
+
+def _rows(file: str, tests: str, *pairs: tuple[str, ...]) -> list[Mutation]:
+    """Returns the mutations of a file, each (old, new) or (old, new, other tests)."""
+    return [Mutation(file, old, new, *(other or (tests,))) for old, new, *other in pairs]
+
+
+_STEP = "tests/training/test_step_inputs.py"
+_SEARCH = "tests/training/test_search_steps.py"
+_BATCH_STEP = "tests/training/test_batch_step.py"
+_BUDGET = "tests/selection/test_budget.py tests/selection/test_cost_models.py"
+_PLAIN = 'batching.preprocess(batch["image"], mean=config.data.mean, std=config.data.std)'
+_RECIPES = "tests/test_recipes.py -k recipes_of_the_paper"
+
+_BLOCKS = "tests/training/test_blocks.py"
+
+MUTATIONS = (
+    *_rows(
+        "metamix_jax/training/step/blocks.py", _BLOCKS,
+        ('whole.at[batch["index"]]', 'whole.at[batch["index"] * 0]', f"{_BLOCKS} -k one_by_one"),
+        ("start + interval - start % interval", "start + interval", f"{_BLOCKS} -k interval"),
+        ("if common % steps == 0", "if steps", f"{_BLOCKS} -k automatic"),
+    ),
+    *_rows(
+        "metamix_jax/training/step/gradient_step.py", f"{_BLOCKS} -k one_by_one",
+        ("part = pick_part(number % micro_batches)", "part = pick_part(0 * number)"),
+        ("pick_precision(number // micro_batches)", "pick_precision(number % micro_batches)"),
+    ),
+    Mutation("metamix_jax/training/nonfinite.py", "start=step + 1 - len(rows)", "start=step",
+             f"{_BLOCKS} -k bad_step"),
+    Mutation("metamix_jax/networks/kernels/convolution.py", "cuda=rounded, ", "",
+             "tests/networks/test_bfloat16.py -k gpus"),
+    *_rows(
+        "metamix_jax/networks/quantizers.py", "tests/networks/test_quantizers.py",
+        ("return x + jax.lax.stop_gradient(jnp.round(x) - x)", "return jnp.round(x)"),
+        ("return fixed + scale * (x - fixed)", "return x * scale + fixed * (1 - scale)"),
+        ("return -high, high", "return -high - 1, high"),
+        ("return 0 * bits, (1 << bits) - 1", "return 0 * bits, (1 << bits)"),
+        ("jax.lax.rsqrt(x.size * high)", "jax.lax.rsqrt(1.0 * x.size)"),
+        ("step = scale_gradient(step,", "step = scale_gradient(1.0 * step + 1e-6,"),
+        ("low, high, shift)) * step - shift", "low, high, shift)) * step"),
+        ("jnp.clip((x + shift) / step, low, high)", "jnp.clip(x / step, low, high)"),
+        ("jnp.abs(x + shift), int_range", "jnp.abs(x), int_range"),
+        ("2.0 * jnp.mean(size, axis=axes) / high**0.5", "2.0 * jnp.mean(size, axis=axes) / high"),
+        ("+ (raw - fixed)", "+ 0 * (raw - fixed)"),
+    ),
+    *_rows(
+        "metamix_jax/networks/layers.py", "tests/networks/test_layers.py",
+        ("shares = jax.nn.softmax(logits.value)", "shares = jax.nn.sigmoid(logits.value)"),
+        ("branch = precision.branches[", "branch = 0 * precision.branches["),
+        ("steps[index], width", "steps[0], width"),
+        ('precision.weights != "quantized"', 'precision.weights == "quantized"',
+         "tests/networks/test_layer_pairs.py"),
+        ("quantized(bits.index(min(bits)))", "quantized(bits.index(max(bits)))"),
+        ('return quantized if mode == "quantized" else', 'return quantized if mode != "x" else'),
+        ("math.prod(y.shape[1:3]) * kernel.size,", "math.prod(x.shape[1:3]) * kernel.size,",
+         "tests/networks/test_mobilenet.py -k cost_anchors"),
+        ("return (kernel_size - 1) // 2, (kernel_size - 1) // 2",
+         "return kernel_size // 2, 0"),
+        ("return total // 2, total - total // 2", "return total - total // 2, total // 2"),
+    ),
+    *_rows(
+        "metamix_jax/networks/zoo/mobilenet_v3.py",
+        "tests/networks/test_mobilenet.py -k batch_norm_and_dropout",
+        ("_MOMENTUM, _EPSILON = 0.99, 1e-3", "_MOMENTUM, _EPSILON = 0.99, 1e-5"),
+        ("_MOMENTUM, _EPSILON = 0.99,", "_MOMENTUM, _EPSILON = 0.9,"),
+        ("deterministic=not train)(nn.hard_swish(x))", "deterministic=True)(nn.hard_swish(x))"),
+    ),
+    Mutation(
+        "metamix_jax/networks/zoo/mobilenet.py", "deterministic=not train)(x)",
+        "deterministic=True)(x)", "tests/networks/test_mobilenet.py -k batch_norm_and_dropout",
+    ),
+    *_rows(
+        "metamix_jax/exporters/traced_layers.py", "tests/exporters/test_lowering.py -k numpy",
+        ("axis in sorted(summed)]", "axis in summed]"),
+        ('f"{name}/other"), bits,', "name), bits,"),
+        ("rows, columns = (own, summed) if number == 0", "rows, columns = (own, summed) if number"),
+    ),
+    *_rows(
+        "metamix_jax/exporters/lowering.py", "tests/exporters/test_lowering.py -k numpy",
+        ("x.images - sum(axis < x.images", "x.images - sum(axis > x.images"),
+        ("condition, when_false, when_true = op", "condition, when_true, when_false = op"),
+    ),
+    *_rows(
+        "metamix_jax/data/folders.py", "tests/data/test_folders.py",
+        ("return sorted(images), others", "return images[::-1], others"),
+        ("order[start:stop]", "range(start, stop)"),
+        ("percent / 100 + 0.5", "percent / 100 + 0.4"),
+    ),
+    *_rows(
+        "metamix_jax/selection/phases.py", "tests/selection/test_phases.py",
+        ("commits_statistics=options.commit_batch_stats", "commits_statistics=True"),
+        ('Phase("act_training", options.act_epochs', 'Phase("act_training", options.epochs'),
+        ("return WEIGHTS | ACT_STEPS | (WEIGHT_STEPS if searched else frozenset())",
+         "return WEIGHTS | ACT_STEPS | WEIGHT_STEPS"),
+        ("every_branch=True", "every_branch=False"),
+        ("gradient=config.bit_meta.loss", 'gradient="mean"'),
+        ("if options.alternate else (search,)", "if True else (search,)"),
+        ("trains = LOGITS if fixed_meta_state else", "trains = LOGITS if True else"),
+        ("config.bit_search.epochs * (branches + 1)", "config.bit_search.epochs * branches"),
+        ('options.learning_rate, schedule="cosine")\n    return Phase("full_precision"',
+         'options.learning_rate)\n    return Phase("full_precision"'),
+    ),
+    *_rows(
+        "metamix_jax/training/schedule.py", "tests/selection/test_phases.py",
+        ("return self.stop - self.start", "return self.stop", _STEP),
+        ("math.ceil(round(", "math.floor(round("),
+        ("phase.quantizes and not calibrated", "phase.quantizes"),
+        ("phase.quantizes_weights and not weights_quantized", "phase.quantizes_weights"),
+        ("span.start <= step < span.stop", "span.start <= step <= span.stop"),
+    ),
+    *_rows(
+        "metamix_jax/training/step/gradient_step.py", _STEP,
+        ("gap = jnp.abs(spent - limit) /", "gap = (spent - limit) /"),
+        ("gap = jnp.abs(spent - limit) /", "gap = jnp.abs(jax.lax.stop_gradient(spent) - limit) /"),
+        ("chosen_cost(budget.cost_model, logits, options.budget_form)",
+         "chosen_cost(budget.cost_model, logits)"),
+        ("jax.random.fold_in(jax.random.fold_in(state.rng, state.step), number)",
+         "jax.random.fold_in(state.rng, number)"),
+        ("jax.random.fold_in(jax.random.fold_in(state.rng, state.step), number)",
+         "jax.random.fold_in(state.rng, state.step)"),
+        ("gradient, _, above = add_all(", "gradient, batch_stats, above = add_all(",
+         f"{_SEARCH} -k sharpness_aware"),
+        ('if path.startswith("params/")}\n    radius', "}\n    radius"),
+        ("moved = {path: trained[path] + factor", "moved = {path: trained[path] - factor"),
+        ("jnp.minimum(config_asga.max_radius, jnp.log1p(state.surrogate_gap))",
+         "jnp.minimum(config_asga.max_radius, state.surrogate_gap)"),
+        ("(count + update.sharpness_aware)", "count", f"{_SEARCH} -k sharpness_aware"),
+        ("key=lambda k: (math.prod(candidates[k])", "key=lambda k: (-math.prod(candidates[k])",
+         f"{_BATCH_STEP} -k one_pass_per_width"),
+        ("lambda total, part: total + share * part", "lambda total, part: total + part",
+         "tests/training/test_accumulation.py"),
+        ("leaf / micro_batches**0.5 if", "leaf / micro_batches**0.0 if",
+         "tests/training/test_accumulation.py"),
+        ("optax.softmax_cross_entropy(scores, soft_targets).mean()",
+         "optax.softmax_cross_entropy(scores, soft_targets).sum()",
+         f"{_BATCH_STEP} -k task_loss"),
+        ("return jnp.maximum(sum(rises) / len(rises), 0.0)", "return sum(rises) / len(rises)",
+         f"{_STEP} -k surrogate_gap"),
+    ),
+    *_rows(
+        "metamix_jax/training/step/batch_step.py", _STEP,
+        ("images = training_images(batch, config)\n        if teacher",
+         f"images = {_PLAIN}\n        if teacher"),
+        ("teacher.apply(teacher_variables, images, train=False)",
+         f"teacher.apply(teacher_variables, {_PLAIN}, train=False)"),
+        ("teacher.apply(teacher_variables, images, train=False)",
+         "teacher.apply(teacher_variables, images, train=True)"),
+        ('batch["image"], batch["index"], batch["epoch"], seed=config.seed',
+         'batch["image"], batch["index"], batch["epoch"], seed=0'),
+        ("make_update(model, update, span.steps, config, budget, scan=scan)",
+         "make_update(model, update, span.stop, config, budget, scan=scan)"),
+        ("return step + 1", "return step + 2", f"{_BATCH_STEP} -k sees_the_weights"),
+        ("kept = kept.replace(step=after.step", "kept = kept.replace(step=before.step",
+         "tests/training/test_nonfinite.py -k skipped_step"),
+    ),
+    *_rows(
+        "metamix_jax/training/step/state.py", _STEP,
+        ("state.opt_states.get(update.name) or new_optimizer_state(update)",
+         "new_optimizer_state(update)"),
+        ("make_optimizer(update, span.steps, config)", "make_optimizer(update, span.stop, config)"),
+        ("jnp.expm1(jnp.float32(config.asga.start_radius))",
+         "jnp.float32(config.asga.start_radius)"),
+    ),
+    *_rows(
+        "metamix_jax/training/step/optimizer.py", "tests/training/test_optimizer.py",
+        ('"kernels": optax.chain(optax.add_decayed_weights(options.weight_decay), base())',
+         '"kernels": base()'),
+        ("search.learning_rate, b1=search.b1", "search.learning_rate, b1=options.b1"),
+        ('label(path, leaf) != "logits"', "True"),
+        ("nesterov=True", "nesterov=False"),
+        ("return optax.chain(clip, split)", "return optax.chain(split, clip)"),
+        ('name == "kernel" and leaf.ndim == 4', 'name == "kernel"'),
+    ),
+    *_rows(
+        "metamix_jax/selection/budget.py", _BUDGET,
+        ("cost <= limit * (1 + TOLERANCE)", "cost <= limit * 1.05"),
+        ("return self.limit - self.cost_model.fixed_cost", "return self.limit"),
+        ("jax.nn.one_hot(jnp.argmax(share)", "jax.nn.one_hot(jnp.argmin(share)"),
+        ("total = jnp.float32(model.fixed_cost)", "total = jnp.float32(0)"),
+        ('if form == "argmax":', 'if form != "argmax":'),
+    ),
+    *_rows(
+        "metamix_jax/selection/cost.py", "tests/selection/test_cost.py",
+        ("cost.macs * (16 if cost.searched", "cost.macs * (16 if True"),
+        ("sizes = {path: cost.act_elements for", "sizes = {path: 1 for"),
+        ("FULL_BITS if weights_full else", "FULL_BITS if acts_full else"),
+    ),
+    *_rows(
+        "metamix_jax/selection/cost_models.py", _BUDGET,
+        ("cost.weight_elements * bits.weight / 8", "cost.weight_elements * bits.weight / 4"),
+        ("cost.act_elements * bits.act / total", "cost.act_elements * bits.weight / total"),
+    ),
+    *_rows(
+        "metamix_jax/selection/knapsack.py", f"{_BUDGET} tests/selection/test_searchers.py",
+        ("if within(cost @ picked, limit):", "if True:"),
+        ("least - TOLERANCE * limit <= total and within", "within"),
+        ("options[k, width:] = best[: cells - width] + values[path][k]",
+         "options[k, width:] = best[: cells - width] + values[path][0]"),
+    ),
+    *_rows(
+        "metamix_jax/selection/policy.py", "tests/selection/test_policy.py",
+        ("cost.candidates.index(bits[path])", "cost.candidates[::-1].index(bits[path])"),
+        ("value not in allowed:", "value not in (*allowed, 5):"),
+        ('content.get("format") != FORMAT', "False"),
+    ),
+    *_rows(
+        "metamix_jax/training/run.py", _STEP,
+        ("policy = self._choose(with_logits(state, search.logits), budget)",
+         "policy = self._choose(with_logits(state, search.logits), self.network.budget)"),
+        ("policy = self._choose(with_logits(state, search.logits), budget)",
+         "policy = self._choose(state, budget)"),
+    ),
+    *_rows(
+        "metamix_jax/training/calibrate.py", _STEP,
+        ("state.variables, images, train=train,", "state.variables, images, train=True,"),
+        ("if acts:", "if weights:", f"{_BATCH_STEP} -k calibration_passes"),
+    ),
+    *_rows(
+        "metamix_jax/training/choose_policy.py", _STEP,
+        ("for batch in batches(0, count)", "for batch in batches(0, 1)"),
+    ),
+    *_rows(
+        "metamix_jax/training/evaluator.py", "tests/training/test_evaluator.py",
+        ("share = 1 - self._model.bn_momentum", "share = 1 - 0.9", _STEP),
+        ("jnp.sum(mask_finite & (jnp.argmax", "jnp.sum((jnp.argmax"),
+        ("ahead = jnp.sum(scores > own, axis=-1)", "ahead = jnp.sum(scores >= own, axis=-1)"),
+        ('jnp.where(mask, loss, 0.0)', "loss"),
+        ("training_images(batch, self._config),", 'batching.preprocess(batch["image"], '
+         "mean=self._config.data.mean, std=self._config.data.std),"),
+    ),
+    *_rows(
+        "metamix_jax/selection/searchers/metamix.py", "tests/selection/test_searchers.py",
+        ("if budget.admits(argmax) and spent", "if spent"),
+        ("int(np.argmax(row))", "int(np.argmin(row))"),
+        ("np.asarray(jax.nn.log_softmax(row), float)", "np.asarray(row, float) * 0"),
+    ),
+    *_rows(
+        "metamix_jax/selection/searchers/joint.py", "tests/selection/test_phases.py",
+        ("fixed_meta_state=False", "fixed_meta_state=True"),
+    ),
+    *_rows(
+        "metamix_jax/selection/searchers/asga.py", "tests/selection/test_phases.py",
+        ("phases.metamix_passes(config) / 2", "phases.metamix_passes(config)"),
+        ("sharpness_aware=True", "sharpness_aware=False", _STEP),
+    ),
+    *_rows(
+        "metamix_jax/selection/searchers/hessian.py", "tests/selection/test_hessian.py",
+        ("IMAGES = 512", "IMAGES = 128"),
+        ("omega += max(traces[name], least)", "omega += abs(traces[name])"),
+        ("values = {path: -omega for", "values = {path: omega for"),
+    ),
+    *_rows(
+        "metamix_jax/selection/searchers/ompq.py", "tests/selection/test_ompq.py",
+        ("rows -= rows.mean(axis=0, keepdims=True)", "rows -= rows.mean(axis=1, keepdims=True)"),
+        ("np.exp(-beta * (gamma", "np.exp(beta * (gamma"),
+        ("gamma = similarity.sum(axis=1) - np.diag(similarity)", "gamma = similarity.sum(axis=1)"),
+        ("np.cumsum(theta[::-1])[::-1]", "np.cumsum(theta)"),
+    ),
+    *_rows(
+        "metamix_jax/selection/searchers/random.py", "tests/selection/test_searchers.py",
+        ("np.exp(-tilt * (costs", "np.exp(0 * tilt * (costs"),
+        ("(costs >= low) & (costs <= high)", "costs <= high"),
+    ),
+    *_rows(
+        "metamix_jax/selection/searchers/uniform.py", "tests/selection/test_searchers.py",
+        ("sorted(config.quant.act_bits, reverse=True)", "sorted(config.quant.act_bits)"),
+    ),
+    *_rows("configs/mbv3.py", _RECIPES, ("4 * 3.786988544", "1 * 3.786988544")),
+    *_rows("configs/mbv2.py", _RECIPES, ("1 * 5.39405312", "4 * 5.39405312")),
+    *_rows("configs/resnet18.py", _RECIPES, ("config.weight_training.epochs = 70",
+                                             "config.weight_training.epochs = 120")),
+    *_rows(
+        "metamix_jax/recipes.py", _RECIPES,
+        ("config.weight_training.epochs = 120", "config.weight_training.epochs = 12"),
+        ("config.bit_search.epochs = 1", "config.bit_search.epochs = 2"),
+    ),
+)  # fmt: skip
