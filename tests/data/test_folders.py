@@ -75,6 +75,7 @@ def test_slices_are_disjoint_and_complete(tmp_path, images):
         return
     parts = [set(open_split(key).paths) for key in splits]
     assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 3 * images
+    assert len(parts[0]) == 3 * {2: 1, 4: 3, 5: 4, 11: 8}[images]  # rounded, halves up
 
 
 def test_nested_hidden_and_other_files(tmp_path, caplog):

@@ -211,13 +211,15 @@ class Everything(nn.Module):
         first = self.param("first", nn.initializers.normal(), (1, 1, x.shape[-1]))
         tokens = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, x.shape[-1])), tokens], 1)
         tokens = nn.LayerNorm()(tokens)
+        kernel = self.param("crossing", nn.initializers.normal(), (*tokens.shape[:0:-1], 6))
+        crossed = jnp.einsum("nab,baf->nf", tokens, kernel)
         tokens += nn.MultiHeadDotProductAttention(num_heads=2)(tokens, tokens)
         tokens += nn.DenseGeneral(tokens.shape[1], axis=1)(tokens).swapaxes(1, 2)
         kernel = self.param("mixing", nn.initializers.normal(), (tokens.shape[-1], 6))
         mixed = jnp.einsum("cf,ntc->nft", kernel, tokens)
         mixed = jnp.log1p(jnp.exp(-jnp.square(mixed))) + jnp.floor(jnp.tanh(mixed) * 2)
         mixed = mixed / jnp.sqrt(1 + mixed**2) - jnp.minimum(mixed, mixed.min(-1, keepdims=True))
-        gate = nn.sigmoid(nn.Dense(6)(tokens[:, 0]))
+        gate = nn.sigmoid(nn.Dense(6)(tokens[:, 0]) + crossed)
         return nn.Dense(self.num_classes)(mixed.max(-1) * gate + 1 / (1 + gate))
 
 
