@@ -11,8 +11,10 @@ import pytest
 
 XLA_FLAGS = {
     "xla_force_host_platform_device_count": 2,
-    # XLA's older code generator takes half the time, and compilation dominates test time.
+    # XLA's older code generator takes half the time, and compilation dominates test time; LLVM's
+    # optimizations a quarter. XLA's own, such as fusion, are as users have them.
     "xla_cpu_use_fusion_emitters": "false",
+    "xla_backend_optimization_level": 0,
 }
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

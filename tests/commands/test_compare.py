@@ -83,8 +83,8 @@ def test_comparison_through_main_and_again(processes, tmp_path):
     workdir = tmp_path / "comparison"
     overrides = {
         "compare.methods": ("random", "uniform"), "compare.budgets": (0.9,),
-        "compare.seeds": (3,), "quant.act_bits": (8, 4, 2), "full_precision.epochs": 0.1,
-        "weight_training.act_epochs": 0.1, "weight_training.epochs": 0.1,
+        "compare.seeds": (3,), "quant.act_bits": (8, 4, 2), "full_precision.epochs": 0.024,
+        "weight_training.act_epochs": 0.024, "weight_training.epochs": 0.024,
         "eval.bn_reestimate_batches": 0,
     }  # fmt: skip
     arguments = command(f"--workdir={workdir}", "--mode=compare", **overrides)

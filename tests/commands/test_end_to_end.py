@@ -228,9 +228,9 @@ def test_searcher_none_and_its_network_as_a_teacher(processes, tmp_path):
 
 def test_budget_in_average_bits(processes, tmp_path):
     settings = {
-        "full_precision.epochs": 0.05,
+        "full_precision.epochs": 0.012,
         "bit_meta.epochs": 0,
-        "bit_search.epochs": 0.1,
+        "bit_search.epochs": 0.024,
         "search.searcher": "random",
         "budget.unit": "average_act_bits",
         "budget.value": 2.5,
@@ -249,11 +249,11 @@ def test_budget_in_average_bits(processes, tmp_path):
 # Pairs of activation and weight bits; 3 steps in each of 3 phases, search steps with bit-meta's.
 PAIRS = {
     "quant.weight_bits": (4, 2),
-    "full_precision.epochs": 0.1,
+    "full_precision.epochs": 0.024,
     "bit_meta.epochs": 0,
-    "bit_search.epochs": 0.1,
+    "bit_search.epochs": 0.024,
     "weight_training.act_epochs": 0,
-    "weight_training.epochs": 0.1,
+    "weight_training.epochs": 0.024,
 }
 
 

@@ -10,9 +10,9 @@ from tests.helpers.processes import command, rows_of
 def test_from_search_to_evaluation(processes, tmp_path):
     """GroupNorm instead of batch norm, a shared block, a skip connection."""
     workdir = tmp_path / "run"
-    overrides = {"model.name": f"{ROOT}/tests/helpers/own_networks.py:Net", "bit_meta.epochs": 0.2,
-                 "bit_search.epochs": 0.2, "full_precision.epochs": 0.2,
-                 "weight_training.act_epochs": 0, "weight_training.epochs": 0.2}  # fmt: skip
+    overrides = {"model.name": f"{ROOT}/tests/helpers/own_networks.py:Net", "bit_meta.epochs": 0.05,
+                 "bit_search.epochs": 0.05, "full_precision.epochs": 0.05,
+                 "weight_training.act_epochs": 0, "weight_training.epochs": 0.05}  # fmt: skip
     result = processes.result(command(f"--workdir={workdir}", **overrides))
     assert (result["model"], result["examples"]) == ("Net", 360)
     assert result["gbops"] <= result["budget_gbops"]

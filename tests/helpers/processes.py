@@ -24,15 +24,16 @@ CONFIG_FILE = "configs/digits.py"
 # 16 steps in each of the 5 phases.
 TINY = {
     "model.width": 4,
+    "batch_size": 16,
     "quant.act_bits": (4, 2),
     "log_every_steps": 1,
     "checkpoint_every_steps": 5,
     "eval.bn_reestimate_batches": 2,
-    "full_precision.epochs": 0.7,
-    "bit_meta.epochs": 0.7,
-    "bit_search.epochs": 0.7,
-    "weight_training.act_epochs": 0.7,
-    "weight_training.epochs": 0.7,
+    "full_precision.epochs": 0.175,
+    "bit_meta.epochs": 0.175,
+    "bit_search.epochs": 0.175,
+    "weight_training.act_epochs": 0.175,
+    "weight_training.epochs": 0.175,
 }
 TOTAL = 80
 TIMEOUT = 300  # seconds per process

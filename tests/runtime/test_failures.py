@@ -68,7 +68,7 @@ def test_room_for_checkpoints(tmp_path, monkeypatch):
 def test_out_of_memory(tmp_path):
     config = tiny_config()
     with (
-        pytest.raises(RunError, match=r"out of memory with config.batch_size=64 .*\(RESOURCE_EXH"),
+        pytest.raises(RunError, match=r"out of memory with config.batch_size=16 .*\(RESOURCE_EXH"),
         failures.explained(tmp_path, config),
     ):
         jax.numpy.zeros((1 << 50,), jax.numpy.uint8).block_until_ready()

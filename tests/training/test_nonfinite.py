@@ -43,7 +43,7 @@ def test_numbers_that_are_not_finite(processes, tmp_path):
     step = report["step"]
     assert f"not finite at step {step} (full_precision)" in done.stderr
     assert report["phase"] == "full_precision" and report["not_finite"]
-    indices, _ = batching.train_indices(1437, seed=0, step=step - 1, batch_size=64)
+    indices, _ = batching.train_indices(1437, seed=0, step=step - 1, batch_size=16)
     assert report["examples"] == indices.tolist()
     assert report["largest"]["params/conv1/kernel"].keys() == {"largest", "not_finite"}
     assert any(row["largest"] > 1e20 or row["not_finite"] for row in report["largest"].values())
