@@ -17,6 +17,7 @@ from metamix_jax.fields import (
     rules,
     whole_numbers,
 )
+from metamix_jax.networks.layer_rules import EXPECTED, is_rule
 from metamix_jax.selection.cost_models import BUDGET_UNITS
 from metamix_jax.selection.searchers import SEARCHERS
 
@@ -136,6 +137,11 @@ FIELDS = (
           "layer.", between(2, 8)),
     Field("quant.image_bits", 8, "Bit-width of the first layer's input, the image. 32: not "
           "quantized.", Check("2 to 8, or 32", lambda bits: bits == 32 or 2 <= bits <= 8)),
+    Field("quant.rules", (), "Exceptions for layers of networks in plain Flax: the path of a layer "
+          "as a regular expression, and its widths, which are then not searched (`head=4/8`), or "
+          "`searched` (the first or last layer), or how its input is quantized: `signed`, "
+          "`unsigned` or `shift 0.3`. Later rules go before earlier ones.",
+          Check(EXPECTED, lambda values: all(map(is_rule, values)))),
     Field("quant.init_pass", "full_precision", "Inputs of the layers during calibration; "
           "`lowest_bits`: quantized by the previous layers at their lowest widths.",
           one_of("full_precision", "lowest_bits")),

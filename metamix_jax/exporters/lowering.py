@@ -68,7 +68,8 @@ def lower(
     own = {name: variables[name] for name in ("params", "batch_stats") if variables.get(name)}
     images = jax.ShapeDtypeStruct((TRACED_IMAGES, *image_shape), jnp.float32)
     trace = traced(model.network, own, images, False, None)
-    lowering = _Lowering(model, trace, variables["quant"], bits, image_shape, values)
+    layers = model.layers(own, images)
+    lowering = _Lowering(model, trace, layers, variables["quant"], bits, image_shape, values)
     arguments = [*jax.tree.leaves(own), Tensor(IMAGE, 0)]
     (scores,) = lowering.walk(trace.jaxpr.jaxpr, trace.jaxpr.consts, arguments)[:1]
     assert scores == (lowering.nodes[-1].name, 0), "the scores are the last tensor"

@@ -20,7 +20,7 @@ from metamix_jax.networks.intercepted import (
     settings_of,
 )
 from metamix_jax.networks.precision import FULL_BITS, Bits, QuantSettings
-from metamix_jax.networks.tracing import UNKNOWN, Site, Trace, module_of, source_of
+from metamix_jax.networks.tracing import UNKNOWN, Layer, Site, Trace, module_of, source_of
 
 TRACED_IMAGES = 13  # a number of images that no other axis is likely to have
 
@@ -46,13 +46,14 @@ class TracedLayers(NodeList):
         self,
         model: InterceptedNetwork,
         trace: Trace,
+        layers: Mapping[str, Layer],
         quant: Mapping[str, Any],
         bits: Mapping[str, Bits],
         image_shape: tuple[int, ...],
         values: bool,
     ):
-        super().__init__(image_shape, TRACED_IMAGES, layers=trace.layers)
-        self._model, self._layers, self._sites = model, trace.layers, iter(trace.sites)
+        super().__init__(image_shape, TRACED_IMAGES, layers=layers)
+        self._model, self._layers, self._sites = model, layers, iter(trace.sites)
         self._quant, self._bits = quant, bits
         self._values = values
         self.calls: list[JaxprEqn] = []  # around the equation at hand

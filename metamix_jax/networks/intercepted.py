@@ -8,7 +8,7 @@ layers: their operands go through the quantizers of layers.py, whose state is in
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from metamix_jax.networks.dataflow import called
 from metamix_jax.networks.kernels.bfloat16 import Operand
 from metamix_jax.networks.kernels.convolution import convolve
 from metamix_jax.networks.kernels.depthwise import depthwise_conv
+from metamix_jax.networks.layer_rules import ruled
 from metamix_jax.networks.layers import QuantLayer
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 from metamix_jax.networks.tracing import PRODUCTS, Layer, Site, has_products, traced
@@ -116,7 +117,8 @@ class InterceptedNetwork(nn.Module):
         if precision == FULL and not (train or watched or self.is_initializing()):
             return self.network.apply(variables, x, train, rng)[0]
         trace = traced(self.network, variables, x, train, rng)
-        modules = {name: self._module(name, layer) for name, layer in trace.layers.items()}
+        layers = self.layers(variables, x)
+        modules = {name: self._module(name, layers[name]) for name in trace.layers}
         sites = iter(trace.sites)
 
         def product(eqn: JaxprEqn, operands: list[jax.Array]) -> jax.Array:
@@ -132,6 +134,15 @@ class InterceptedNetwork(nn.Module):
             for name, tree in statistics.items():
                 self.put_variable("batch_stats", name, tree)
         return scores
+
+    @nn.nowrap
+    def layers(self, variables: Mapping[str, Any], x: jax.Array) -> dict[str, Layer]:
+        """Returns the layers by name: as found in evaluation mode, and as the rules want them.
+
+        In training, dropout would widen the bounds of what it scales.
+        """
+        found = traced(self.network, variables, x, False, None).layers
+        return ruled(found, self.settings.rules)
 
     def _module(self, name: str, layer: Layer) -> QuantProduct:
         """Returns the layer's quantizers, with their variables in the scope of its path."""
@@ -149,7 +160,9 @@ class InterceptedNetwork(nn.Module):
 
 
 def settings_of(settings: QuantSettings, layer: Layer) -> QuantSettings:
-    """Returns the settings of a layer: the first and the last are not searched."""
+    """Returns the settings of a layer: the first and the last are not searched, nor by a rule."""
+    if layer.bits:
+        return settings.fixed(layer.bits)
     if layer.first:
         settings = settings.stem()
     elif layer.last:

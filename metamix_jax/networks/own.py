@@ -22,7 +22,6 @@ from metamix_jax.errors import UserError, suggestion
 from metamix_jax.networks.adapters import Adapter, LinenAdapter, NnxAdapter, NnxInstance
 from metamix_jax.networks.intercepted import InterceptedNetwork
 from metamix_jax.networks.precision import QuantSettings
-from metamix_jax.networks.tracing import traced
 
 _GIVEN = ("num_classes", "rngs", "parent", "name")  # arguments that are not fields of config.model
 _HANDED_OVER = "given"  # in place of a module's name: a network that a Python program hands over
@@ -123,8 +122,9 @@ def make(
             f"{source}.name={name!r}: returns {found} for 2 images of {image_shape}; expected "
             f"scores of shape (2, {num_classes})"
         )
-    traced(network, variables, images, False, None)
-    return InterceptedNetwork(network, num_classes, settings, network.momentum(images))
+    model = InterceptedNetwork(network, num_classes, settings, network.momentum(images))
+    model.layers(variables, images)
+    return model
 
 
 def _adapter(name: str, given: Mapping[str, Any], num_classes: int, source: str) -> Adapter:

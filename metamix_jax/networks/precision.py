@@ -67,7 +67,7 @@ class LayerCost:
 
 @dataclasses.dataclass(frozen=True)
 class QuantSettings:
-    """Settings shared by all layers of a network; fields as in config.quant."""
+    """Settings shared by all layers of a network; fields as in config.quant, rules for some."""
 
     act_bits: tuple[int, ...] = (8, 4, 3)
     weight_bits: tuple[int, ...] = (4,)
@@ -76,11 +76,15 @@ class QuantSettings:
     init_rule: str = "shifted"
     positive_step: str = "floor"
     compute_dtype: str = "float32"  # config.compute_dtype
+    rules: tuple[str, ...] = ()
+
+    def fixed(self, bits: Bits) -> "QuantSettings":
+        """Returns the settings of a layer that is not searched."""
+        return dataclasses.replace(self, act_bits=(bits.act,), weight_bits=(bits.weight,))
 
     def ends(self) -> "QuantSettings":
         """Returns the settings of the last layer, whose bit-widths are fixed."""
-        bits = self.first_last_bits
-        return dataclasses.replace(self, act_bits=(bits,), weight_bits=(bits,))
+        return self.fixed(Bits(self.first_last_bits, self.first_last_bits))
 
     def stem(self) -> "QuantSettings":
         """Returns the settings of the first layer, whose input is the image."""

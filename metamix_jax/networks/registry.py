@@ -64,6 +64,8 @@ def make(
         raise UserError(f"{source}.{key}: {name} has no such field; {hint}")
     architecture.check(fields, source)
     if not _is_plain(architecture.module):
+        if settings.rules:
+            raise UserError(f"config.quant.rules: {name} takes none; they are for plain Flax")
         return architecture.module(num_classes=num_classes, settings=settings, **fields)
     module = architecture.module(num_classes=num_classes, **fields)
     return own.make(name, {}, num_classes, settings, image_shape, source, module)

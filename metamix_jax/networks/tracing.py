@@ -18,6 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from metamix_jax.errors import UserError
 from metamix_jax.networks.adapters import Adapter
 from metamix_jax.networks.dataflow import Value, walk
+from metamix_jax.networks.precision import Bits
 
 PRODUCTS = ("conv_general_dilated", "dot_general")
 LOOPS = ("scan", "while", "cond")
@@ -48,6 +49,7 @@ class Layer:
     macs, act_elements: for the traced batch, over all its sites.
     pair: whether both operands depend on the image.
     source: a line of the network's code.
+    bits: its widths, if it is not searched because of a rule.
     """
 
     signed: tuple[bool, bool]
@@ -58,6 +60,7 @@ class Layer:
     act_elements: int
     pair: bool
     source: str
+    bits: Bits | None = None
 
 
 @dataclasses.dataclass(frozen=True)

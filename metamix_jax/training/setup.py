@@ -77,6 +77,7 @@ def make_model(config: ConfigDict, given: Any = None) -> tuple[nn.Module, LayerC
         init_rule=options.init_rule,
         positive_step=options.positive_step,
         compute_dtype=config.compute_dtype,
+        rules=tuple(options.rules),
     )
     shape = image_shape(config.data)
     model = registry.make(
