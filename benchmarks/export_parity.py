@@ -54,7 +54,8 @@ def calibrated(options: argparse.Namespace) -> quantized_network.QuantizedNetwor
     config.quant.act_bits = tuple(sorted({bits.act for bits in turns}, reverse=True))
     config.quant.weight_bits = tuple(sorted({bits.weight for bits in turns}, reverse=True))
     config.quant.init_rule, config.batch_size = "mse", 32
-    config.budget.unit, config.budget.value = "fraction", 1.0
+    most = max(bits.act * bits.weight for bits in turns)
+    config.budget.unit, config.budget.value = "fraction", most / 16
     config.data.data_dir, config.data.augment = options.data_dir, "none"
     config.eval.bn_reestimate_batches = options.reestimate
     config.pretrained = options.weights

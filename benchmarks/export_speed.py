@@ -1,89 +1,92 @@
-"""CPU time per image of an exported network: QCDQ and float32 in onnxruntime, NumPy executor.
+"""Speed of an exported network's ONNX files in onnxruntime, next to float32 and its own int8.
 
-    python -m benchmarks.export_speed DIRECTORY [--batches=1,16] [--repeats=15]
+    python -m benchmarks.export_speed DIRECTORY [--batches=1,8] [--threads=1,2]
 
-DIRECTORY was written by --mode=export. One thread each, at onnxruntime's default level. CPU time is
-measured, which other work on the machine disturbs less than wall time; repetitions are interleaved,
-and the median is taken. Prints a table, then one line of JSON.
+DIRECTORY was written by --mode=export, which chose the ranges of network.int8.onnx from training
+images. `quantize_static` is onnxruntime's own int8 (QDQ, per channel) of the same network, with
+ranges from noise: only its speed counts here. Calls are interleaved, and the median is taken.
+Prints the operations that run, a table of milliseconds an image, then one line of JSON.
 """
 
-import os
+import argparse
+import json
+import logging
+import tempfile
+from pathlib import Path
 
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-os.environ.update(dict.fromkeys(THREADS, "1"))  # read by NumPy on import
+import numpy as np
+from onnxruntime import quantization
+from onnxruntime.quantization.shape_inference import quant_pre_process
 
-import argparse  # noqa: E402
-import dataclasses  # noqa: E402
-import json  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from metamix_jax.exporters import bundle, card, integer_runtime, onnx_files
+from metamix_jax.exporters.graph import Graph
+from metamix_jax.networks.drawing import IMAGE
 
-import numpy as np  # noqa: E402
-import onnxruntime  # noqa: E402
-
-from metamix_jax.exporters import bundle, card, executor, onnx_files  # noqa: E402
-from metamix_jax.exporters.graph import Graph  # noqa: E402
-from metamix_jax.exporters.onnx_writers import QonnxWriter  # noqa: E402
+FLOAT32, STOCK = "float32", "quantize_static"
 
 
-class FloatWriter(QonnxWriter):
-    """Writes kernels in real units, without quantization."""
+class Noise(quantization.CalibrationDataReader):
+    """A few images of noise."""
 
-    domain = ""
+    def __init__(self, graph: Graph, count: int = 4):
+        height, width, channels = graph.image_shape
+        images = np.random.default_rng(0).normal(size=(count, 1, channels, height, width))
+        self._images = iter(images.astype(np.float32))
 
-    def _quant(self, x: str, *_: Any, **__: Any) -> str:
-        return x
-
-
-def float_model(graph: Graph) -> bytes:
-    """Returns the network as ordinary float32 ONNX."""
-    nodes = tuple(dataclasses.replace(node, quantizer=None) for node in graph.nodes)
-    return onnx_files.encode(dataclasses.replace(graph, nodes=nodes), FloatWriter(), "batch")
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        image = next(self._images, None)
+        return None if image is None else {IMAGE: image}
 
 
-def session(model: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+def stock_int8(graph: Graph) -> bytes:
+    """Returns the network quantized by onnxruntime's own tool, batch norm folded before."""
+    logging.getLogger().setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as name:
+        plain, folded, quantized = (Path(name) / f"{i}.onnx" for i in range(3))
+        plain.write_bytes(onnx_files.float_model(graph))
+        quant_pre_process(plain, folded, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            folded, quantized, Noise(graph), per_channel=True,
+            quant_format=quantization.QuantFormat.QDQ,
+            extra_options={"QDQDisableWeightAdjustForInt32Bias": True},
+        )  # fmt: skip
+        return quantized.read_bytes()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--batches", default="1,16")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--threads", default="1,2")
     options = parser.parse_args()
     graph = bundle.read_bundle(options.directory)
-    sessions = {
-        "float32": session(float_model(graph)),
-        "QCDQ": session((options.directory / card.QCDQ).read_bytes()),
-    }
-    rows = {}
-    for batch in map(int, options.batches.split(",")):
-        images = np.random.default_rng(0).normal(size=(batch, *graph.image_shape))
-        images = images.astype(np.float32)
-        inputs = {"image": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
-        forms = {
-            name: lambda found=found, inputs=inputs: found.run(None, inputs)
-            for name, found in sessions.items()
-        }
-        forms["NumPy"] = lambda images=images: executor.run(graph, images)
-        seconds = {name: [] for name in forms}
-        for form in forms.values():
-            form()  # allocates
-        for _ in range(options.repeats):
-            for name, form in forms.items():
-                began = time.process_time()
-                form()
-                seconds[name].append((time.process_time() - began) / batch)
-        rows[batch] = {name: statistics.median(found) for name, found in seconds.items()}
-    print("| batch |", " | ".join(f"{name}, ms an image" for name in forms), "| QCDQ / float32 |")
-    for batch, found in rows.items():
-        cells = " | ".join(f"{1000 * value:.3g}" for value in found.values())
-        print(f"| {batch} | {cells} | {found['QCDQ'] / found['float32']:.2f} |")
-    print(json.dumps({"model": graph.model, "seconds": rows}))
+    models = {FLOAT32: onnx_files.float_model(graph), STOCK: stock_int8(graph)}
+    try:
+        integer_runtime.milliseconds({STOCK: models[STOCK]}, graph)
+    except Exception as error:
+        print(f"{STOCK} does not run: {error}")
+        del models[STOCK]
+    names = (card.INT8, card.INT4, card.QCDQ)
+    models |= {
+        name: (options.directory / name).read_bytes()
+        for name in names if (options.directory / name).exists()
+    }  # fmt: skip
+    for name in (STOCK, card.INT8):
+        if name in models:
+            found = integer_runtime.kernels(models[name])
+            print(name, "runs as", ", ".join(f"{count} {op}" for op, count in found.items()))
+    print("| threads | batch |", " | ".join(models), "| float32 / int8 | stock / int8 |")
+    rows = []
+    for threads in map(int, options.threads.split(",")):
+        for batch in map(int, options.batches.split(",")):
+            found = integer_runtime.milliseconds(models, graph, batch, threads)
+            rows.append({"threads": threads, "batch": batch, "milliseconds": found})
+            others = [name for name in (FLOAT32, STOCK) if name in found]
+            ratios = (found[name] / found[card.INT8] for name in others)
+            cells = [*(f"{value:.3g}" for value in found.values()), *(f"{r:.2f}" for r in ratios)]
+            print(f"| {threads} | {batch} |", " | ".join(cells), "|")
+    sizes = {name: len(content) for name, content in models.items()}
+    print(json.dumps({"model": graph.model, "bytes": sizes, "rows": rows}))
 
 
 if __name__ == "__main__":

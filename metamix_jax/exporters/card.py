@@ -7,11 +7,15 @@ from metamix_jax.exporters.bundle import MAGIC, SCALES, WEIGHTS
 from metamix_jax.exporters.graph import Graph
 
 STABLEHLO, QCDQ, QONNX = "network.stablehlo", "network.qcdq.onnx", "network.qonnx.onnx"
+INT8, INT4 = "network.int8.onnx", "network.int4.onnx"
+TIMED = (INT8, INT4, QCDQ)
 _DESCRIPTIONS = {
     "graph.json": "integer bundle: nodes, policy, activation step sizes, digests",
     "weights.bin": "integer bundle: weights at their true bit-widths",
     "scales.bin": "integer bundle: weight step sizes, biases, folded batch norm (float32)",
-    QCDQ: "ONNX for onnxruntime and others: 8-bit containers, clipped to each layer's bits",
+    INT8: "ONNX to deploy on CPUs: integer kernels in onnxruntime, activations in 8 bits",
+    INT4: "the same, with weights of at most 4 bits stored as INT4 (opset 21)",
+    QCDQ: "ONNX, exact: 8-bit containers, clipped to each layer's bits",
     QONNX: "QONNX for qonnx, FINN, hls4ml: `Quant` nodes at each layer's bits, batch 1",
     STABLEHLO: "StableHLO for jax.export.deserialize (cpu, cuda, tpu); readable by the JAX version "
     "that wrote it, later ones for 6 months and earlier ones for 3 weeks",
@@ -22,6 +26,7 @@ def card(
     graph: Graph,
     sizes: Mapping[str, int],
     counts: Mapping[str, Any],
+    integer: Mapping[str, Any] | None = None,
     *,
     data: str,
     class_names: Sequence[str],
@@ -35,6 +40,7 @@ def card(
       graph: the exported network.
       sizes: file -> bytes.
       counts: result of `evaluate_graph` on the bundle read back, with JAX as the reference.
+      integer: the same for INT8, and what `integer_runtime.measured` returns; None without one.
       data: name of the evaluation data.
       class_names: in the order of the scores, where they are known.
       pretrained: the weights that training started from; "" = random.
@@ -72,13 +78,37 @@ Written by metamix_jax ({", ".join(f"{name} {version}" for name, version in vers
   and batch norm.
 - **Licence of the weights**: {licence or "unknown"}. Initial weights: {start}.
 
-| file | bytes | |
+{_speeds(integer, sizes)}| file | bytes | |
 |---|---|---|
 {files}
 
 | layer | activation bits | weight bits | million MACs |
 |---|---|---|---|
 {rows}
+"""
+
+
+def _speeds(integer: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> str:
+    """Returns the table of sizes and speeds, and the accuracy of INT8."""
+    if integer is None:
+        return ""
+    times = integer["milliseconds"]
+    rows = "\n".join(
+        f"| `{name}` | {bytes_:,} | {times[name]:.3g} | {times['float32'] / times[name]:.2f} |"
+        for name, bytes_ in [("float32", integer["float32_bytes"]), *sizes.items()]
+        if name in times
+    )
+    kernels = ", ".join(f"{count} {op}" for op, count in integer["kernels"].items())
+    floats = ", ".join(f"{count} {op}" for op, count in integer["in_float"].items())
+    return f"""| in onnxruntime | bytes | ms an image | float32 / this |
+|---|---|---|---|
+{rows}
+
+One image at a time on one thread of the CPU that wrote this; `float32` is the same network without
+quantizers. `{INT8}` runs as {kernels}; in float: {floats or "none"}. Its top-1 is
+{integer["top1"]:.2f} % ({integer["correct"]} of {integer["examples"]}), with
+{integer["differing"]} predictions that differ from JAX's.
+
 """
 
 

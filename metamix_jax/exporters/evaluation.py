@@ -17,6 +17,7 @@ def evaluate_graph(
     split: Split,
     examples: int,
     reference: Callable[[np.ndarray], np.ndarray] | None = None,
+    run: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Returns top1 and top5 in percent, and counts: correct, correct_top5, examples.
 
@@ -25,7 +26,8 @@ def evaluate_graph(
       split: labelled images.
       examples: how many of them, from the first; 0 = all.
       reference: maps uint8 pixels [n, h, w, c] to predicted classes [n]; adds the counts
-        `reference_correct` and `differing` (predictions that differ from the executor's).
+        `reference_correct` and `differing` (predictions that differ from the network's).
+      run: maps normalized images [n, h, w, c] to scores; by default the NumPy executor.
     """
     count = min(examples or len(split), len(split))
     totals = {"correct": 0, "correct_top5": 0, "examples": count}
@@ -33,7 +35,8 @@ def evaluate_graph(
         totals |= {"reference_correct": 0, "differing": 0}
     for start in range(0, count, BATCH):
         pixels, labels = split.gather(np.arange(start, min(start + BATCH, count)))
-        scores = executor.run(graph, normalise(pixels, graph))
+        images = normalise(pixels, graph)
+        scores = run(images) if run else executor.run(graph, images)
         predicted = scores.argmax(axis=-1)
         own = np.take_along_axis(scores, labels[:, None], axis=-1)
         totals["correct"] += int(np.sum(predicted == labels))

@@ -12,7 +12,8 @@ layer's input stays recognizable as integers, and subtract the shift's contribut
 (zero padding represents 0, not level 0), from the product.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from metamix_jax.exporters.executor import ones_product
 from metamix_jax.exporters.graph import Graph, Node
 from metamix_jax.exporters.onnx_writers import (
     QONNX_DOMAIN,
+    FloatWriter,
     QcdqWriter,
     QonnxWriter,
     Writer,
@@ -31,6 +33,7 @@ from metamix_jax.networks.drawing import IMAGE
 
 OPSET = 17
 IR_VERSION = 8  # onnx's default is newer than onnxruntime and qonnx accept
+INT4_OPSET, INT4_IR_VERSION = 21, 10
 SCORES = "scores"
 
 
@@ -44,10 +47,14 @@ def qonnx_model(graph: Graph) -> bytes:
     return encode(graph, QonnxWriter(), batch=1)
 
 
+def float_model(graph: Graph) -> bytes:
+    """Returns the network as ordinary float32 ONNX, without quantizers, to compare with."""
+    nodes = tuple(dataclasses.replace(each, quantizer=None, other=None) for each in graph.nodes)
+    return encode(dataclasses.replace(graph, nodes=nodes), FloatWriter(), batch="batch")
+
+
 def encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
     """Returns the serialized ONNX model of `writer`'s nodes; batch: a size or a symbol."""
-    onnx = require_onnx()
-    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     if graph.traced:
         onnx_traced.add_image(writer)
         for node in graph.nodes:
@@ -55,9 +62,29 @@ def encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
     else:
         for node in graph.nodes:
             LOWERINGS[node.op](writer, node, graph)
-    last = graph.nodes[-1].name
-    writer.add("Identity", last, SCORES)
-    shapes = _known_shapes(graph, batch)
+    writer.add("Identity", graph.nodes[-1].name, SCORES)
+    return finish(graph, writer, batch, _known_shapes(graph, batch))
+
+
+def finish(
+    graph: Graph,
+    writer: Writer,
+    batch: int | str,
+    shapes: Mapping[str, Sequence[int | str]] | None = None,
+    *,
+    packed: bool = False,
+) -> bytes:
+    """Returns the serialized ONNX model of what a writer holds.
+
+    Args:
+      graph: its input and output.
+      writer: its nodes and constants.
+      batch: a size or a symbol.
+      shapes: of tensors whose shapes onnx cannot infer.
+      packed: whether there are INT4 constants, which need a newer opset.
+    """
+    onnx = require_onnx()
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
     body = helper.make_graph(
         writer.nodes,
         graph.model,
@@ -65,13 +92,15 @@ def encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
         [helper.make_tensor_value_info(SCORES, float32, [batch, graph.num_classes])],
         writer.constants,
         value_info=[
-            helper.make_tensor_value_info(name, float32, shape) for name, shape in shapes.items()
+            helper.make_tensor_value_info(name, float32, shape)
+            for name, shape in (shapes or {}).items()
         ],
     )
-    opsets = [helper.make_opsetid("", OPSET)]
+    opset, ir_version = (INT4_OPSET, INT4_IR_VERSION) if packed else (OPSET, IR_VERSION)
+    opsets = [helper.make_opsetid("", opset)]
     opsets += [helper.make_opsetid(QONNX_DOMAIN, 1)] if writer.domain else []
     model = helper.make_model(body, opset_imports=opsets, producer_name="metamix_jax")
-    model.ir_version = IR_VERSION
+    model.ir_version = ir_version
     helper.set_model_props(
         model, {"mean": str(list(graph.mean)), "std": str(list(graph.std)), "layout": "NCHW"}
     )

@@ -65,9 +65,9 @@ def _product(writer: Writer, node: Node, graph: Graph) -> None:
     second = dataclasses.replace(node, name=f"{node.name}/second", quantizer=node.other)
     operands = []
     for each, x in zip((node, second), node.inputs, strict=True):
-        x, shift = writer.layer_input(each, x), each.quantizer.shift
-        if shift:
-            amount = writer.constant(f"{each.name}/amount", shift)
+        x = writer.layer_input(each, x)
+        if each.quantizer is not None and each.quantizer.shift:
+            amount = writer.constant(f"{each.name}/amount", each.quantizer.shift)
             x = writer.add("Sub", [x, amount], f"{each.name}/real")
         operands.append(x)
     writer.add("MatMul", operands, node.name)

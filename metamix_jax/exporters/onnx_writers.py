@@ -135,3 +135,12 @@ class QonnxWriter(Writer):
         ]
         attributes = {"signed": int(signed), "narrow": int(signed), "rounding_mode": "ROUND"}
         return self.add("Quant", inputs, name, domain=QONNX_DOMAIN, **attributes)
+
+
+class FloatWriter(QonnxWriter):
+    """Writes kernels in real units, without quantization."""
+
+    domain = ""
+
+    def _quant(self, x: str, name: str, step: np.ndarray, bits: int, signed: bool) -> str:
+        return x

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from metamix_jax import recipes
 from metamix_jax.data import batching
+from metamix_jax.data.splits import Split
 from metamix_jax.errors import UserError
-from metamix_jax.exporters import bundle, card, onnx_files
+from metamix_jax.exporters import bundle, card, integer_runtime, onnx_files
 from metamix_jax.exporters.build import build_graph
 from metamix_jax.exporters.evaluation import evaluate_graph
 from metamix_jax.exporters.graph import Graph
@@ -194,18 +196,20 @@ def export(
 
     Returns:
       Counts of the bundle, read back from the files, on the first config.export.examples evaluation
-      images: correct, correct_top5, examples, reference_correct, differing; and `files`, name ->
-      bytes.
+      images: correct, correct_top5, examples, reference_correct, differing; `files`, name -> bytes;
+      and `integer`, likewise of the file for integer kernels, with its speed.
 
     Raises:
       UserError: see `restore`; or onnx is not installed, or the directory cannot be written.
     """
     found, directory = _network(source, model, data), Path(directory).expanduser()
     graph, config = found.graph(), found.config
+    dataset = setup.load_dataset(config, sharding.make_mesh(), found.given.data)
     contents = bundle.encode(graph)
     if config.export.onnx:
         contents[card.QCDQ] = onnx_files.qcdq_model(graph)
         contents[card.QONNX] = onnx_files.qonnx_model(graph)
+        contents |= _integer_files(graph, dataset.train, config.export.calibration_images)
     model, shape = found.network.model, found.network.image_shape
     contents[card.STABLEHLO] = stablehlo(model, found.variables, found.precision, shape)
     try:
@@ -215,13 +219,18 @@ def export(
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
     sizes = {name: len(content) for name, content in contents.items()}
-    dataset = setup.load_dataset(config, sharding.make_mesh(), found.given.data)
     bundled, examples = bundle.read_bundle(directory), config.export.examples
     counts = evaluate_graph(bundled, dataset.evaluation, examples, _prediction(found))
+    integer = None
+    if card.INT8 in contents:
+        run = integer_runtime.scores((directory / card.INT8).read_bytes())
+        integer = evaluate_graph(graph, dataset.evaluation, examples, _prediction(found), run)
+        integer |= integer_runtime.measured(graph, {name: contents[name] for name in card.TIMED})
     text = card.card(
         graph,
         sizes,
         counts,
+        integer,
         data=f"{config.data.name} ({(dataset.split_names or [config.data.eval_split])[-1]})",
         class_names=dataset.class_names,
         pretrained=config.pretrained,
@@ -230,7 +239,19 @@ def export(
     )
     write_bytes_atomic(directory / "README.md", text.encode())
     logging.info("%s:\n%s", directory, text)
-    return counts | {"files": sizes}
+    return counts | {"files": sizes, "integer": integer}
+
+
+def _integer_files(graph: Graph, train: Split, count: int) -> dict[str, bytes]:
+    """Returns the files for integer kernels, if there can be any."""
+    reason = integer_runtime.obstacle(graph)
+    if reason:
+        logging.warning("no %s: %s", card.INT8, reason)
+        return {}
+    count = min(count, len(train))  # of all classes: a folder's images are sorted by class
+    chosen = np.sort(np.random.default_rng(0).choice(len(train), count, replace=False))
+    files = integer_runtime.integer_files(graph, train.gather(chosen)[0])
+    return dict(zip((card.INT8, card.INT4), files, strict=True))
 
 
 def evaluate_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:

@@ -63,12 +63,17 @@ def test_mode_export(run, exported):
     assert result["mode"] == "export" and result["model"] == network.label
     assert result["examples"] == EXAMPLES and result["differing"] == 0
     assert result["correct"] == result["reference_correct"]
-    names = {*bundle.FILES, card.QCDQ, card.QONNX, card.STABLEHLO}
+    names = {*bundle.FILES, card.QCDQ, card.QONNX, card.INT8, card.INT4, card.STABLEHLO}
     assert result["files"].keys() == names
     assert {path.name for path in directory.iterdir()} == names | {"README.md"}
     for name, size in result["files"].items():
         assert (directory / name).stat().st_size == size
-    assert f"({result['correct']} correct)" in (directory / "README.md").read_text()
+    text = (directory / "README.md").read_text()
+    assert f"({result['correct']} correct)" in text
+    integer = result["integer"]
+    assert integer["examples"] == EXAMPLES and integer["in_float"] == {}
+    assert f"({integer['correct']} of {EXAMPLES})" in text and f"| `{card.INT4}` |" in text
+    assert integer["milliseconds"].keys() == {"float32", card.QCDQ, card.INT8, card.INT4}
 
 
 def test_mode_evaluate_accepts_a_bundle(run, exported):

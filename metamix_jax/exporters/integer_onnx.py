@@ -1,0 +1,244 @@
+"""ONNX for integer kernels: what onnxruntime runs fastest, judged by its accuracy.
+
+Convolutions, dense layers, additions, multiplications and means stand between DequantizeLinear and
+QuantizeLinear, so that runtimes replace each group by one integer kernel. The levels of a layer are
+those of its bits, in 8-bit containers; batch norm is folded into kernels and biases, which moves
+single levels, and tensors that are taken twice are stored at 8 bits (integer_plan.py).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from metamix_jax.exporters.graph import Graph, Node
+from metamix_jax.exporters.integer_plan import GATE_FROM, HIGHEST, Plan, Step, Storage, levels_of
+from metamix_jax.exporters.onnx_files import SCORES, finish
+from metamix_jax.exporters.onnx_writers import Writer, require_onnx
+from metamix_jax.networks.drawing import IMAGE
+
+MOST_BIAS = 2.0**30  # of int32
+MOST_INT4, MOST_INT8, MOST_INT16 = 7, 127, 2**15 - 1
+_GATE = Storage(1 / HIGHEST, 0)  # of a hard sigmoid
+
+
+def integer_model(graph: Graph, plan: Plan, packed: bool = False) -> bytes:
+    """Returns the model: float32 `image` [batch, c, h, w] -> `scores` [batch, num_classes].
+
+    packed: kernels of at most 4 bits are stored as INT4 (opset 21) and turned into int8 when the
+      file is loaded.
+    """
+    writer = _IntegerWriter(plan, packed)
+    writer.store(IMAGE, IMAGE)
+    for step in plan.steps:
+        _EMIT[step.node.op](writer, step)
+    writer.add("Identity", f"{plan.steps[-1].output}/real", SCORES)
+    return finish(graph, writer, batch="batch", packed=packed)
+
+
+class _IntegerWriter(Writer):
+    """Tensor NAME is NAME/real while it is computed and NAME/levels as it is stored."""
+
+    def __init__(self, plan: Plan, packed: bool):
+        super().__init__()
+        self._storage, self._streams, self._packed = plan.storage, plan.streams, packed
+
+    def scale(self, name: str, storage: Storage) -> list[str]:
+        """Returns the constants of a (de)quantization."""
+        step = self.constant(f"{name}/step", storage.step)
+        return [step, self.constant(f"{name}/zero", storage.zero, np.uint8)]
+
+    def store(self, name: str, real: str) -> None:
+        """Adds the levels of a tensor, if anything takes it."""
+        if name in self._storage:
+            self.quantize(real, f"{name}/levels", self._storage[name])
+
+    def quantize(self, real: str, name: str, storage: Storage) -> str:
+        """Adds the levels of real values."""
+        clipped = (storage.low, storage.high) != (0, HIGHEST)
+        inside = f"{name}/wide" if clipped else name
+        self.add("QuantizeLinear", [real, *self.scale(name, storage)], inside)
+        if clipped:
+            low, high = (
+                self.constant(f"{name}/{end}", value, np.uint8)
+                for end, value in (("low", storage.low), ("high", storage.high))
+            )
+            self.add("Clip", [inside, low, high], name)
+        return name
+
+    def real(self, levels: str, name: str, storage: Storage) -> str:
+        """Adds the real values of levels."""
+        return self.add("DequantizeLinear", [levels, *self.scale(name, storage)], name)
+
+    def taken(self, name: str, taker: str) -> str:
+        """Adds the real values of a stored tensor, for one taker."""
+        return self.real(f"{name}/levels", f"{taker}/of/{name}", self._storage[name])
+
+    def mapped(self, levels: str, name: str, read: Storage, write: Storage) -> str:
+        """Adds levels read in one way and written in another; runtimes look them up in a table."""
+        real = self.real(levels, f"{name}/read", read)
+        same = self.add("LeakyRelu", real, f"{name}/same", alpha=1.0)  # has an integer kernel
+        return self.quantize(same, name, write)
+
+    def layer_levels(self, node: Node) -> tuple[str, Storage, float]:
+        """Returns the levels of a layer's input, and a shift added before they were taken."""
+        (name,), quantizer = node.inputs, node.quantizer
+        stored = self._storage[name]
+        if quantizer is None or name not in self._streams:  # None: an image at full precision
+            return f"{name}/levels", stored, 0.0
+        own = levels_of(quantizer)
+        read = stored._replace(zero=stored.zero - round(quantizer.shift / stored.step))
+        levels = self.mapped(f"{name}/levels", f"{node.name}/input", read, own)
+        return levels, own, quantizer.shift
+
+    def integers(self, name: str, levels: np.ndarray, factor: int) -> str:
+        """Adds a kernel's levels times a factor."""
+        if not self._packed or np.abs(levels).max(initial=0) > MOST_INT4:
+            return self.constant(name, levels * factor, np.int8)
+        onnx = require_onnx()
+        pairs = np.append(levels.ravel(), [0] * (levels.size % 2)).astype(np.uint8) & 15
+        content = (pairs[::2] | pairs[1::2] << 4).astype(np.uint8).tobytes()  # the first one low
+        types = onnx.TensorProto
+        self.constants.append(
+            onnx.helper.make_tensor(f"{name}/int4", types.INT4, levels.shape, content, raw=True)
+        )
+        real = self.add("Cast", f"{name}/int4", f"{name}/real", to=types.FLOAT)
+        times = self.constant(f"{name}/factor", factor)
+        product = self.add("Mul", [real, times], f"{name}/product")
+        return self.add("Cast", product, name, to=types.INT8)
+
+    # The abstract methods of `Writer` are for exact forms.
+    def quantized(self, node: Node, x: str) -> str:
+        raise NotImplementedError
+
+    def kernel(self, node: Node, axis: int) -> str:
+        raise NotImplementedError
+
+
+def _layer(writer: _IntegerWriter, step: Step) -> None:
+    node = step.node
+    levels, storage, shift = writer.layer_levels(node)
+    if shift and node.op == "conv" and np.any(node.options["padding"]):
+        # Padding represents 0, which only a level can; inside, the bias corrects the rest.
+        storage = storage._replace(zero=round(shift / storage.step))
+        shift -= storage.zero * storage.step
+    sums = step.levels.reshape(-1, step.levels.shape[-1]).sum(axis=0, dtype=np.int64)
+    bias = step.bias - shift * sums * step.step
+    x = writer.real(levels, f"{node.name}/x", storage)
+    kernel, bias = _integers(writer, node, step, bias, storage)
+    if node.op == "dense":
+        writer.add("Gemm", [x, kernel, bias], f"{step.output}/real")
+    else:
+        options, ((top, bottom), (left, right)) = node.options, node.options["padding"]
+        writer.add(
+            "Conv", [x, kernel, bias], f"{step.output}/real",
+            kernel_shape=node.kernel.levels.shape[:2], strides=[options["stride"]] * 2,
+            pads=[top, left, bottom, right], group=options["groups"],
+        )  # fmt: skip
+    writer.store(step.output, f"{step.output}/real")
+
+
+def _integers(
+    writer: _IntegerWriter, node: Node, step: Step, bias: np.ndarray, x: Storage
+) -> tuple[str, str]:
+    """Adds a kernel and a bias in integers.
+
+    The bias is in units of both steps, too coarse at few bits. So kernels are stored as multiples
+    of their levels, up to what int8 holds and sums of two products in 16 bits, as AVX2 has them.
+    """
+    largest = max(int(np.abs(step.levels).max(initial=0)), 1)
+    factor = max(1, min(MOST_INT8, MOST_INT16 // (2 * x.high)) // largest)
+    least = np.maximum(np.abs(bias) / (MOST_BIAS * x.step), np.finfo(np.float32).tiny)
+    own = np.float32(np.maximum(step.step / factor, least))
+    # Only channels that are nearly constant have other steps than their own.
+    levels = np.rint(step.levels * (step.step / factor / own)).astype(np.int8)
+    kernel_step = writer.constant(f"{node.name}/kernel/step", own)
+    axis = 1
+    if node.op == "conv":
+        levels, axis = levels.transpose(3, 2, 0, 1), 0
+    kernel = writer.add(
+        "DequantizeLinear",
+        [writer.integers(f"{node.name}/kernel/levels", levels, factor), kernel_step,
+         writer.constant(f"{node.name}/kernel/zeros", np.zeros(own.shape), np.int8)],
+        f"{node.name}/kernel", axis=axis,
+    )  # fmt: skip
+    product = own * np.float32(x.step)
+    name = f"{node.name}/bias"
+    inputs = [
+        writer.constant(f"{name}/levels", np.rint(bias / product), np.int32),
+        writer.constant(f"{name}/step", product),
+    ]
+    return kernel, writer.add("DequantizeLinear", inputs, name, axis=0)
+
+
+def _between(op: str):
+    """Returns how to emit an operation with an integer kernel of its own."""
+
+    def emit(writer: _IntegerWriter, step: Step) -> None:
+        inputs = [
+            writer.taken(name, f"{step.output}/{i}") for i, name in enumerate(step.node.inputs)
+        ]
+        writer.store(step.output, writer.add(op, inputs, f"{step.output}/real"))
+
+    return emit
+
+
+def _gate(writer: _IntegerWriter, step: Step, name: str, write: Storage) -> str:
+    """Adds clip(x / 6 + 1 / 2, 0, 1): reading levels in another way, and the ends of uint8."""
+    (x,) = step.node.inputs
+    stored = writer._storage[x]
+    read = Storage(stored.step / (2 * GATE_FROM), stored.zero - round(GATE_FROM / stored.step))
+    return writer.mapped(f"{x}/levels", name, read, write)
+
+
+def _hard_sigmoid(writer: _IntegerWriter, step: Step) -> None:
+    _gate(writer, step, f"{step.output}/levels", writer._storage[step.output])
+
+
+def _hswish(writer: _IntegerWriter, step: Step) -> None:
+    gate = _gate(writer, step, f"{step.output}/gate", _GATE)
+    inputs = [
+        writer.taken(step.node.inputs[0], step.output),
+        writer.real(gate, f"{step.output}/gate/real", _GATE),
+    ]
+    writer.store(step.output, writer.add("Mul", inputs, f"{step.output}/real"))
+
+
+def _on_levels(op: str, **attributes: Any):
+    def emit(writer: _IntegerWriter, step: Step) -> None:
+        writer.add(op, f"{step.node.inputs[0]}/levels", f"{step.output}/levels", **attributes)
+
+    return emit
+
+
+def _max_pool(writer: _IntegerWriter, step: Step) -> None:
+    options, ((top, bottom), (left, right)) = step.node.options, step.node.options["padding"]
+    _on_levels(
+        "MaxPool", kernel_shape=[options["size"]] * 2, strides=[options["stride"]] * 2,
+        pads=[top, left, bottom, right],
+    )(writer, step)  # fmt: skip
+
+
+def _subsample(writer: _IntegerWriter, step: Step) -> None:
+    name, options = step.output, step.node.options
+    stride, (before, after) = options["stride"], options["channels"]
+    numbers = {"starts": [0, 0], "ends": [2**31 - 1] * 2, "axes": [2, 3], "steps": [stride] * 2}
+    inputs = [writer.constant(f"{name}/{key}", value, np.int64) for key, value in numbers.items()]
+    taken = writer.add("Slice", [f"{step.node.inputs[0]}/levels", *inputs], f"{name}/taken")
+    margins = writer.constant(f"{name}/margins", [0, before, 0, 0, 0, after, 0, 0], np.int64)
+    zero = writer.constant(f"{name}/padding", writer._storage[name].zero, np.uint8)
+    writer.add("Pad", [taken, margins, zero], f"{name}/levels")
+
+
+_EMIT = {
+    "conv": _layer,
+    "dense": _layer,
+    "add": _between("Add"),
+    "multiply": _between("Mul"),
+    "mean": _between("GlobalAveragePool"),
+    "relu": _between("Relu"),
+    "hsigmoid": _hard_sigmoid,
+    "hswish": _hswish,
+    "max_pool": _max_pool,
+    "flatten": _on_levels("Flatten"),
+    "subsample": _subsample,
+}
