@@ -75,13 +75,14 @@ def main() -> None:
         if name in models:
             found = integer_runtime.kernels(models[name])
             print(name, "runs as", ", ".join(f"{count} {op}" for op, count in found.items()))
-    print("| threads | batch |", " | ".join(models), "| float32 / int8 | stock / int8 |")
+    others = [name for name in (FLOAT32, STOCK) if name in models]
+    compared = " | ".join(f"{name} / int8" for name in others)
+    print("| threads | batch |", " | ".join(models), "|", compared, "|")
     rows = []
     for threads in map(int, options.threads.split(",")):
         for batch in map(int, options.batches.split(",")):
             found = integer_runtime.milliseconds(models, graph, batch, threads)
             rows.append({"threads": threads, "batch": batch, "milliseconds": found})
-            others = [name for name in (FLOAT32, STOCK) if name in found]
             ratios = (found[name] / found[card.INT8] for name in others)
             cells = [*(f"{value:.3g}" for value in found.values()), *(f"{r:.2f}" for r in ratios)]
             print(f"| {threads} | {batch} |", " | ".join(cells), "|")

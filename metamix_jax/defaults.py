@@ -70,7 +70,7 @@ FIELDS = (
     Field("compute_dtype", "float32", "Type of the operands of convolutions and dense layers; "
           "sums are float32.", one_of("float32", "bfloat16")),
     Field("checkpoint", "", "Checkpoint or workdir that `--mode=evaluate`, `diagnose` and `export` "
-          "read (`evaluate` also reads an exported bundle). Empty: the newest checkpoint in "
+          "read (`evaluate` also an exported bundle or ONNX file). Empty: the newest checkpoint in "
           "`--workdir`.", may_change=True),
     Field("pretrained", "", "Weights to start from: `.npz`, `.safetensors`, `.pth`, or the workdir "
           "of another run. Empty: random weights, trained for `full_precision.epochs` first."),

@@ -1,4 +1,4 @@
-"""--mode=evaluate: accuracy of a checkpoint or an exported bundle."""
+"""--mode=evaluate: accuracy of a checkpoint, an exported bundle or an ONNX file."""
 
 import logging
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax.exporters.quantized_network import evaluate_bundle
+from metamix_jax.exporters.quantized_network import evaluate_exported
 from metamix_jax.runtime import sharding
 from metamix_jax.runtime.progress import waiting
 from metamix_jax.selection import cost
@@ -20,8 +20,9 @@ from metamix_jax.workdir import bucket
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Restores a checkpoint on the available devices and evaluates it."""
 
-    if config.checkpoint and (bucket.path_of(config.checkpoint) / "graph.json").exists():
-        return _evaluate_bundle(config)
+    path = bucket.path_of(config.checkpoint) if config.checkpoint else None
+    if path and (path.suffix == ".onnx" or (path / "graph.json").exists()):
+        return _evaluate_exported(config)
     network, mesh = setup.make_network(config), sharding.make_mesh()
     dataset = setup.load_dataset(config, mesh)
     trained = load_checkpoint(config, network, workdir, len(dataset.train), mesh)
@@ -48,11 +49,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     }
 
 
-def _evaluate_bundle(config: ConfigDict) -> dict[str, Any]:
-
-    with (
-        waiting(f"evaluating the bundle in {config.checkpoint}"),
-        bucket.fetched(bucket.path_of(config.checkpoint)) as directory,
-    ):
-        counts = evaluate_bundle(config, directory)
-    return {"mode": "evaluate", "bundle": config.checkpoint, **counts}
+def _evaluate_exported(config: ConfigDict) -> dict[str, Any]:
+    path = bucket.path_of(config.checkpoint)
+    kind, folder = ("onnx", path.parent) if path.suffix == ".onnx" else ("bundle", path)
+    with waiting(f"evaluating {config.checkpoint}"), bucket.fetched(folder) as found:
+        counts = evaluate_exported(config, found / path.name if kind == "onnx" else found)
+    return {"mode": "evaluate", kind: config.checkpoint, **counts}

@@ -17,17 +17,29 @@ def evaluate_graph(
     split: Split,
     examples: int,
     reference: Callable[[np.ndarray], np.ndarray] | None = None,
-    run: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Returns `evaluate` of a network in the NumPy executor."""
+
+    def scores(pixels: np.ndarray) -> np.ndarray:
+        return executor.run(graph, normalise(pixels, graph))
+
+    return evaluate(scores, split, examples, reference)
+
+
+def evaluate(
+    scores: Callable[[np.ndarray], np.ndarray],
+    split: Split,
+    examples: int,
+    reference: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, Any]:
     """Returns top1 and top5 in percent, and counts: correct, correct_top5, examples.
 
     Args:
-      graph: the network to evaluate.
+      scores: maps uint8 pixels [n, h, w, c] to class scores [n, num_classes].
       split: labelled images.
       examples: how many of them, from the first; 0 = all.
-      reference: maps uint8 pixels [n, h, w, c] to predicted classes [n]; adds the counts
-        `reference_correct` and `differing` (predictions that differ from the network's).
-      run: maps normalized images [n, h, w, c] to scores; by default the NumPy executor.
+      reference: maps pixels to predicted classes [n]; adds the counts `reference_correct` and
+        `differing` (predictions that differ from those of `scores`).
     """
     count = min(examples or len(split), len(split))
     totals = {"correct": 0, "correct_top5": 0, "examples": count}
@@ -35,12 +47,11 @@ def evaluate_graph(
         totals |= {"reference_correct": 0, "differing": 0}
     for start in range(0, count, BATCH):
         pixels, labels = split.gather(np.arange(start, min(start + BATCH, count)))
-        images = normalise(pixels, graph)
-        scores = run(images) if run else executor.run(graph, images)
-        predicted = scores.argmax(axis=-1)
-        own = np.take_along_axis(scores, labels[:, None], axis=-1)
+        found = scores(pixels)
+        predicted = found.argmax(axis=-1)
+        own = np.take_along_axis(found, labels[:, None], axis=-1)
         totals["correct"] += int(np.sum(predicted == labels))
-        totals["correct_top5"] += int(np.sum((scores > own).sum(axis=-1) < 5))
+        totals["correct_top5"] += int(np.sum((found > own).sum(axis=-1) < 5))
         if reference is not None:
             expected = np.asarray(reference(pixels))
             totals["reference_correct"] += int(np.sum(expected == labels))

@@ -5,7 +5,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,6 @@ def session(content: bytes, threads: int = 1, optimized: Path | None = None) -> 
 def channels_first(images: np.ndarray) -> np.ndarray:
     """Returns images [n, h, w, c] as ONNX takes them, [n, c, h, w]."""
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-
-
-def scores(content: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the function from normalized images [n, h, w, c] to class scores of an ONNX file."""
-    run = session(content, threads=0)
-    return lambda images: run.run(None, {IMAGE: channels_first(images)})[0]
 
 
 def kernels(content: bytes) -> dict[str, int]:

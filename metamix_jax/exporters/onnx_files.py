@@ -13,7 +13,9 @@ layer's input stays recognizable as integers, and subtract the shift's contribut
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -102,11 +104,21 @@ def finish(
     model = helper.make_model(body, opset_imports=opsets, producer_name="metamix_jax")
     model.ir_version = ir_version
     helper.set_model_props(
-        model, {"mean": str(list(graph.mean)), "std": str(list(graph.std)), "layout": "NCHW"}
-    )
+        model,
+        {"mean": str(list(graph.mean)), "std": str(list(graph.std)), "layout": "NCHW",
+         "sha256": digest(model)},
+    )  # fmt: skip
     if not writer.domain:
         onnx.checker.check_model(model, full_check=True)
     return onnx.shape_inference.infer_shapes(model).SerializeToString()
+
+
+def digest(model: Any) -> str:
+    """Returns the SHA-256 digest of a model's nodes and constants."""
+    found = hashlib.sha256()
+    for part in (*model.graph.node, *model.graph.initializer):
+        found.update(part.SerializeToString(deterministic=True))
+    return found.hexdigest()
 
 
 def _known_shapes(graph: Graph, batch: int | str) -> dict[str, Sequence[int | str]]:

@@ -24,8 +24,9 @@ from metamix_jax import recipes
 from metamix_jax.data import batching
 from metamix_jax.data.splits import Split
 from metamix_jax.errors import UserError
-from metamix_jax.exporters import bundle, card, integer_runtime, onnx_files
+from metamix_jax.exporters import bundle, card, integer_runtime, onnx_files, onnx_reader
 from metamix_jax.exporters.build import build_graph
+from metamix_jax.exporters.evaluation import evaluate as evaluate_scores
 from metamix_jax.exporters.evaluation import evaluate_graph
 from metamix_jax.exporters.graph import Graph
 from metamix_jax.exporters.stablehlo import stablehlo
@@ -223,8 +224,8 @@ def export(
     counts = evaluate_graph(bundled, dataset.evaluation, examples, _prediction(found))
     integer = None
     if card.INT8 in contents:
-        run = integer_runtime.scores((directory / card.INT8).read_bytes())
-        integer = evaluate_graph(graph, dataset.evaluation, examples, _prediction(found), run)
+        scores = onnx_reader.read(directory / card.INT8).scores
+        integer = evaluate_scores(scores, dataset.evaluation, examples, _prediction(found))
         integer |= integer_runtime.measured(graph, {name: contents[name] for name in card.TIMED})
     text = card.card(
         graph,
@@ -254,22 +255,25 @@ def _integer_files(graph: Graph, train: Split, count: int) -> dict[str, bytes]:
     return dict(zip((card.INT8, card.INT4), files, strict=True))
 
 
-def evaluate_bundle(config: ConfigDict, directory: Path) -> dict[str, Any]:
-    """Returns top1, top5, correct, correct_top5 and examples of an exported bundle, in NumPy.
+def evaluate_exported(config: ConfigDict, path: Path) -> dict[str, Any]:
+    """Returns top1, top5, correct, correct_top5 and examples of an exported network.
 
-    Uses the first config.export.examples evaluation images. Raises UserError if the bundle is
-    damaged or its images or classes differ from config.data's.
+    Uses the first config.export.examples evaluation images. A bundle, given as its directory, runs
+    in NumPy, an ONNX file in onnxruntime. Raises UserError if it is damaged or its images or
+    classes differ from config.data's.
     """
-    graph = bundle.read_bundle(directory)
+    network = bundle.read_bundle(path) if path.is_dir() else onnx_reader.read(path)
     size = config.data.image_size
     wanted = (size, size, config.data.channels), config.data.num_classes
-    if (graph.image_shape, graph.num_classes) != wanted:
+    if (network.image_shape, network.num_classes) != wanted:
         raise UserError(
-            f"{directory} takes images of {graph.image_shape} for {graph.num_classes} classes, "
+            f"{path} takes images of {network.image_shape} for {network.num_classes} classes, "
             f"not config.data's {wanted[0]} for {wanted[1]}"
         )
     split = setup.load_dataset(config, sharding.make_mesh()).evaluation
-    return evaluate_graph(graph, split, config.export.examples)
+    if isinstance(network, Graph):
+        return evaluate_graph(network, split, config.export.examples)
+    return evaluate_scores(network.scores, split, config.export.examples)
 
 
 def _prediction(found: QuantizedNetwork) -> Callable[[jax.Array], jax.Array]:

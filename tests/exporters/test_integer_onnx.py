@@ -41,8 +41,9 @@ def resnet(shortcut="identity", **fields):
     return graph_of(quantized(made, SHAPE))
 
 
-def run(content, graph):
-    return integer_runtime.scores(content)(normalise(PIXELS, graph))
+def run(content, graph, pixels=PIXELS):
+    images = integer_runtime.channels_first(normalise(pixels, graph))
+    return integer_runtime.session(content).run(None, {IMAGE: images})[0]
 
 
 def in_steps(graph):
@@ -162,7 +163,7 @@ def test_channels_that_are_nearly_constant(scale):
     plan = integer_plan.plan(integer_plan.fold(graph), {})
     pixels = np.uint8([[[[0], [255]]], [[[255], [0]]]])
     images = normalise(pixels, graph)
-    found = integer_runtime.scores(integer_model(graph, plan))(images)
+    found = run(integer_model(graph, plan), graph, pixels)
     np.testing.assert_allclose(found, executor.run(graph, images), rtol=1e-6, atol=1e-6)
 
 

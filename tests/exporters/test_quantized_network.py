@@ -14,7 +14,7 @@ import pytest
 import metamix_jax
 from metamix_jax import command_line, commands, recipes
 from metamix_jax.errors import UserError
-from metamix_jax.exporters import bundle, card, quantized_network
+from metamix_jax.exporters import bundle, card, onnx_reader, quantized_network
 from metamix_jax.selection import policy
 from metamix_jax.training import setup
 from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints
@@ -83,7 +83,48 @@ def test_mode_evaluate_accepts_a_bundle(run, exported):
     assert found["mode"] == "evaluate" and found["correct"] == exported[0]["correct"]
     config.data.channels = 3
     with pytest.raises(UserError, match="takes images of"):
-        quantized_network.evaluate_bundle(config, exported[1])
+        quantized_network.evaluate_exported(config, exported[1])
+
+
+@pytest.mark.parametrize("name", [card.INT8, card.INT4, card.QCDQ])
+def test_mode_evaluate_accepts_an_onnx_file(name, run, exported):
+    config = run[0].copy_and_resolve_references()
+    config.checkpoint = str(exported[1] / name)
+    found = commands.run_mode("evaluate", config, run[2])
+    counts = exported[0] if name == card.QCDQ else exported[0]["integer"]
+    assert found["onnx"] == config.checkpoint and found["examples"] == EXAMPLES
+    assert found["correct"] == counts["correct"]
+    config.data.num_classes = 11
+    with pytest.raises(UserError, match="takes images of"):
+        quantized_network.evaluate_exported(config, exported[1] / name)
+
+
+def test_damaged_and_foreign_onnx_files_are_refused(exported, tmp_path):
+    content = (exported[1] / card.INT8).read_bytes()
+    path, generator = tmp_path / "network.onnx", np.random.default_rng(0)
+    damaged = [b"", b"text", content[:-1000], content[: len(content) // 2]]
+    for place in generator.integers(0, len(content), 60):
+        damaged.append(bytearray(content))
+        damaged[-1][place] ^= 1 << generator.integers(8)
+    refused = 0
+    for each in damaged:
+        path.write_bytes(each)
+        try:
+            onnx_reader.read(path)
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    # What is left: the names of shapes and of the file's producer, which do not affect the scores.
+    assert refused >= 0.9 * len(damaged)
+    model = pytest.importorskip("onnx").load_model_from_string(content)
+    del model.metadata_props[:]
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UserError, match="damaged, or not written by --mode=export"):
+        onnx_reader.read(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        onnx_reader.read(tmp_path / "none.onnx")
+    with pytest.raises(UserError, match="onnxruntime does not run it"):
+        onnx_reader.read(exported[1] / card.QONNX)
 
 
 def test_a_damaged_bundle_is_one_line_and_exit_code_2(run, tmp_path, monkeypatch, capsys):
