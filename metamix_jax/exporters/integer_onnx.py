@@ -11,14 +11,22 @@ from typing import Any
 import numpy as np
 
 from metamix_jax.exporters.graph import Graph, Node
-from metamix_jax.exporters.integer_plan import GATE_FROM, HIGHEST, Plan, Step, Storage, levels_of
+from metamix_jax.exporters.integer_plan import (
+    GATE,
+    GATE_FROM,
+    HIGHEST,
+    RECTIFIERS,
+    Plan,
+    Step,
+    Storage,
+    levels_of,
+)
 from metamix_jax.exporters.onnx_files import SCORES, finish
 from metamix_jax.exporters.onnx_writers import Writer, require_onnx
 from metamix_jax.networks.drawing import IMAGE
 
 MOST_BIAS = 2.0**30  # of int32
 MOST_INT4, MOST_INT8, MOST_INT16 = 7, 127, 2**15 - 1
-_GATE = Storage(1 / HIGHEST, 0)  # of a hard sigmoid
 
 
 def integer_model(graph: Graph, plan: Plan, packed: bool = False) -> bytes:
@@ -40,7 +48,7 @@ class _IntegerWriter(Writer):
 
     def __init__(self, plan: Plan, packed: bool):
         super().__init__()
-        self._storage, self._streams, self._packed = plan.storage, plan.streams, packed
+        self.storage, self._streams, self._packed = plan.storage, plan.streams, packed
 
     def scale(self, name: str, storage: Storage) -> list[str]:
         """Returns the constants of a (de)quantization."""
@@ -49,8 +57,8 @@ class _IntegerWriter(Writer):
 
     def store(self, name: str, real: str) -> None:
         """Adds the levels of a tensor, if anything takes it."""
-        if name in self._storage:
-            self.quantize(real, f"{name}/levels", self._storage[name])
+        if name in self.storage:
+            self.quantize(real, f"{name}/levels", self.storage[name])
 
     def quantize(self, real: str, name: str, storage: Storage) -> str:
         """Adds the levels of real values."""
@@ -71,7 +79,7 @@ class _IntegerWriter(Writer):
 
     def taken(self, name: str, taker: str) -> str:
         """Adds the real values of a stored tensor, for one taker."""
-        return self.real(f"{name}/levels", f"{taker}/of/{name}", self._storage[name])
+        return self.real(f"{name}/levels", f"{taker}/of/{name}", self.storage[name])
 
     def mapped(self, levels: str, name: str, read: Storage, write: Storage) -> str:
         """Adds levels read in one way and written in another; runtimes look them up in a table."""
@@ -82,7 +90,7 @@ class _IntegerWriter(Writer):
     def layer_levels(self, node: Node) -> tuple[str, Storage, float]:
         """Returns the levels of a layer's input, and a shift added before they were taken."""
         (name,), quantizer = node.inputs, node.quantizer
-        stored = self._storage[name]
+        stored = self.storage[name]
         if quantizer is None or name not in self._streams:  # None: an image at full precision
             return f"{name}/levels", stored, 0.0
         own = levels_of(quantizer)
@@ -182,23 +190,43 @@ def _between(op: str):
     return emit
 
 
+def _mean(writer: _IntegerWriter, step: Step) -> None:
+    flat, output = len(step.node.shape) == 1, step.output
+    x = writer.taken(step.node.inputs[0], output)
+    real = writer.add("GlobalAveragePool", x, f"{output}/real")
+    if not flat:
+        writer.store(output, real)
+        return
+    levels = writer.quantize(real, f"{output}/pooled", writer.storage[output])
+    writer.add("Flatten", levels, f"{output}/levels")
+
+
+def _rectifier(writer: _IntegerWriter, step: Step) -> None:
+    """Adds a ReLU that no layer absorbs: in a table, as the bounds of the levels."""
+    (x,), stored = step.node.inputs, writer.storage[step.output]
+    most = min(RECTIFIERS[step.node.op] / stored.step, HIGHEST)
+    high = min(stored.high, stored.zero + round(most))
+    bounded = stored._replace(low=max(stored.low, stored.zero), high=high)
+    writer.mapped(f"{x}/levels", f"{step.output}/levels", writer.storage[x], bounded)
+
+
 def _gate(writer: _IntegerWriter, step: Step, name: str, write: Storage) -> str:
     """Adds clip(x / 6 + 1 / 2, 0, 1): reading levels in another way, and the ends of uint8."""
     (x,) = step.node.inputs
-    stored = writer._storage[x]
+    stored = writer.storage[x]
     read = Storage(stored.step / (2 * GATE_FROM), stored.zero - round(GATE_FROM / stored.step))
     return writer.mapped(f"{x}/levels", name, read, write)
 
 
 def _hard_sigmoid(writer: _IntegerWriter, step: Step) -> None:
-    _gate(writer, step, f"{step.output}/levels", writer._storage[step.output])
+    _gate(writer, step, f"{step.output}/levels", writer.storage[step.output])
 
 
 def _hswish(writer: _IntegerWriter, step: Step) -> None:
-    gate = _gate(writer, step, f"{step.output}/gate", _GATE)
+    gate = _gate(writer, step, f"{step.output}/gate", GATE)
     inputs = [
         writer.taken(step.node.inputs[0], step.output),
-        writer.real(gate, f"{step.output}/gate/real", _GATE),
+        writer.real(gate, f"{step.output}/gate/real", GATE),
     ]
     writer.store(step.output, writer.add("Mul", inputs, f"{step.output}/real"))
 
@@ -221,12 +249,23 @@ def _max_pool(writer: _IntegerWriter, step: Step) -> None:
 def _subsample(writer: _IntegerWriter, step: Step) -> None:
     name, options = step.output, step.node.options
     stride, (before, after) = options["stride"], options["channels"]
-    numbers = {"starts": [0, 0], "ends": [2**31 - 1] * 2, "axes": [2, 3], "steps": [stride] * 2}
-    inputs = [writer.constant(f"{name}/{key}", value, np.int64) for key, value in numbers.items()]
-    taken = writer.add("Slice", [f"{step.node.inputs[0]}/levels", *inputs], f"{name}/taken")
-    margins = writer.constant(f"{name}/margins", [0, before, 0, 0, 0, after, 0, 0], np.int64)
-    zero = writer.constant(f"{name}/padding", writer._storage[name].zero, np.uint8)
-    writer.add("Pad", [taken, margins, zero], f"{name}/levels")
+    levels, padded = f"{step.node.inputs[0]}/levels", before or after
+    if stride > 1 or not padded:
+        numbers = {
+            "starts": [0] * 2,
+            "ends": [2**31 - 1] * 2,
+            "axes": [2, 3],
+            "steps": [stride] * 2,
+        }
+        inputs = [
+            writer.constant(f"{name}/{key}", value, np.int64) for key, value in numbers.items()
+        ]
+        taken = f"{name}/taken" if padded else f"{name}/levels"
+        levels = writer.add("Slice", [levels, *inputs], taken)
+    if padded:
+        margins = writer.constant(f"{name}/margins", [0, before, 0, 0, 0, after, 0, 0], np.int64)
+        zero = writer.constant(f"{name}/padding", writer.storage[name].zero, np.uint8)
+        writer.add("Pad", [levels, margins, zero], f"{name}/levels")
 
 
 _EMIT = {
@@ -234,8 +273,10 @@ _EMIT = {
     "dense": _layer,
     "add": _between("Add"),
     "multiply": _between("Mul"),
-    "mean": _between("GlobalAveragePool"),
-    "relu": _between("Relu"),
+    "mean": _mean,
+    "relu": _rectifier,
+    "relu6": _rectifier,
+    "sigmoid": _between("Sigmoid"),
     "hsigmoid": _hard_sigmoid,
     "hswish": _hswish,
     "max_pool": _max_pool,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from metamix_jax.exporters.graph import Graph, Node, Quantizer
+from metamix_jax.exporters.recognise import recognised
 from metamix_jax.networks.drawing import IMAGE
 
 CONTAINER_BITS = 8
@@ -20,8 +21,9 @@ SAME_LEVELS = frozenset({"max_pool", "flatten", "subsample"})  # the same on lev
 RECTIFIERS = {"relu": np.inf, "relu6": 6.0}  # -> the greatest result
 GATES = frozenset({"hswish", "hsigmoid"})  # constant below -GATE_FROM
 GATE_FROM = 3.0
-OPS = SAME_LEVELS | GATES | RECTIFIERS.keys() | {
-    "conv", "dense", "affine", "mean", "add", "multiply",
+FROM_0_TO_1 = frozenset({"hsigmoid", "sigmoid"})
+OPS = SAME_LEVELS | GATES | FROM_0_TO_1 | RECTIFIERS.keys() | {
+    "conv", "dense", "mean", "add", "multiply",
 }  # fmt: skip
 
 
@@ -32,6 +34,9 @@ class Storage(NamedTuple):
     zero: int
     low: int = 0
     high: int = HIGHEST
+
+
+GATE = Storage(1 / HIGHEST, 0)  # of values from 0 to 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +72,24 @@ class Plan:
 
 def unsupported(graph: Graph) -> str:
     """Returns an operation without an integer kernel; "" if there is none."""
-    return next((node.op for node in graph.nodes if node.op not in OPS), "")
+    for step in fold(graph):
+        node = step.node
+        constant = node.op == "affine"  # scales or moves what no layer computes
+        across = node.op == "dense" and node.kernel is not None and len(node.shape) > 1
+        if constant or across or node.op not in OPS:
+            return "a dense layer over positions" if across else node.op
+    return ""
 
 
 def fold(graph: Graph) -> tuple[Step, ...]:
     """Returns the steps of a network: batch norms and ReLUs join the nodes before them."""
     users: dict[str, list[Node]] = {}
-    for node in graph.nodes:
+    nodes = recognised(graph).nodes if graph.traced else graph.nodes
+    for node in nodes:
         for name in node.inputs:
             users.setdefault(name, []).append(node)
     steps, absorbed = [], set()
-    for node in graph.nodes:
+    for node in nodes:
         if node.name in absorbed:
             continue
         chain = [node]
@@ -132,6 +144,8 @@ def plan(steps: tuple[Step, ...], ranges: Mapping[str, tuple[float, float]]) -> 
             found = _stored_at(own)
             top = round(min(most / own.step, HIGHEST))  # a ReLU6 may end below the highest level
             storage[name] = found._replace(high=min(found.high, found.zero + top))
+        elif takers and name in made and made[name].node.op in FROM_0_TO_1:
+            storage[name] = GATE
         elif takers:
             storage[name] = _stream(ranges[name], takers)
     several = set(streams(steps))

@@ -13,7 +13,15 @@ from metamix_jax.exporters.integer_plan import Storage
 from metamix_jax.networks import registry
 from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.precision import QuantSettings
-from tests.helpers.export_networks import CLASSES, PIECES, Pieces, graph_of, quantized
+from tests.helpers.export_networks import (
+    CLASSES,
+    PIECES,
+    Pieces,
+    calibrated,
+    graph_of,
+    intercepted,
+    quantized,
+)
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -56,6 +64,8 @@ def in_steps(graph):
     wanted, found = (
         _tensors(content, names, end) for content, end in zip(models, ("", "/levels"), strict=True)
     )
+    if graph.traced:  # its exact form has channels last
+        wanted = [x.transpose(0, 3, 1, 2) if x.ndim == 4 else x for x in wanted]
     distances = {}
     for name, x, levels in zip(names, wanted, found, strict=True):
         stored = plan.storage[name]
@@ -73,6 +83,12 @@ def _tensors(content, names, end):
     inputs = {IMAGE: images}
     session = integer_runtime.session(model.SerializeToString())
     return session.run([f"{name}{end}" for name in names], inputs)
+
+
+def traced(name="Deployed", **fields):
+    """The graph of a network in plain Flax."""
+    model = intercepted(name, settings(**fields), SHAPE)
+    return graph_of(calibrated(model, np.float32(PIXELS) / np.float32(255)))
 
 
 # Accuracy --------------------------------------------------------------------------------------
@@ -94,6 +110,12 @@ def test_every_tensor_of_a_resnet(fields):
     assert max(found.values()) < 1.5
 
 
+@pytest.mark.parametrize(("name", "most"), [("Deployed", 7.0), ("PlainResNet", 3.0)])
+def test_every_tensor_of_a_traced_network(name, most):
+    found = in_steps(traced(name))
+    assert len(found) > 10 and max(found.values()) < most and np.median([*found.values()]) < 2.5
+
+
 def test_weights_of_4_bits_change_no_score():
     graph = pieces(weight_bits=(4, 3))
     plain, packed = integer_runtime.integer_files(graph, PIXELS)
@@ -101,7 +123,7 @@ def test_weights_of_4_bits_change_no_score():
     assert np.abs(run(plain, graph) - executor.run(graph, normalise(PIXELS, graph))).max() < 0.1
 
 
-@pytest.mark.parametrize("graph", [pieces, resnet])
+@pytest.mark.parametrize("graph", [pieces, resnet, traced])
 def test_everything_between_image_and_scores_runs_on_integers(graph):
     plain, packed = integer_runtime.integer_files(graph(), PIXELS)
     for content in (plain, packed):

@@ -4,24 +4,20 @@ import io
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError
 from metamix_jax.exporters import bundle, executor, lowering, onnx_files, onnx_traced
 from metamix_jax.exporters.build import obstacle
 from metamix_jax.exporters.graph import OPS, result_shape
 from metamix_jax.exporters.operations import OPERATIONS
-from metamix_jax.exporters.quantized_network import QuantizedNetwork
 from metamix_jax.exporters.stablehlo import stablehlo
-from metamix_jax.networks import own
 from metamix_jax.networks.drawing import IMAGE
-from metamix_jax.networks.precision import Precision, QuantSettings
-from metamix_jax.selection import cost, policy
-from metamix_jax.training import setup
-from tests.helpers.export_networks import CLASSES, graph_of, random_images, random_leaves
+from metamix_jax.networks.precision import QuantSettings
+from metamix_jax.selection import cost
+from tests.helpers import export_networks
+from tests.helpers.export_networks import graph_of, random_images
 from tests.helpers.tiny_network import compiled
 
 SHAPE = (9, 9, 1)
@@ -32,36 +28,11 @@ SETTINGS = QuantSettings(act_bits=(8, 5, 3), weight_bits=(6, 4))
 
 
 def intercepted(name):
-    place = f"tests.helpers.own_networks:{name}"
-    return own.make(place, {}, CLASSES, SETTINGS, SHAPE)
+    return export_networks.intercepted(name, SETTINGS, SHAPE)
 
 
 def quantized(model, seed=0):
-    """Returns a network with calibrated steps, at random bits."""
-    generator = np.random.default_rng(seed)
-    costs = cost.layer_costs(model, SHAPE)
-    shapes = jax.eval_shape(model.init, KEYS, IMAGES)
-    variables = {
-        name: random_leaves(shapes[name], generator) if name in shapes else {}
-        for name in ("params", "batch_stats")
-    }
-    variables["quant"] = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes["quant"])
-    for precision in (Precision("calibrate"), Precision(weights="calibrate")):
-        run = compiled(
-            lambda v, precision=precision: model.apply(
-                v, IMAGES, mutable=["quant"], precision=precision
-            )[1]
-        )
-        variables["quant"] = run(variables)["quant"]
-    bits = {
-        path: layer.candidates[generator.integers(len(layer.candidates))]
-        for path, layer in costs.items()
-    }
-    facts = {"model": "tiny", "image_size": SHAPE[0], "searcher": "file", "seed": seed}
-    chosen = policy.make_policy(costs, bits, budget_gbops=1.0, **facts)
-    config = ConfigDict({"data": {"mean": (0.0,), "std": (1.0,)}})
-    network = setup.Network(model, "tiny", SHAPE, costs, None, {})
-    return QuantizedNetwork(config, network, variables, chosen)
+    return export_networks.calibrated(model, IMAGES, seed)
 
 
 @pytest.fixture(scope="module", params=NAMES)

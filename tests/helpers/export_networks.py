@@ -9,12 +9,14 @@ from ml_collections import ConfigDict
 
 from metamix_jax.exporters import quantized_network
 from metamix_jax.exporters.build import build_graph
+from metamix_jax.networks import own
 from metamix_jax.networks.architecture import Architecture
 from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
-from metamix_jax.networks.precision import FULL, QuantSettings
+from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 from metamix_jax.selection import cost, policy
 from metamix_jax.training import setup
+from tests.helpers.tiny_network import compiled
 
 CLASSES = 5
 
@@ -85,6 +87,41 @@ def quantized(model, image_shape, *, seed=0):
     chosen = policy.make_policy(costs, drawn, budget_gbops=1.0, **facts)
     config = ConfigDict({"data": {"mean": (0.0,), "std": (1.0,)}})
     network = setup.Network(model, "tiny", image_shape, costs, None, {})
+    return quantized_network.QuantizedNetwork(config, network, variables, chosen)
+
+
+def intercepted(name, settings, image_shape):
+    """Returns a network of own_networks.py, its products quantized."""
+    return own.make(f"tests.helpers.own_networks:{name}", {}, CLASSES, settings, image_shape)
+
+
+def calibrated(model, images, seed=0):
+    """Returns a network with steps calibrated on images, at random bits."""
+    generator = np.random.default_rng(seed)
+    shape = images.shape[1:]
+    costs = cost.layer_costs(model, shape)
+    keys = {"params": jax.random.key(0), "quant": jax.random.key(2)}
+    shapes = jax.eval_shape(model.init, keys, images)
+    variables = {
+        name: random_leaves(shapes[name], generator) if name in shapes else {}
+        for name in ("params", "batch_stats")
+    }
+    variables["quant"] = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes["quant"])
+    for precision in (Precision("calibrate"), Precision(weights="calibrate")):
+        run = compiled(
+            lambda v, precision=precision: model.apply(
+                v, images, mutable=["quant"], precision=precision
+            )[1]
+        )
+        variables["quant"] = run(variables)["quant"]
+    bits = {
+        path: layer.candidates[generator.integers(len(layer.candidates))]
+        for path, layer in costs.items()
+    }
+    facts = {"model": "tiny", "image_size": shape[0], "searcher": "file", "seed": seed}
+    chosen = policy.make_policy(costs, bits, budget_gbops=1.0, **facts)
+    config = ConfigDict({"data": {"mean": (0.0,), "std": (1.0,)}})
+    network = setup.Network(model, "tiny", shape, costs, None, {})
     return quantized_network.QuantizedNetwork(config, network, variables, chosen)
 
 

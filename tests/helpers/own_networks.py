@@ -223,6 +223,29 @@ class Everything(nn.Module):
         return nn.Dense(self.num_classes)(mixed.max(-1) * gate + 1 / (1 + gate))
 
 
+class Deployed(nn.Module):
+    """Operations that all have integer kernels, written as Flax users write them."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        def norm():
+            return nn.BatchNorm(use_running_average=not train)
+
+        x = nn.hard_swish(norm()(nn.Conv(8, (3, 3))(x)))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        y = nn.relu6(norm()(nn.Conv(8, (3, 3), feature_group_count=8)(x)))
+        x = nn.relu(x + norm()(nn.Conv(8, (1, 1))(y)))
+        y = nn.silu(norm()(nn.Conv(12, (3, 3), strides=2, padding=1)(x)))
+        gate = nn.relu(nn.Conv(4, (1, 1))(y.mean((1, 2), keepdims=True)))
+        y *= nn.sigmoid(nn.Conv(12, (1, 1))(gate))
+        y *= nn.hard_sigmoid(nn.Conv(12, (1, 1))(nn.relu(y)))
+        x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (2, 2))) + y
+        x = nn.relu(nn.Dense(8)(x.mean((1, 2))))
+        return nn.Dense(self.num_classes)(x)
+
+
 class Counts(nn.Module):
     """Asks how many images there are, which a symbolic batch cannot tell."""
 
