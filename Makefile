@@ -9,8 +9,8 @@ WORKDIR ?= runs/digits
 demo: .venv/ready  ## all phases on the embedded digits
 	python main.py --config=digits --workdir=$(WORKDIR)
 
-test: .venv/dev lint  ## what CI runs
-	python -m pytest -n 2 -m "not real and not faults"
+test: .venv/dev lint  ## what CI runs; three processes, because some wait for others
+	python -m pytest -n 3 -m "not real and not faults"
 
 check-real: .venv/torch  ## checks against PyTorch, and on the data and weights of ../shared
 	python -m pytest -m "(real or torch) and not faults"
