@@ -105,14 +105,6 @@ def test_killed_and_stopped_after_the_search_it_is_the_same_run(
     assert facts_of(trained) == facts_of(result)
     assert_same_run(workdir, reference)
 
-    # A search in a workdir past its search changes nothing and reports its policy.
-    before = json.loads((workdir / "results.json").read_text())
-    again = processes.result(search)
-    assert again["mode"] == "search"
-    assert facts_of(again) == facts_of(searched)
-    assert json.loads((workdir / "results.json").read_text()) == before
-    assert_same_run(workdir, reference)
-
 
 def test_run_again_when_finished(processes, finished, finished_copy):
     result = finished[1]
@@ -122,6 +114,15 @@ def test_run_again_when_finished(processes, finished, finished_copy):
     assert "compiling" not in done.stderr
     again = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
     assert again == result | {"workdir": str(finished_copy)}
+    assert_same_run(finished_copy, finished[0])
+
+
+@pytest.mark.faults
+def test_a_search_past_its_search_changes_nothing(processes, finished, finished_copy):
+    before = json.loads((finished_copy / "results.json").read_text())
+    again = processes.result(command(f"--workdir={finished_copy}", "--mode=search"))
+    assert again["mode"] == "search" and again["gbops"] == finished[1]["gbops"]
+    assert json.loads((finished_copy / "results.json").read_text()) == before
     assert_same_run(finished_copy, finished[0])
 
 
