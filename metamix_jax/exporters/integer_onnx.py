@@ -15,7 +15,6 @@ from metamix_jax.exporters.integer_plan import (
     GATE,
     GATE_FROM,
     HIGHEST,
-    RECTIFIERS,
     Plan,
     Step,
     Storage,
@@ -114,13 +113,6 @@ class _IntegerWriter(Writer):
         product = self.add("Mul", [real, times], f"{name}/product")
         return self.add("Cast", product, name, to=types.INT8)
 
-    # The abstract methods of `Writer` are for exact forms.
-    def quantized(self, node: Node, x: str) -> str:
-        raise NotImplementedError
-
-    def kernel(self, node: Node, axis: int) -> str:
-        raise NotImplementedError
-
 
 def _layer(writer: _IntegerWriter, step: Step) -> None:
     node = step.node
@@ -202,12 +194,9 @@ def _mean(writer: _IntegerWriter, step: Step) -> None:
 
 
 def _rectifier(writer: _IntegerWriter, step: Step) -> None:
-    """Adds a ReLU that no layer absorbs: in a table, as the bounds of the levels."""
-    (x,), stored = step.node.inputs, writer.storage[step.output]
-    most = min(RECTIFIERS[step.node.op] / stored.step, HIGHEST)
-    high = min(stored.high, stored.zero + round(most))
-    bounded = stored._replace(low=max(stored.low, stored.zero), high=high)
-    writer.mapped(f"{x}/levels", f"{step.output}/levels", writer.storage[x], bounded)
+    """Adds a ReLU that no layer absorbs: its bounds are those of the levels it is stored at."""
+    (x,), storage = step.node.inputs, writer.storage
+    writer.mapped(f"{x}/levels", f"{step.output}/levels", storage[x], storage[step.output])
 
 
 def _gate(writer: _IntegerWriter, step: Step, name: str, write: Storage) -> str:

@@ -46,7 +46,7 @@ class Step:
     node: the first of them.
     output: name of the result.
     levels: int8, of a layer's kernel; its step is float64 [features], and so is its bias.
-    most: greatest result, if a ReLU gives one.
+    least, most: bounds of the result, if a ReLU gives them.
     """
 
     node: Node
@@ -54,6 +54,7 @@ class Step:
     levels: np.ndarray | None = None
     step: np.ndarray | None = None
     bias: np.ndarray | None = None
+    least: float = -np.inf
     most: float = np.inf
 
 
@@ -74,10 +75,12 @@ def unsupported(graph: Graph) -> str:
     """Returns an operation without an integer kernel; "" if there is none."""
     for step in fold(graph):
         node = step.node
-        constant = node.op == "affine"  # scales or moves what no layer computes
-        across = node.op == "dense" and node.kernel is not None and len(node.shape) > 1
-        if constant or across or node.op not in OPS:
-            return "a dense layer over positions" if across else node.op
+        if node.op == "affine":
+            return "a constant scale or offset that follows no layer"
+        if node.op == "dense" and len(node.shape) > 1:
+            return "a dense layer over positions"
+        if node.op not in OPS:
+            return node.op
     return ""
 
 
@@ -110,9 +113,9 @@ def _absorbs(chain: Sequence[Node], then: Node) -> bool:
 
 def _step(chain: Sequence[Node]) -> Step:
     node, last = chain[0], chain[-1]
-    most = RECTIFIERS.get(last.op, np.inf)
+    bounds = (0.0, RECTIFIERS[last.op]) if last.op in RECTIFIERS else (-np.inf, np.inf)
     if node.kernel is None:
-        return Step(node, last.name, most=most)
+        return Step(node, last.name, None, None, None, *bounds)
     scale, bias = np.ones(node.shape[-1]), np.float64(node.arrays.get("bias", 0.0))
     for each in chain:
         if each.op == "affine":
@@ -120,7 +123,7 @@ def _step(chain: Sequence[Node]) -> Step:
             bias = bias * each.arrays["scale"] + each.arrays["offset"]
     levels = node.kernel.levels * np.where(scale < 0, -1, 1).astype(np.int8)
     step = np.abs(scale) * node.kernel.step
-    return Step(node, last.name, levels, step, bias + np.zeros(node.shape[-1]), most)
+    return Step(node, last.name, levels, step, bias + np.zeros(node.shape[-1]), *bounds)
 
 
 def streams(steps: Sequence[Step]) -> tuple[str, ...]:
@@ -139,15 +142,13 @@ def plan(steps: tuple[Step, ...], ranges: Mapping[str, tuple[float, float]]) -> 
     storage = {}
     made = {step.output: step for step in steps}
     for name, takers in _takers(steps).items():
-        own, most = _own_levels(takers), made[name].most if name in made else np.inf
+        own, step = _own_levels(takers), made.get(name)
         if own is not None:
-            found = _stored_at(own)
-            top = round(min(most / own.step, HIGHEST))  # a ReLU6 may end below the highest level
-            storage[name] = found._replace(high=min(found.high, found.zero + top))
-        elif takers and name in made and made[name].node.op in FROM_0_TO_1:
+            storage[name] = _bounded(_stored_at(own), step)
+        elif takers and step and step.node.op in FROM_0_TO_1:
             storage[name] = GATE
         elif takers:
-            storage[name] = _stream(ranges[name], takers)
+            storage[name] = _bounded(_stream(ranges[name], takers), step)
     several = set(streams(steps))
     for step in steps:
         if step.node.op in SAME_LEVELS:
@@ -155,6 +156,14 @@ def plan(steps: tuple[Step, ...], ranges: Mapping[str, tuple[float, float]]) -> 
             storage[step.output] = storage[name]
             several |= {step.output} if name in several else set()
     return Plan(steps, storage, frozenset(several))
+
+
+def _bounded(storage: Storage, step: Step | None) -> Storage:
+    """Returns the levels that a ReLU leaves: from that of 0, perhaps to that of 6."""
+    if step is None or step.least < 0:
+        return storage
+    high = storage.zero + round(min(step.most / storage.step, HIGHEST))
+    return storage._replace(low=max(storage.low, storage.zero), high=min(storage.high, high))
 
 
 def _takers(steps: Sequence[Step]) -> dict[str, list[Node]]:

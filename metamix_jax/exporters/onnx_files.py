@@ -24,6 +24,7 @@ from metamix_jax.exporters.executor import ones_product
 from metamix_jax.exporters.graph import Graph, Node
 from metamix_jax.exporters.onnx_writers import (
     QONNX_DOMAIN,
+    ExactWriter,
     FloatWriter,
     QcdqWriter,
     QonnxWriter,
@@ -55,7 +56,7 @@ def float_model(graph: Graph) -> bytes:
     return encode(dataclasses.replace(graph, nodes=nodes), FloatWriter(), batch="batch")
 
 
-def encode(graph: Graph, writer: Writer, batch: int | str) -> bytes:
+def encode(graph: Graph, writer: ExactWriter, batch: int | str) -> bytes:
     """Returns the serialized ONNX model of `writer`'s nodes; batch: a size or a symbol."""
     if graph.traced:
         onnx_traced.add_image(writer)
@@ -142,7 +143,7 @@ def _channels_first(batch: int | str, shape: Sequence[int]) -> list[int | str]:
     return [batch, *shape] if len(shape) == 1 else [batch, shape[2], shape[0], shape[1]]
 
 
-def _conv(writer: Writer, node: Node, graph: Graph) -> None:
+def _conv(writer: ExactWriter, node: Node, graph: Graph) -> None:
     options = node.options
     (top, bottom), (left, right) = options["padding"]
     product = writer.add(
@@ -158,13 +159,13 @@ def _conv(writer: Writer, node: Node, graph: Graph) -> None:
     _add_constant(writer, node, graph, product)
 
 
-def _dense(writer: Writer, node: Node, graph: Graph) -> None:
+def _dense(writer: ExactWriter, node: Node, graph: Graph) -> None:
     kernel = writer.kernel(node, axis=1)
     inputs = [writer.layer_input(node, node.inputs[0]), kernel]
     _add_constant(writer, node, graph, writer.add("MatMul", inputs, f"{node.name}/product"))
 
 
-def _add_constant(writer: Writer, node: Node, graph: Graph, product: str) -> None:
+def _add_constant(writer: ExactWriter, node: Node, graph: Graph, product: str) -> None:
     """Adds a layer's bias minus the contribution of its input's shift."""
     constant = np.zeros((1,) * (1 + len(node.shape)), np.float32)
     if "bias" in node.arrays:
@@ -180,7 +181,7 @@ def _add_constant(writer: Writer, node: Node, graph: Graph, product: str) -> Non
     writer.add("Add", [product, writer.constant(f"{node.name}/constant", constant)], node.name)
 
 
-def _affine(writer: Writer, node: Node, graph: Graph) -> None:
+def _affine(writer: ExactWriter, node: Node, graph: Graph) -> None:
     scale, offset = (
         writer.constant(f"{node.name}/{name}", node.arrays[name].reshape(1, -1, 1, 1))
         for name in ("scale", "offset")
@@ -189,23 +190,23 @@ def _affine(writer: Writer, node: Node, graph: Graph) -> None:
     writer.add("Add", [scaled, offset], node.name)
 
 
-def _clip_to_6(writer: Writer, x: str, output: str) -> str:
+def _clip_to_6(writer: ExactWriter, x: str, output: str) -> str:
     return writer.add("Clip", [x, writer.constant("0", 0), writer.constant("6", 6)], output)
 
 
-def _hard_sigmoid(writer: Writer, node: Node, output: str) -> str:
+def _hard_sigmoid(writer: ExactWriter, node: Node, output: str) -> str:
     # Not ONNX's HardSigmoid, which multiplies by 1/6 and so rounds differently.
     moved = writer.add("Add", [node.inputs[0], writer.constant("3", 3)], f"{node.name}/plus_3")
     clipped = _clip_to_6(writer, moved, f"{node.name}/clipped")
     return writer.add("Div", [clipped, writer.constant("6", 6)], output)
 
 
-def _hswish(writer: Writer, node: Node, graph: Graph) -> None:
+def _hswish(writer: ExactWriter, node: Node, graph: Graph) -> None:
     gate = _hard_sigmoid(writer, node, f"{node.name}/gate")
     writer.add("Mul", [node.inputs[0], gate], node.name)
 
 
-def _max_pool(writer: Writer, node: Node, graph: Graph) -> None:
+def _max_pool(writer: ExactWriter, node: Node, graph: Graph) -> None:
     (top, bottom), (left, right) = node.options["padding"]
     writer.add(
         "MaxPool",
@@ -217,7 +218,7 @@ def _max_pool(writer: Writer, node: Node, graph: Graph) -> None:
     )
 
 
-def _subsample(writer: Writer, node: Node, graph: Graph) -> None:
+def _subsample(writer: ExactWriter, node: Node, graph: Graph) -> None:
     stride, (before, after) = node.options["stride"], node.options["channels"]
     numbers = {"starts": [0, 0], "ends": [2**31 - 1] * 2, "axes": [2, 3], "steps": [stride] * 2}
     inputs = [
@@ -229,7 +230,7 @@ def _subsample(writer: Writer, node: Node, graph: Graph) -> None:
 
 
 def _plain(op: str):
-    def lower(writer: Writer, node: Node, graph: Graph) -> None:
+    def lower(writer: ExactWriter, node: Node, graph: Graph) -> None:
         writer.add(op, node.inputs, node.name)
 
     return lower

@@ -12,15 +12,15 @@ import numpy as np
 
 from metamix_jax.exporters.executor import ones_product
 from metamix_jax.exporters.graph import Graph, Node
-from metamix_jax.exporters.onnx_writers import Writer
+from metamix_jax.exporters.onnx_writers import ExactWriter
 from metamix_jax.networks.drawing import IMAGE
 
-Lowering = Callable[[Writer, Node, Graph], None]
+Lowering = Callable[[ExactWriter, Node, Graph], None]
 CHANNELS_LAST_IMAGE = f"{IMAGE}/channels_last"
 _TO_FIRST, _TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
-def add_image(writer: Writer) -> None:
+def add_image(writer: ExactWriter) -> None:
     """Adds the transposed image."""
     writer.add("Transpose", IMAGE, CHANNELS_LAST_IMAGE, perm=_TO_LAST)
 
@@ -31,7 +31,7 @@ def with_image(node: Node) -> Node:
     return dataclasses.replace(node, inputs=inputs)
 
 
-def _conv(writer: Writer, node: Node, graph: Graph) -> None:
+def _conv(writer: ExactWriter, node: Node, graph: Graph) -> None:
     options, name = node.options, node.name
     (top, bottom), (left, right) = options["padding"]
     x = writer.layer_input(node, node.inputs[0])
@@ -45,12 +45,12 @@ def _conv(writer: Writer, node: Node, graph: Graph) -> None:
                                                  perm=_TO_LAST))  # fmt: skip
 
 
-def _dense(writer: Writer, node: Node, graph: Graph) -> None:
+def _dense(writer: ExactWriter, node: Node, graph: Graph) -> None:
     inputs = [writer.layer_input(node, node.inputs[0]), writer.kernel(node, axis=1)]
     _minus_shift(writer, node, graph, writer.add("MatMul", inputs, f"{node.name}/product"))
 
 
-def _minus_shift(writer: Writer, node: Node, graph: Graph, product: str) -> None:
+def _minus_shift(writer: ExactWriter, node: Node, graph: Graph, product: str) -> None:
     """Subtracts the contribution of the input's shift, as in `onnx_files`."""
     if node.quantizer is None or not node.quantizer.shift:
         writer.add("Identity", product, node.name)
@@ -61,7 +61,7 @@ def _minus_shift(writer: Writer, node: Node, graph: Graph, product: str) -> None
     writer.add("Sub", [product, writer.constant(f"{node.name}/constant", constant)], node.name)
 
 
-def _product(writer: Writer, node: Node, graph: Graph) -> None:
+def _product(writer: ExactWriter, node: Node, graph: Graph) -> None:
     second = dataclasses.replace(node, name=f"{node.name}/second", quantizer=node.other)
     operands = []
     for each, x in zip((node, second), node.inputs, strict=True):
@@ -74,60 +74,60 @@ def _product(writer: Writer, node: Node, graph: Graph) -> None:
 
 
 def _named(op: str, **attributes: int) -> Lowering:
-    def lower(writer: Writer, node: Node, graph: Graph) -> None:
+    def lower(writer: ExactWriter, node: Node, graph: Graph) -> None:
         writer.add(op, node.inputs, node.name, **attributes)
 
     return lower
 
 
-def _rsqrt(writer: Writer, node: Node, graph: Graph) -> None:
+def _rsqrt(writer: ExactWriter, node: Node, graph: Graph) -> None:
     root = writer.add("Sqrt", node.inputs, f"{node.name}/root")
     writer.add("Reciprocal", root, node.name)
 
 
 def _comparison(op: str) -> Lowering:
-    def lower(writer: Writer, node: Node, graph: Graph) -> None:
+    def lower(writer: ExactWriter, node: Node, graph: Graph) -> None:
         found = writer.add(op, node.inputs, f"{node.name}/bool")
         writer.add("Cast", found, node.name, to=1)  # float32
 
     return lower
 
 
-def _where(writer: Writer, node: Node, graph: Graph) -> None:
+def _where(writer: ExactWriter, node: Node, graph: Graph) -> None:
     condition, *values = node.inputs
     true = writer.add("Greater", [condition, writer.constant("0", 0)], f"{node.name}/condition")
     writer.add("Where", [true, *values], node.name)
 
 
-def _sum(writer: Writer, node: Node, graph: Graph) -> None:
+def _sum(writer: ExactWriter, node: Node, graph: Graph) -> None:
     axes = [axis + 1 for axis in node.options["axes"]]
     inputs = [*node.inputs, writer.constant(f"{node.name}/axes", axes, np.int64)]
     writer.add("ReduceSum", inputs, node.name, keepdims=0)
 
 
 def _extreme(op: str) -> Lowering:
-    def lower(writer: Writer, node: Node, graph: Graph) -> None:
+    def lower(writer: ExactWriter, node: Node, graph: Graph) -> None:
         axes = [axis + 1 for axis in node.options["axes"]]
         writer.add(op, node.inputs, node.name, axes=axes, keepdims=0)
 
     return lower
 
 
-def _reshape(writer: Writer, node: Node, graph: Graph) -> None:
+def _reshape(writer: ExactWriter, node: Node, graph: Graph) -> None:
     shape = writer.constant(f"{node.name}/shape", [-1, *node.options["shape"]], np.int64)
     writer.add("Reshape", [*node.inputs, shape], node.name)
 
 
-def _expand(writer: Writer, node: Node, graph: Graph) -> None:
+def _expand(writer: ExactWriter, node: Node, graph: Graph) -> None:
     shape = writer.constant(f"{node.name}/shape", [1, *node.options["shape"]], np.int64)
     writer.add("Expand", [*node.inputs, shape], node.name)
 
 
-def _transpose(writer: Writer, node: Node, graph: Graph) -> None:
+def _transpose(writer: ExactWriter, node: Node, graph: Graph) -> None:
     writer.add("Transpose", node.inputs, node.name, perm=[0, *node.options["order"]])
 
 
-def _slice(writer: Writer, node: Node, graph: Graph) -> None:
+def _slice(writer: ExactWriter, node: Node, graph: Graph) -> None:
     starts, ends, steps = zip(*node.options["bounds"], strict=True)
     axes = range(1, len(starts) + 1)
     numbers = {"starts": starts, "ends": ends, "axes": axes, "steps": steps}
@@ -138,7 +138,7 @@ def _slice(writer: Writer, node: Node, graph: Graph) -> None:
     writer.add("Slice", [*node.inputs, *inputs], node.name)
 
 
-def _concatenate(writer: Writer, node: Node, graph: Graph) -> None:
+def _concatenate(writer: ExactWriter, node: Node, graph: Graph) -> None:
     constants = {each.name for each in graph.nodes if each.op == "constant"}
     inputs = []
     for number, x in enumerate(node.inputs):
@@ -151,7 +151,7 @@ def _concatenate(writer: Writer, node: Node, graph: Graph) -> None:
     writer.add("Concat", inputs, node.name, axis=node.options["axis"] + 1)
 
 
-def _pad(writer: Writer, node: Node, graph: Graph) -> None:
+def _pad(writer: ExactWriter, node: Node, graph: Graph) -> None:
     before, after = zip(*node.options["margins"], strict=True)
     margins = writer.constant(f"{node.name}/margins", [0, *before, 0, *after], np.int64)
     value = writer.constant(f"{node.name}/value", node.options["value"])
@@ -159,7 +159,7 @@ def _pad(writer: Writer, node: Node, graph: Graph) -> None:
 
 
 def _window(op: str, **attributes: int) -> Lowering:
-    def lower(writer: Writer, node: Node, graph: Graph) -> None:
+    def lower(writer: ExactWriter, node: Node, graph: Graph) -> None:
         options, name = node.options, node.name
         (top, bottom), (left, right) = options["padding"]
         first = writer.add("Transpose", node.inputs, f"{name}/channels_first", perm=_TO_FIRST)
@@ -175,7 +175,7 @@ def _window(op: str, **attributes: int) -> Lowering:
     return lower
 
 
-def _constant(writer: Writer, node: Node, graph: Graph) -> None:
+def _constant(writer: ExactWriter, node: Node, graph: Graph) -> None:
     writer.constant(node.name, node.arrays["value"].reshape(1, *node.options["shape"]))
 
 

@@ -30,7 +30,7 @@ def kernel_levels(node: Node) -> np.ndarray:
     return levels.transpose(3, 2, 0, 1) if node.op == "conv" else levels
 
 
-class Writer(abc.ABC):
+class Writer:
     """Collects ONNX nodes and constants."""
 
     domain = ""
@@ -57,6 +57,10 @@ class Writer(abc.ABC):
             )
         return name
 
+
+class ExactWriter(Writer, abc.ABC):
+    """Also writes how a layer's input and kernel are quantized, exactly as in JAX."""
+
     def layer_input(self, node: Node, x: str) -> str:
         """Returns the quantized input of a layer, level * step."""
         quantizer = node.quantizer
@@ -76,11 +80,11 @@ class Writer(abc.ABC):
         """Returns level * step of a layer's kernel, with features along `axis`."""
 
 
-class QcdqWriter(Writer):
+class QcdqWriter(ExactWriter):
     """Writes QuantizeLinear, Clip and DequantizeLinear nodes."""
 
     def quantized(self, node: Node, x: str) -> str:
-        """See `Writer`."""
+        """See `ExactWriter`."""
         quantizer, name = node.quantizer, f"{node.name}/input"
         container = np.int8 if quantizer.signed else np.uint8
         scale = [
@@ -98,7 +102,7 @@ class QcdqWriter(Writer):
         return self.add("DequantizeLinear", [levels, *scale], name)
 
     def kernel(self, node: Node, axis: int) -> str:
-        """See `Writer`."""
+        """See `ExactWriter`."""
         name = f"{node.name}/kernel"
         inputs = [
             self.constant(f"{name}/levels", kernel_levels(node), np.int8),
@@ -108,19 +112,19 @@ class QcdqWriter(Writer):
         return self.add("DequantizeLinear", inputs, name, axis=axis)
 
 
-class QonnxWriter(Writer):
+class QonnxWriter(ExactWriter):
     """Writes QONNX `Quant` nodes."""
 
     domain = QONNX_DOMAIN
 
     def quantized(self, node: Node, x: str) -> str:
-        """See `Writer`."""
+        """See `ExactWriter`."""
         quantizer = node.quantizer
         step, bits = np.float32(quantizer.step), quantizer.bits
         return self._quant(x, f"{node.name}/input", step, bits, quantizer.signed)
 
     def kernel(self, node: Node, axis: int) -> str:
-        """See `Writer`."""
+        """See `ExactWriter`."""
         name, levels = f"{node.name}/kernel", kernel_levels(node)
         step = np.moveaxis(node.kernel.step.reshape(-1, *[1] * (levels.ndim - 1)), 0, axis)
         real = self.constant(f"{name}/real", levels * step)

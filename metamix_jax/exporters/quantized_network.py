@@ -221,11 +221,12 @@ def export(
         raise UserError(f"{directory}: cannot be written ({error.strerror})") from error
     sizes = {name: len(content) for name, content in contents.items()}
     bundled, examples = bundle.read_bundle(directory), config.export.examples
-    counts = evaluate_graph(bundled, dataset.evaluation, examples, _prediction(found))
+    predict = _prediction(found)
+    counts = evaluate_graph(bundled, dataset.evaluation, examples, predict)
     integer = None
     if card.INT8 in contents:
         scores = onnx_reader.read(directory / card.INT8).scores
-        integer = evaluate_scores(scores, dataset.evaluation, examples, _prediction(found))
+        integer = evaluate_scores(scores, dataset.evaluation, examples, predict)
         integer |= integer_runtime.measured(graph, {name: contents[name] for name in card.TIMED})
     text = card.card(
         graph,

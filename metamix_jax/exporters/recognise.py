@@ -59,7 +59,7 @@ class _Finder:
             node = dataclasses.replace(node, op="flatten", options={})
         elif node.op in _WINDOWS:
             options = _WINDOWS[node.op](**node.options)
-            if options is not None and len(node.shape) == 3:
+            if options is not None and len(node.shape) == 3 and self._is_whole(node, options):
                 op = "max_pool" if node.op == "max_window" else "subsample"
                 node = dataclasses.replace(node, op=op, options=options)
         self._found[node.name] = node
@@ -100,6 +100,13 @@ class _Finder:
             return 0
         height, width, *channels = self._shape(node)
         return height * width if len(channels) == 1 else 0
+
+    def _is_whole(self, node: Node, options: Mapping[str, Any]) -> bool:
+        """Returns whether a slice takes every k-th position of all, and all channels."""
+        height, width, channels = self._shape(node)
+        stride = options["stride"]
+        wanted = -(-height // stride), -(-width // stride), channels
+        return node.op != "slice" or node.shape == wanted
 
     def _shape(self, node: Node) -> tuple[int, ...]:
         found = self._found.get(node.inputs[0])

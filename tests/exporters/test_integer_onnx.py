@@ -10,6 +10,7 @@ from metamix_jax.exporters import card, executor, integer_plan, integer_runtime,
 from metamix_jax.exporters.graph import Graph, Kernel, Node, Quantizer, normalise
 from metamix_jax.exporters.integer_onnx import integer_model
 from metamix_jax.exporters.integer_plan import Storage
+from metamix_jax.exporters.recognise import recognised
 from metamix_jax.networks import registry
 from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.precision import QuantSettings
@@ -189,6 +190,19 @@ def test_channels_that_are_nearly_constant(scale):
     np.testing.assert_allclose(found, executor.run(graph, images), rtol=1e-6, atol=1e-6)
 
 
+def test_ranges_are_those_of_all_images():
+    graph = resnet()
+    names = integer_plan.streams(integer_plan.fold(graph))
+    images = normalise(PIXELS, graph)
+    images[8:] /= 4  # only the first of three calls meets the ends
+    found = integer_runtime._ranges(graph, names, images)
+    first, *_ = parts = [integer_runtime._ranges(graph, names, x) for x in np.split(images, 3)]
+    for name, (low, high) in found.items():
+        assert low == min(part[name][0] for part in parts)
+        assert high == max(part[name][1] for part in parts)
+    assert found == first
+
+
 def test_how_tensors_are_stored():
     graph = pieces(act_bits=(5, 4))
     steps = integer_plan.fold(graph)
@@ -226,6 +240,47 @@ def test_a_relu6_ends_at_6():
                 kernel=graph.nodes[0].kernel)  # fmt: skip
     graph = dataclasses.replace(graph, nodes=(graph.nodes[0], relu6, last))
     assert integer_plan.plan(integer_plan.fold(graph), {}).storage["act"].high == 60
+
+
+@pytest.mark.parametrize(
+    "quantizer", [Quantizer(4, True, 0.1, 0.0), Quantizer(8, False, 0.01, 0.3)]
+)
+def test_a_relu_ends_at_0_whatever_takes_it(quantizer):
+    relu = Node("relu", "act", ("fc",), (2,))
+    graph = _small([1.0, 1.0], [0.0, 0.0])
+    last = Node("dense", "last", ("act",), (2,), quantizer=quantizer, kernel=graph.nodes[0].kernel)
+    graph = dataclasses.replace(graph, nodes=(graph.nodes[0], relu, last))
+    stored = integer_plan.plan(integer_plan.fold(graph), {}).storage["act"]
+    assert stored.low == stored.zero > 0
+
+
+def _cut(op, shape, **options):
+    """An image of 4 x 4 x 2, cut or padded, and a layer that is not folded into it."""
+    options_of_conv = {"stride": 1, "groups": 1, "padding": ((0, 0), (0, 0))}
+    kernel = Kernel(8, np.ones((1, 1, 2, 2), np.int8), np.ones(2, np.float32))
+    conv = Node("conv", "conv", (IMAGE,), (4, 4, 2), options_of_conv, kernel=kernel)
+    cut = Node(op, "cut", ("conv",), shape, options)
+    tanh = Node("tanh", "tanh", ("cut",), shape)  # so that the graph counts as traced
+    return Graph("cut", (4, 4, 2), 2, (0.0,), (1.0,), {"layers": {}}, (conv, cut, tanh))
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "options", "found"),
+    [
+        ("slice", (2, 2, 2), {"bounds": ((0, 4, 2), (0, 4, 2), (0, 2, 1))}, "subsample"),
+        ("slice", (2, 2, 2), {"bounds": ((0, 3, 2), (0, 4, 2), (0, 2, 1))}, "subsample"),  # 0 and 2
+        ("slice", (2, 2, 2), {"bounds": ((0, 2, 1), (0, 2, 1), (0, 2, 1))}, "slice"),  # a crop
+        ("slice", (4, 4, 1), {"bounds": ((0, 4, 1), (0, 4, 1), (0, 1, 1))}, "slice"),
+        ("slice", (3, 3, 2), {"bounds": ((1, 4, 1), (1, 4, 1), (0, 2, 1))}, "slice"),
+        ("slice", (2, 4, 2), {"bounds": ((0, 4, 2), (0, 4, 1), (0, 2, 1))}, "slice"),
+        ("pad", (4, 4, 4), {"margins": ((0, 0), (0, 0), (1, 1)), "value": 0.0}, "subsample"),
+        ("pad", (4, 4, 4), {"margins": ((0, 0), (0, 0), (1, 1)), "value": 1.0}, "pad"),
+        ("pad", (6, 4, 2), {"margins": ((1, 1), (0, 0), (0, 0)), "value": 0.0}, "pad"),
+    ],
+)
+def test_what_is_a_shortcut_and_what_is_not(op, shape, options, found):
+    cut = next(node for node in recognised(_cut(op, shape, **options)).nodes if node.name == "cut")
+    assert cut.op == found
 
 
 def test_kernels_are_multiples_of_their_levels_as_far_as_16_bits_allow():

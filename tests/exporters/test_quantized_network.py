@@ -1,5 +1,6 @@
 """metamix_jax as a library, and the modes that export a checkpoint and evaluate a bundle."""
 
+import dataclasses
 import importlib.util
 import inspect
 import json
@@ -13,8 +14,9 @@ import pytest
 
 import metamix_jax
 from metamix_jax import command_line, commands, recipes
+from metamix_jax.data import datasets
 from metamix_jax.errors import UserError
-from metamix_jax.exporters import bundle, card, onnx_reader, quantized_network
+from metamix_jax.exporters import bundle, card, integer_runtime, onnx_reader, quantized_network
 from metamix_jax.selection import policy
 from metamix_jax.training import setup
 from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints
@@ -84,6 +86,32 @@ def test_mode_evaluate_accepts_a_bundle(run, exported):
     config.data.channels = 3
     with pytest.raises(UserError, match="takes images of"):
         quantized_network.evaluate_exported(config, exported[1])
+
+
+def test_ranges_are_those_of_training_images(run, tmp_path, monkeypatch):
+    """As many as the configuration says, from all over the split."""
+    seen = []
+
+    def integer_files(graph, pixels):
+        seen.append(pixels)
+        return b"", b""
+
+    monkeypatch.setattr(integer_runtime, "integer_files", integer_files)
+    config, network, _ = run
+    dataset = datasets.load(config.data)
+    chosen = policy.load_policy(run[2] / "policy.json")
+    found = quantized(network.model, network.image_shape)
+    found = dataclasses.replace(found, config=config, network=network, policy=chosen)
+    with pytest.raises(UserError, match="damaged"):  # no file at all
+        quantized_network.export(found, tmp_path)
+    (pixels,) = seen
+    known = [{each.tobytes() for each in split.gather(np.arange(len(split)))[0]}
+             for split in (dataset.train, dataset.evaluation)]  # fmt: skip
+    assert len(pixels) == config.export.calibration_images == 128
+    given = {each.tobytes() for each in pixels}
+    assert given <= known[0] and not given <= known[1]
+    first = {each.tobytes() for each in dataset.train.gather(np.arange(128))[0]}
+    assert len(given & first) < 64
 
 
 @pytest.mark.parametrize("name", [card.INT8, card.INT4, card.QCDQ])

@@ -79,15 +79,7 @@ def quantized(model, image_shape, *, seed=0):
         for collection in ("params", "batch_stats")
     }
     variables["quant"] = steps(variables["params"], shapes["quant"], costs)
-    drawn = {
-        path: layer.candidates[generator.integers(len(layer.candidates))]
-        for path, layer in costs.items()
-    }
-    facts = {"model": "tiny", "image_size": image_shape[0], "searcher": "file", "seed": seed}
-    chosen = policy.make_policy(costs, drawn, budget_gbops=1.0, **facts)
-    config = ConfigDict({"data": {"mean": (0.0,), "std": (1.0,)}})
-    network = setup.Network(model, "tiny", image_shape, costs, None, {})
-    return quantized_network.QuantizedNetwork(config, network, variables, chosen)
+    return _at_random_bits(model, image_shape, costs, variables, generator)
 
 
 def intercepted(name, settings, image_shape):
@@ -114,14 +106,18 @@ def calibrated(model, images, seed=0):
             )[1]
         )
         variables["quant"] = run(variables)["quant"]
+    return _at_random_bits(model, shape, costs, variables, generator)
+
+
+def _at_random_bits(model, image_shape, costs, variables, generator):
     bits = {
         path: layer.candidates[generator.integers(len(layer.candidates))]
         for path, layer in costs.items()
     }
-    facts = {"model": "tiny", "image_size": shape[0], "searcher": "file", "seed": seed}
+    facts = {"model": "tiny", "image_size": image_shape[0], "searcher": "file", "seed": 0}
     chosen = policy.make_policy(costs, bits, budget_gbops=1.0, **facts)
     config = ConfigDict({"data": {"mean": (0.0,), "std": (1.0,)}})
-    network = setup.Network(model, "tiny", shape, costs, None, {})
+    network = setup.Network(model, "tiny", image_shape, costs, None, {})
     return quantized_network.QuantizedNetwork(config, network, variables, chosen)
 
 
