@@ -10,7 +10,7 @@ demo: .venv/ready  ## all phases on the embedded digits
 	python main.py --config=digits --workdir=$(WORKDIR)
 
 test: .venv/dev lint  ## what CI runs; three processes, because some wait for others
-	python -m pytest -n 3 -m "not real and not faults"
+	python -m pytest -n 3 --dist worksteal -m "not real and not faults"
 
 check-real: .venv/torch  ## checks against PyTorch, and on the data and weights of ../shared
 	python -m pytest -m "(real or torch) and not faults"

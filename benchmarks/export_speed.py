@@ -19,8 +19,7 @@ from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from metamix_jax.exporters import bundle, card, integer_runtime, onnx_files
-from metamix_jax.exporters.graph import Graph
-from metamix_jax.networks.drawing import IMAGE
+from metamix_jax.exporters.graph import IMAGE, Graph
 
 FLOAT32, STOCK = "float32", "quantize_static"
 

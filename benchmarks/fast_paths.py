@@ -68,11 +68,11 @@ def start(form: str, devices: int, seed: str, folder: str, arguments: list[str])
 
 def run(options: argparse.Namespace, flags: list[str]) -> None:
     """Does the same as main.py, with the plain forms if selected."""
-    from metamix_jax.networks import layers
+    from metamix_jax.networks import intercepted, layers
     from metamix_jax.networks.kernels.convolution import plain_convolve
 
     if options.inside == "plain":
-        layers.convolve = plain_convolve
+        intercepted.convolve = plain_convolve
         layers.keeping_arguments = lambda function: function
     sys.argv = ["main.py", f"--config={options.config}", *flags]
     runpy.run_path("main.py", run_name="__main__")

@@ -137,8 +137,8 @@ FIELDS = (
           "layer.", between(2, 8)),
     Field("quant.image_bits", 8, "Bit-width of the first layer's input, the image. 32: not "
           "quantized.", Check("2 to 8, or 32", lambda bits: bits == 32 or 2 <= bits <= 8)),
-    Field("quant.rules", (), "Exceptions for layers of networks in plain Flax: the path of a layer "
-          "as a regular expression, and its widths, which are then not searched (`head=4/8`), or "
+    Field("quant.rules", (), "Exceptions for single layers: the path of a layer as a "
+          "regular expression, and its widths, which are then not searched (`head=4/8`), or "
           "`searched` (the first or last layer), or how its input is quantized: `signed`, "
           "`unsigned` or `shift 0.3`. Later rules go before earlier ones.",
           Check(EXPECTED, lambda values: all(map(is_rule, values)))),

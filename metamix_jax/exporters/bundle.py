@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters.graph import OPS, Graph, Kernel, Node, Quantizer, result_shape
+from metamix_jax.exporters.graph import IMAGE, OPS, Graph, Kernel, Node, Quantizer, result_shape
 from metamix_jax.exporters.packing import pack, packed_size, unpack
-from metamix_jax.networks.drawing import IMAGE
 
 FORMAT = "metamix_jax integer bundle"
 VERSION = 1

@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from metamix_jax.exporters.graph import Graph, Node, Padding, Quantizer
+from metamix_jax.exporters.graph import IMAGE, Graph, Node, Padding, Quantizer
 from metamix_jax.exporters.operations import OPERATIONS
-from metamix_jax.networks.drawing import IMAGE
 
 LevelsHook = Callable[[Node, np.ndarray], np.ndarray]
 
@@ -33,7 +32,7 @@ def run(graph: Graph, images: np.ndarray, on_levels: LevelsHook | None = None) -
         elif node.op in OPERATIONS:
             tensors[node.name] = OPERATIONS[node.op].run(node, *inputs)
         else:
-            tensors[node.name] = DRAWN[node.op](node, *inputs)
+            tensors[node.name] = CONVOLUTIONAL[node.op](node, *inputs)
         for name in node.inputs:
             if last_use[name] == i:
                 tensors.pop(name, None)
@@ -164,7 +163,7 @@ def matrix_product(node: Node, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (real[0].astype(np.float64) @ real[1]).astype(np.float32)
 
 
-DRAWN = {
+CONVOLUTIONAL = {
     "affine": _affine,
     "relu": lambda node, x: np.maximum(x, np.float32(0)),
     "relu6": lambda node, x: _relu6(x),

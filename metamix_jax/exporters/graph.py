@@ -3,8 +3,8 @@
 Tensors are float32 [n, ...], mostly [n, height, width, channels]; every node outputs one tensor, of
 the node's name, from earlier ones. A layer (`conv`, `dense`) quantizes its input to levels,
 integers q that represent q * step - shift, multiplies them by its kernel's levels and returns real
-values; `product` does so with two inputs. The operations of networks that were traced, in
-operations.py, take tensors of any number of axes.
+values; `product` does so with two inputs. The operations of general networks, in operations.py,
+take tensors of any number of axes.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metamix_jax.exporters.operations import OPERATIONS, require
-from metamix_jax.networks.drawing import IMAGE
+
+IMAGE = "image"  # the input tensor, normalized
 
 # op -> number of inputs; None: one or more
 OPS = {
@@ -111,18 +112,28 @@ class Graph:
         return tuple(node for node in self.nodes if node.kernel is not None)
 
     @property
-    def traced(self) -> bool:
-        """Whether it comes from a traced network, whose tensors have any number of axes."""
-        both = {"add", "multiply"}
-        return any(
-            node.op in OPERATIONS.keys() - both or node.op == "product" for node in self.nodes
-        )
+    def general(self) -> bool:
+        """See `is_general`."""
+        return is_general(self.nodes)
 
     def shape_of(self, tensor: str) -> tuple[int, ...]:
         """Returns a tensor's shape without the batch."""
         if tensor == IMAGE:
             return self.image_shape
         return next(node.shape for node in self.nodes if node.name == tensor)
+
+
+def is_general(nodes: Sequence[Node]) -> bool:
+    """Returns whether nodes need more than the operations of a convolutional network.
+
+    Those take images, [height, width, channels], and features, [channels].
+    """
+    both = {"add", "multiply", "sigmoid"}
+    return any(
+        node.op in OPERATIONS.keys() - both or node.op == "product" or len(node.shape) not in (1, 3)
+        or (node.op == "dense" and len(node.shape) == 3)
+        for node in nodes
+    )  # fmt: skip
 
 
 def normalise(pixels: np.ndarray, graph: Graph) -> np.ndarray:

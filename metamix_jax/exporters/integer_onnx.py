@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from metamix_jax.exporters.graph import Graph, Node
+from metamix_jax.exporters.graph import IMAGE, Graph, Node
 from metamix_jax.exporters.integer_plan import (
     GATE,
     GATE_FROM,
@@ -22,7 +22,6 @@ from metamix_jax.exporters.integer_plan import (
 )
 from metamix_jax.exporters.onnx_files import SCORES, finish
 from metamix_jax.exporters.onnx_writers import Writer, require_onnx
-from metamix_jax.networks.drawing import IMAGE
 
 MOST_BIAS = 2.0**30  # of int32
 MOST_INT4, MOST_INT8, MOST_INT16 = 7, 127, 2**15 - 1

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metamix_jax.exporters.graph import Graph, Node, Quantizer
+from metamix_jax.exporters.graph import IMAGE, Graph, Node, Quantizer
 from metamix_jax.exporters.recognise import recognised
-from metamix_jax.networks.drawing import IMAGE
 
 CONTAINER_BITS = 8
 HIGHEST = 255
@@ -73,21 +72,20 @@ class Plan:
 
 def unsupported(graph: Graph) -> str:
     """Returns an operation without an integer kernel; "" if there is none."""
-    for step in fold(graph):
-        node = step.node
+    nodes = recognised(graph.nodes) if graph.general else graph.nodes
+    for node in (step.node for step in fold(nodes)):
         if node.op == "affine":
             return "a constant scale or offset that follows no layer"
         if node.op == "dense" and len(node.shape) > 1:
             return "a dense layer over positions"
         if node.op not in OPS:
             return node.op
-    return ""
+    return "a tensor that is neither an image nor features" if graph.general else ""
 
 
-def fold(graph: Graph) -> tuple[Step, ...]:
+def fold(nodes: Sequence[Node]) -> tuple[Step, ...]:
     """Returns the steps of a network: batch norms and ReLUs join the nodes before them."""
     users: dict[str, list[Node]] = {}
-    nodes = recognised(graph).nodes if graph.traced else graph.nodes
     for node in nodes:
         for name in node.inputs:
             users.setdefault(name, []).append(node)

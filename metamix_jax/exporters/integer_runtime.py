@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from metamix_jax.exporters import integer_onnx, integer_plan, onnx_files
-from metamix_jax.exporters.graph import Graph, normalise
-from metamix_jax.networks.drawing import IMAGE
+from metamix_jax.exporters.graph import IMAGE, Graph, normalise
 
 BATCH = 8  # images per call
 REPEATS = 15  # of every timed call
@@ -41,7 +40,7 @@ def integer_files(graph: Graph, pixels: np.ndarray) -> tuple[bytes, bytes]:
       graph: without an `obstacle`.
       pixels: training images, uint8 [n, h, w, c], for the ranges.
     """
-    steps = integer_plan.fold(graph)
+    steps = integer_plan.fold(graph.nodes)
     ranges = _ranges(graph, integer_plan.streams(steps), normalise(pixels, graph))
     plan = integer_plan.plan(steps, ranges)
     return tuple(integer_onnx.integer_model(graph, plan, packed) for packed in (False, True))

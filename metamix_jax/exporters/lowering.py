@@ -1,4 +1,4 @@
-"""Builds the exported graph of any traced network from its jaxpr.
+"""Builds the exported graph of any network from its jaxpr.
 
 What does not depend on the image is computed here; every other equation becomes a node, the
 products that are layers with their quantizers. Tensors of the graph have the images first; in the
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
-from metamix_jax.exporters.graph import Node
+from metamix_jax.exporters.graph import IMAGE, Node
 from metamix_jax.exporters.traced_layers import (
     TRACED_IMAGES,
     Known,
@@ -24,7 +24,6 @@ from metamix_jax.exporters.traced_layers import (
     plain,
 )
 from metamix_jax.networks.dataflow import called
-from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.intercepted import InterceptedNetwork
 from metamix_jax.networks.precision import Bits
 from metamix_jax.networks.tracing import PRODUCTS, traced
@@ -95,6 +94,7 @@ class _Lowering(TracedLayers):
             elif not any(isinstance(operand, Tensor) for operand in operands):
                 results = self.constants(eqn, operands)
             else:
+                self.place = self.module_at(eqn)
                 results = self._operation(eqn, operands)
             known |= dict(zip(eqn.outvars, results, strict=True))
         return [v.val if isinstance(v, Literal) else known[v] for v in jaxpr.outvars]

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from metamix_jax.exporters.graph import Node, result_shape
-from metamix_jax.networks.drawing import IMAGE
+from metamix_jax.exporters.graph import IMAGE, Node, result_shape
 
 
 class NodeList:
@@ -15,11 +14,13 @@ class NodeList:
 
     nodes: so far.
     shapes: of every tensor, without the images.
+    place: of the module at work, for names.
     """
 
     def __init__(self, image_shape: tuple[int, ...], images: int, layers: Collection[str]):
         self.nodes: list[Node] = []
         self.shapes = {IMAGE: tuple(image_shape)}
+        self.place = ""
         self._images, self._layers = images, layers
 
     def add(self, op: str, *inputs: str | np.ndarray, **options: Any) -> str:
@@ -52,11 +53,15 @@ class NodeList:
         return node.name
 
     def unique(self, name: str) -> str:
-        """Returns a name that no tensor has yet: a layer that runs again is NAME@2."""
-        if name in self._layers and name not in self.shapes:
+        """Returns a name that no tensor has yet: a layer that runs again is NAME@2.
+
+        Of an operation, it is MODULE:OPERATION, after the module that it comes from.
+        """
+        layer = name in self._layers
+        name = name if layer else f"{self.place}:{name}".lstrip(":")
+        if name not in self.shapes and (layer or name not in self._layers):
             return name
-        number = 2 if name in self._layers else 1
-        mark = "@" if name in self._layers else "_"
+        mark, number = "@" if layer else "_", 2
         while f"{name}{mark}{number}" in self.shapes:
             number += 1
         return f"{name}{mark}{number}"

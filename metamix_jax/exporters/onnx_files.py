@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from metamix_jax.exporters import onnx_traced
+from metamix_jax.exporters import onnx_channels_last
 from metamix_jax.exporters.executor import ones_product
-from metamix_jax.exporters.graph import Graph, Node
+from metamix_jax.exporters.graph import IMAGE, Graph, Node
 from metamix_jax.exporters.onnx_writers import (
     QONNX_DOMAIN,
     ExactWriter,
@@ -32,12 +32,12 @@ from metamix_jax.exporters.onnx_writers import (
     kernel_levels,
     require_onnx,
 )
-from metamix_jax.networks.drawing import IMAGE
 
 OPSET = 17
 IR_VERSION = 8  # onnx's default is newer than onnxruntime and qonnx accept
 INT4_OPSET, INT4_IR_VERSION = 21, 10
 SCORES = "scores"
+DIGEST = "sha256"  # in the metadata
 
 
 def qcdq_model(graph: Graph) -> bytes:
@@ -58,10 +58,11 @@ def float_model(graph: Graph) -> bytes:
 
 def encode(graph: Graph, writer: ExactWriter, batch: int | str) -> bytes:
     """Returns the serialized ONNX model of `writer`'s nodes; batch: a size or a symbol."""
-    if graph.traced:
-        onnx_traced.add_image(writer)
+    if graph.general:
+        onnx_channels_last.add_image(writer)
         for node in graph.nodes:
-            onnx_traced.LOWERINGS[node.op](writer, onnx_traced.with_image(node), graph)
+            lowering = onnx_channels_last.LOWERINGS[node.op]
+            lowering(writer, onnx_channels_last.with_image(node), graph)
     else:
         for node in graph.nodes:
             LOWERINGS[node.op](writer, node, graph)
@@ -104,29 +105,29 @@ def finish(
     opsets += [helper.make_opsetid(QONNX_DOMAIN, 1)] if writer.domain else []
     model = helper.make_model(body, opset_imports=opsets, producer_name="metamix_jax")
     model.ir_version = ir_version
-    helper.set_model_props(
-        model,
-        {"mean": str(list(graph.mean)), "std": str(list(graph.std)), "layout": "NCHW",
-         "sha256": digest(model)},
-    )  # fmt: skip
+    facts = {"mean": str(list(graph.mean)), "std": str(list(graph.std)), "layout": "NCHW"}
+    helper.set_model_props(model, facts)
     if not writer.domain:
         onnx.checker.check_model(model, full_check=True)
-    return onnx.shape_inference.infer_shapes(model).SerializeToString()
+    model = onnx.shape_inference.infer_shapes(model)
+    model.metadata_props.add(key=DIGEST, value=digest(model))
+    return model.SerializeToString()
 
 
 def digest(model: Any) -> str:
-    """Returns the SHA-256 digest of a model's nodes and constants."""
-    found = hashlib.sha256()
-    for part in (*model.graph.node, *model.graph.initializer):
-        found.update(part.SerializeToString(deterministic=True))
-    return found.hexdigest()
+    """Returns the SHA-256 digest of a model, apart from the digest in its metadata."""
+    rest = type(model)()
+    rest.CopyFrom(model)
+    del rest.metadata_props[:]
+    rest.metadata_props.extend(entry for entry in model.metadata_props if entry.key != DIGEST)
+    return hashlib.sha256(rest.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _known_shapes(graph: Graph, batch: int | str) -> dict[str, Sequence[int | str]]:
     """Returns the shapes of tensors; onnx cannot infer them through Quant nodes."""
 
     def shape(found: Sequence[int]) -> list[int | str]:
-        return [batch, *found] if graph.traced else _channels_first(batch, found)
+        return [batch, *found] if graph.general else _channels_first(batch, found)
 
     shapes = {node.name: shape(node.shape) for node in graph.nodes if node.op != "constant"}
     for node in graph.layers:
@@ -182,8 +183,9 @@ def _add_constant(writer: ExactWriter, node: Node, graph: Graph, product: str) -
 
 
 def _affine(writer: ExactWriter, node: Node, graph: Graph) -> None:
+    shape = (1, -1, *(1 for _ in node.shape[1:]))
     scale, offset = (
-        writer.constant(f"{node.name}/{name}", node.arrays[name].reshape(1, -1, 1, 1))
+        writer.constant(f"{node.name}/{name}", node.arrays[name].reshape(shape))
         for name in ("scale", "offset")
     )
     scaled = writer.add("Mul", [node.inputs[0], scale], f"{node.name}/scaled")
@@ -244,6 +246,7 @@ LOWERINGS = {
     "relu6": lambda writer, node, graph: _clip_to_6(writer, node.inputs[0], node.name),
     "hswish": _hswish,
     "hsigmoid": lambda writer, node, graph: _hard_sigmoid(writer, node, node.name),
+    "sigmoid": _plain("Sigmoid"),
     "add": _plain("Add"),
     "multiply": _plain("Mul"),
     "mean": _plain("GlobalAveragePool"),

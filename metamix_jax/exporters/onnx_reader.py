@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters.graph import normalise
+from metamix_jax.exporters.graph import IMAGE, normalise
 from metamix_jax.exporters.integer_runtime import channels_first, session
-from metamix_jax.exporters.onnx_files import digest, require_onnx
-from metamix_jax.networks.drawing import IMAGE
+from metamix_jax.exporters.onnx_files import DIGEST, digest, require_onnx
 
 DAMAGED = "damaged, or not written by --mode=export; export the network again"
 
@@ -45,7 +44,7 @@ def read(path: Path) -> OnnxNetwork:
     try:
         model = onnx.load_model_from_string(content)
         facts = {entry.key: entry.value for entry in model.metadata_props}
-        assert facts["sha256"] == digest(model)
+        assert facts[DIGEST] == digest(model)
         mean, std = (tuple(ast.literal_eval(facts[name])) for name in ("mean", "std"))
         sides, classes = (
             [side.dim_value for side in found[0].type.tensor_type.shape.dim]

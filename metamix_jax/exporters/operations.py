@@ -1,4 +1,4 @@
-"""Operations between the layers of a traced network, in NumPy, on tensors [n, ...].
+"""Operations between the layers of a general network, in NumPy, on tensors [n, ...].
 
 Axes, shapes and margins in a node's options leave the images' axis out.
 """

@@ -1,15 +1,17 @@
-"""Finds batch norm, ReLUs, gates and means among the operations of a traced network.
+"""Finds batch norm, activation functions, gates and means among the operations of a network.
 
-A traced graph computes them step by step, from constants; integer kernels want them whole.
+A lowered network computes them step by step, from constants. Whole, they are what a reader of the
+graph, converters and integer kernels expect.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from metamix_jax.exporters.graph import Graph, Node
+from metamix_jax.exporters.graph import Node
 
 _AFFINE: Mapping[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "add": lambda c: (np.ones_like(c), c),
@@ -21,28 +23,20 @@ _CLOSE = 1e-6
 Pair = tuple[int, int]
 
 
-def recognised(graph: Graph) -> Graph:
-    """Returns a graph with the same tensors, of as few kinds of operations as it can tell."""
+def recognised(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """Returns nodes that compute the same, of as few kinds of operations as it can tell."""
     finder = _Finder()
-    for node in graph.nodes:
+    for node in nodes:
         finder.visit(node)
-    return dataclasses.replace(graph, nodes=tuple(finder.nodes))
+    return _named(_joined(_needed(list(finder.found.values()))))
 
 
 class _Finder:
-    """Rewrites nodes one by one; `nodes` are those that are still needed, in order."""
+    """Rewrites nodes one by one; `found` holds them by name."""
 
     def __init__(self) -> None:
-        self._found: dict[str, Node] = {}
+        self.found: dict[str, Node] = {}
         self._constants: dict[str, np.ndarray] = {}
-
-    @property
-    def nodes(self) -> list[Node]:
-        """The nodes that the last one depends on."""
-        wanted = {list(self._found)[-1]}
-        for name in reversed(self._found):
-            wanted |= set(self._found[name].inputs) if name in wanted else set()
-        return [node for name, node in self._found.items() if name in wanted]
 
     def visit(self, node: Node) -> None:
         """Adds a node, perhaps as another."""
@@ -52,9 +46,8 @@ class _Finder:
         values = [self._constants.get(name) for name in node.inputs]
         if len(values) == 2 and (values[0] is None) != (values[1] is None):
             node = self._with_constant(node, values)
-        elif node.op == "reshape" and self._summed(node.inputs[0]):
-            total = self._found[node.inputs[0]]
-            node = dataclasses.replace(total, name=node.name, shape=node.shape)
+        elif node.op == "multiply" and (x := self._gated(node)):
+            node = dataclasses.replace(node, op="hswish", inputs=(x,))
         elif node.op == "reshape" and node.shape == self._shape(node)[-1:]:
             node = dataclasses.replace(node, op="flatten", options={})
         elif node.op in _WINDOWS:
@@ -62,12 +55,12 @@ class _Finder:
             if options is not None and len(node.shape) == 3 and self._is_whole(node, options):
                 op = "max_pool" if node.op == "max_window" else "subsample"
                 node = dataclasses.replace(node, op=op, options=options)
-        self._found[node.name] = node
+        self.found[node.name] = node
 
     def _with_constant(self, node: Node, values: list[np.ndarray | None]) -> Node:
         first = values[0] is None  # x comes first
         x, constant = node.inputs[0 if first else 1], values[1 if first else 0]
-        before = self._found.get(x)
+        before = self.found.get(x)
         if constant.size == 1:
             number = float(constant.ravel()[0])
             if node.op == "maximum" and number == 0:
@@ -76,7 +69,7 @@ class _Finder:
                 return dataclasses.replace(node, op="relu6", inputs=before.inputs)
             sixth = {"divide": 1 / 6, "multiply": 6.0}.get(node.op, np.nan) * number
             if first and abs(sixth - 1) < _CLOSE and before and before.op == "relu6":
-                moved = self._found[before.inputs[0]]
+                moved = self.found[before.inputs[0]]
                 if moved.op == "affine" and _is(moved, 1.0, 3.0):
                     return dataclasses.replace(node, op="hsigmoid", inputs=moved.inputs)
         if node.op not in _AFFINE or constant.size not in (1, node.shape[-1]):
@@ -88,18 +81,36 @@ class _Finder:
         scale, offset = _AFFINE[node.op](np.broadcast_to(constant.ravel(), node.shape[-1:]))
         if not first and node.op == "subtract":
             scale, offset = -scale, -offset
-        if (count := self._summed(x)) and np.allclose(scale * count, 1, atol=_CLOSE):
-            return dataclasses.replace(before, op="mean", name=node.name, options={})
-        arrays = {"scale": scale, "offset": offset}
+        total = self._sum_of_positions(x)
+        if total and np.allclose(scale * np.prod(self._shape(total)[:2]), 1, atol=_CLOSE):
+            return self._mean(node, total)
+        arrays = {"scale": np.float32(scale), "offset": np.float32(offset)}
         return dataclasses.replace(node, op="affine", inputs=(x,), arrays=arrays)
 
-    def _summed(self, name: str) -> int:
-        """Returns of how many positions a tensor is the sum; 0 if it is not one of all."""
-        node = self._found.get(name)
-        if node is None or node.op != "sum" or tuple(node.options["axes"]) != (0, 1):
-            return 0
-        height, width, *channels = self._shape(node)
-        return height * width if len(channels) == 1 else 0
+    def _mean(self, node: Node, total: Node) -> Node:
+        """Returns the mean over positions in place of `node`, which divides their sum."""
+        mean = Node("mean", node.name, total.inputs, (1, 1, node.shape[-1]))
+        if node.shape == mean.shape:
+            return mean
+        mean = dataclasses.replace(mean, name=f"{node.name}_mean")
+        self.found[mean.name] = mean
+        return Node("flatten", node.name, (mean.name,), node.shape)
+
+    def _sum_of_positions(self, name: str) -> Node | None:
+        """Returns the node that sums over height and width, if this is its result, or reshaped."""
+        node = self.found.get(name)
+        if node and node.op == "reshape" and node.shape[:-1] == (1, 1):
+            node = self.found.get(node.inputs[0])
+        whole = node and node.op == "sum" and tuple(node.options["axes"]) == (0, 1)
+        return node if whole and len(self._shape(node)) == 3 else None
+
+    def _gated(self, node: Node) -> str:
+        """Returns x, if a node is x times its own hard sigmoid."""
+        for x, gate in (node.inputs, reversed(node.inputs)):
+            found = self.found.get(gate)
+            if found and found.op == "hsigmoid" and found.inputs == (x,):
+                return x
+        return ""
 
     def _is_whole(self, node: Node, options: Mapping[str, Any]) -> bool:
         """Returns whether a slice takes every k-th position of all, and all channels."""
@@ -109,8 +120,84 @@ class _Finder:
         return node.op != "slice" or node.shape == wanted
 
     def _shape(self, node: Node) -> tuple[int, ...]:
-        found = self._found.get(node.inputs[0])
+        found = self.found.get(node.inputs[0])
         return found.shape if found else ()
+
+
+def _joined(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """Returns nodes in which each chain of scales and offsets, or of subsampling, is one.
+
+    A chain is named after its module. What only adds to a layer's output becomes its bias.
+    """
+    uses = collections.Counter(name for node in nodes for name in node.inputs)
+    given = {node.name for node in nodes}
+    found: dict[str, Node] = {}
+    names: dict[str, str] = {}  # of tensors that have another name now
+    for node in nodes:
+        node = dataclasses.replace(node, inputs=tuple(names.get(x, x) for x in node.inputs))
+        before = found.get(node.inputs[0]) if node.inputs else None
+        name = node.name
+        if before is None or uses[before.name] != 1:
+            pass
+        elif node.op == "affine" and before.kernel is not None and _only_adds(node, nodes):
+            arrays = {"bias": node.arrays["offset"]}
+            node = dataclasses.replace(before, arrays=arrays)
+        elif node.op == before.op == "affine":
+            del found[before.name]
+            node = dataclasses.replace(node, inputs=before.inputs, arrays=_chained(before, node))
+            module = name.rpartition(":")[0]
+            if module and module not in given | found.keys():
+                node = dataclasses.replace(node, name=module)
+        elif node.op == before.op == "subsample" and before.options["channels"] == (0, 0):
+            del found[before.name]
+            stride = before.options["stride"] * node.options["stride"]
+            options = {**node.options, "stride": stride}
+            node = dataclasses.replace(node, inputs=before.inputs, options=options)
+        found[node.name], names[name] = node, node.name
+        uses[node.name] = uses[name]
+    return tuple(found.values())
+
+
+def _only_adds(node: Node, nodes: Sequence[Node]) -> bool:
+    """Returns whether all that a chain of scales and offsets does is to add what this node adds."""
+    after = [each for each in nodes if node.name in each.inputs]
+    alone = len(after) != 1 or after[0].op != "affine"
+    return alone and bool(np.all(node.arrays["scale"] == 1))
+
+
+def _named(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """Returns nodes whose names say what they are, in the module that they come from."""
+    taken = {node.name for node in nodes if node.kernel is not None or node.op == "affine"}
+    names = {name: name for name in taken}
+    named = []
+    for node in nodes:
+        if node.name not in names:
+            module = node.name.rpartition(":")[0]
+            first = name = f"{module}:{node.op}".lstrip(":")
+            number = 1
+            while name in taken:
+                number += 1
+                name = f"{first}_{number}"
+            taken.add(name)
+            names[node.name] = name
+        inputs = tuple(names.get(x, x) for x in node.inputs)
+        named.append(dataclasses.replace(node, name=names[node.name], inputs=inputs))
+    return tuple(named)
+
+
+def _needed(nodes: Sequence[Node]) -> list[Node]:
+    """Returns the nodes that the last one depends on."""
+    wanted = {nodes[-1].name}
+    for node in reversed(nodes):
+        wanted |= set(node.inputs) if node.name in wanted else set()
+    return [node for node in nodes if node.name in wanted]
+
+
+def _chained(first: Node, second: Node) -> dict[str, np.ndarray]:
+    """Returns the scale and offset of two nodes in a row."""
+    scale = np.float64(first.arrays["scale"]) * second.arrays["scale"]
+    offset = np.float64(first.arrays["offset"]) * second.arrays["scale"] + second.arrays["offset"]
+    return {"scale": np.float32(scale), "offset": np.float32(offset)}
 
 
 def _pooled(size: Pair, strides: Pair, padding: tuple[Pair, Pair]) -> Mapping[str, Any] | None:

@@ -190,11 +190,17 @@ class TracedLayers(NodeList):
         """Adds a transposition to the images, then these axes of the jaxpr's value."""
         return self.add("transpose", x.name, order=tuple(own_axis(x, axis) + 1 for axis in order))
 
+    def module_at(self, eqn: JaxprEqn) -> str:
+        """Returns the path of the module that an equation comes from, "" if that is not known.
+
+        What a compiled function contains may not say where it comes from, but its call does.
+        """
+        return next(filter(None, map(module_of, (eqn, *reversed(self.calls)))), "")
+
     def refusal(self, eqn: JaxprEqn, more: str = "") -> UserError:
         """Returns the error for an equation that cannot be exported."""
-        # What a compiled function contains may not say where it comes from, but its call does.
         known = (eqn, *reversed(self.calls))
-        module = next(filter(None, map(module_of, known)), "the network")
+        module = self.module_at(eqn) or "the network"
         line = next((line for line in map(source_of, known) if line != UNKNOWN), UNKNOWN)
         label, name = self._model.network.label, eqn.primitive.name
         return UserError(f"{label}: {name} in {module} cannot be exported ({line}){more}")

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 
 from metamix_jax.errors import UserError
-from metamix_jax.networks.drawing import Drawing
 
 Rules = tuple[tuple[str, str], ...]  # regular expressions and replacements, applied in this order
 Fields = Mapping[str, Any]  # of config.model, without the name
@@ -35,13 +34,11 @@ class Architecture:
     """A registered network.
 
     name: its name in config.model.name.
-    module: its Flax class; its own fields are those of config.model.
+    module: its Flax class, plain Linen; its own fields are those of config.model.
     check: given (fields, source), raises UserError for invalid values; `source` is the name of the
       section.
     label: returns the display name, given the fields; None: the name.
     torch_names: names in PyTorch weight files.
-    draw: given (model, drawing), adds all nodes, ending with the class scores; None: the network
-      cannot be exported.
     shortcut: last component of the path of shortcut convolutions.
     ompq_rounds_below: whether searcher ompq, given a size, rounds widths to the closest total size
       below, as its published code does for ResNet-18; otherwise each width to the nearest.
@@ -52,6 +49,5 @@ class Architecture:
     check: Callable[[Fields, str], None] = check_padding
     label: Callable[[Fields], str] | None = None
     torch_names: TorchNames = TorchNames()
-    draw: Callable[[Any, Drawing], None] | None = None
     shortcut: str | None = None
     ompq_rounds_below: bool = False

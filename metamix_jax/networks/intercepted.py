@@ -18,69 +18,14 @@ from jax.typing import DTypeLike
 
 from metamix_jax.networks.adapters import Adapter
 from metamix_jax.networks.dataflow import called
-from metamix_jax.networks.kernels.bfloat16 import Operand
 from metamix_jax.networks.kernels.convolution import convolve
 from metamix_jax.networks.kernels.depthwise import depthwise_conv
 from metamix_jax.networks.layer_rules import ruled
-from metamix_jax.networks.layers import QuantLayer
+from metamix_jax.networks.layers import QuantPair, QuantProduct
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 from metamix_jax.networks.tracing import PRODUCTS, Layer, Site, has_products, traced
 
 WATCHED = ("intermediates", "perturbations", "errors")  # collections of the layers' probes
-
-
-class QuantProduct(QuantLayer):
-    """A product found in a traced network (intercepted.py), whose weights are an argument.
-
-    macs, act_elements: recorded as the layer's cost.
-    """
-
-    macs: int = 0
-    act_elements: int = 0
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        kernel: jax.Array,
-        precision: Precision,
-        multiply: Callable[..., jax.Array],
-    ) -> jax.Array:
-        """Returns multiply(input, kernel [..., features]), both quantized."""
-        y = self._product(x, kernel, precision, multiply)
-        self._record_cost(self.macs, self.act_elements, self._weight_elements(kernel))
-        return y
-
-    def _weight_elements(self, kernel: jax.Array) -> int:
-        return kernel.size
-
-
-class QuantPair(QuantProduct):
-    """A product of two inputs; the second is quantized with the first, to the last layer's bits.
-
-    other_signed, other_shift: as signed and shift, of the second.
-    """
-
-    other_signed: bool = False
-    other_shift: float = 0.0
-
-    def _kernel_quantizer(
-        self, kernel: jax.Array, precision: Precision
-    ) -> Callable[[jax.Array | int], Operand]:
-        settings = dataclasses.replace(self.settings, act_bits=self.settings.weight_bits)
-        other = _Input(0, settings, self.other_signed, self.other_shift, name="other")
-        return other(kernel, precision)
-
-    def _weight_elements(self, kernel: jax.Array) -> int:
-        return 0
-
-
-class _Input(QuantLayer):
-    """The quantizer of one more input."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, precision: Precision) -> Callable[[jax.Array | int], Operand]:
-        return self._input_quantizer(x, precision)
 
 
 class InterceptedNetwork(nn.Module):
@@ -102,19 +47,20 @@ class InterceptedNetwork(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
         """Returns class scores [n, num_classes] of normalized images [n, h, w, c]."""
+        # Keys are the root's own, so that the network makes of them what it would by itself.
         if self.is_initializing():
-            # The root's own key, so that the variables are those of the network's own `init`.
             for collection, tree in self.network.init(self.scope.rngs["params"].rng, x).items():
                 for name, value in tree.items():
                     self.put_variable(collection, name, value)
-        rng = self.make_rng("dropout") if train and self.has_rng("dropout") else None
+        rng = self.scope.rngs["dropout"].rng if train and self.has_rng("dropout") else None
         variables = {
             name: dict(self.variables[name])
             for name in ("params", "batch_stats")
             if name in self.variables
         }
         watched = any(map(self.is_mutable_collection, WATCHED)) or "perturbations" in self.variables
-        if precision == FULL and not (train or watched or self.is_initializing()):
+        unchanged = precision == FULL and self.settings.compute_dtype == "float32"
+        if unchanged and not (train or watched or self.is_initializing()):
             return self.network.apply(variables, x, train, rng)[0]
         trace = traced(self.network, variables, x, train, rng)
         layers = self.layers(variables, x)
@@ -154,9 +100,7 @@ class InterceptedNetwork(nn.Module):
             facts |= {"other_signed": layer.signed[1], "other_shift": layer.shift[1]}
         kind = QuantPair if layer.pair else QuantProduct
         settings = settings_of(self.settings, layer)
-        return kind(
-            0, settings, signed=layer.signed[0], shift=layer.shift[0], parent=scope, **facts
-        )
+        return kind(settings, signed=layer.signed[0], shift=layer.shift[0], parent=scope, **facts)
 
 
 def settings_of(settings: QuantSettings, layer: Layer) -> QuantSettings:

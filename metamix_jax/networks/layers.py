@@ -1,9 +1,10 @@
-"""QuantConv and QuantDense: layers that quantize their input and their kernel.
+"""Layers: products whose operands, an input and a kernel or two inputs, are quantized.
 
 All candidate bit-widths share one kernel. How a layer runs is an argument of the forward pass
-(`Precision`); layers and models know nothing of training phases.
+(`Precision`); layers and networks know nothing of training phases.
 """
 
+import dataclasses
 import functools
 import math
 import operator
@@ -12,18 +13,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.typing import DTypeLike
 
 from metamix_jax.networks.kernels import bfloat16
 from metamix_jax.networks.kernels.bfloat16 import Operand
-from metamix_jax.networks.kernels.convolution import convolve, plain_convolve
-from metamix_jax.networks.kernels.depthwise import depthwise_conv
 from metamix_jax.networks.kernels.xla_cpu import keeping_arguments
-from metamix_jax.networks.precision import FULL, FULL_BITS, LayerCost, Precision, QuantSettings
+from metamix_jax.networks.precision import FULL_BITS, LayerCost, Precision, QuantSettings
 from metamix_jax.networks.quantizers import POSITIVE_STEPS, fake_quant, init_step
 
 LOGIT_INIT_SCALE = 1e-3  # standard deviation of the initial architecture logits
-HSWISH_SHIFT = 3 / 8  # minus the minimum of hswish
 
 
 class QuantLayer(nn.Module):
@@ -34,11 +31,9 @@ class QuantLayer(nn.Module):
     searched. Branches of the same width share its step.
     """
 
-    features: int
     settings: QuantSettings
     signed: bool = False  # whether the input can be negative
-    shift: float = 0.0  # HSWISH_SHIFT if the input is a hswish output
-    use_bias: bool = False
+    shift: float = 0.0  # minus the least input, such as 3/8 of hswish's output
 
     def _product(
         self,
@@ -170,12 +165,6 @@ class QuantLayer(nn.Module):
             )
             self.variable("costs", "cost", lambda: cost)
 
-    def _add_bias(self, y: jax.Array) -> jax.Array:
-        if not self.use_bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
 
 def _pick(
     steps: jax.Array, bits: tuple[int, ...], index: jax.Array | int
@@ -187,62 +176,55 @@ def _pick(
     return steps[index], width
 
 
-class QuantConv(QuantLayer):
-    """2-D convolution, [n, h, w, c] -> [n, h', w', features].
+class QuantProduct(QuantLayer):
+    """A product of an input and a kernel that is given, as in a traced network (intercepted.py).
 
-    The kernel is [kernel_size, kernel_size, c / groups, features].
-
-    padding: "torch" pads (k - 1) // 2 on every side; "tf" is TensorFlow's SAME.
+    macs, act_elements: recorded as the layer's cost.
     """
 
-    kernel_size: int = 3
-    stride: int = 1
-    groups: int = 1
-    padding: str = "torch"
+    macs: int = 0
+    act_elements: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, precision: Precision = FULL) -> jax.Array:
-        """Convolves the quantized input with the quantized kernel."""
-        k, channels = self.kernel_size, x.shape[-1]
-        shape = (k, k, channels // self.groups, self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        padding = tuple(side_padding(size, k, self.stride, self.padding) for size in x.shape[1:3])
-
-        def multiply(
-            inputs: jax.Array, kernel: jax.Array, preferred_element_type: DTypeLike | None = None
-        ) -> jax.Array:
-            if inputs.dtype == jnp.bfloat16:  # meant for accelerators
-                options = self.stride, padding, self.groups, preferred_element_type
-                return plain_convolve(inputs, kernel, *options)
-            if self.groups == channels == self.features:
-                return depthwise_conv(inputs, kernel, self.stride, padding)
-            return convolve(inputs, kernel, self.stride, padding, self.groups)
-
+    def __call__(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        precision: Precision,
+        multiply: Callable[..., jax.Array],
+    ) -> jax.Array:
+        """Returns multiply(input, kernel [..., features]), both quantized."""
         y = self._product(x, kernel, precision, multiply)
-        self._record_cost(
-            math.prod(y.shape[1:3]) * kernel.size, math.prod(x.shape[1:]), kernel.size
-        )
-        return self._add_bias(y)
+        self._record_cost(self.macs, self.act_elements, self._weight_elements(kernel))
+        return y
+
+    def _weight_elements(self, kernel: jax.Array) -> int:
+        return kernel.size
 
 
-def side_padding(size: int, kernel_size: int, stride: int, kind: str) -> tuple[int, int]:
-    """Returns the zero padding before and after an axis of length `size`; kinds as in QuantConv."""
-    if kind == "torch":
-        return (kernel_size - 1) // 2, (kernel_size - 1) // 2
-    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
-    return total // 2, total - total // 2
+class QuantPair(QuantProduct):
+    """A product of two inputs; the second is quantized with the first, to the last layer's bits.
+
+    other_signed, other_shift: as signed and shift, of the second.
+    """
+
+    other_signed: bool = False
+    other_shift: float = 0.0
+
+    def _kernel_quantizer(
+        self, kernel: jax.Array, precision: Precision
+    ) -> Callable[[jax.Array | int], Operand]:
+        settings = dataclasses.replace(self.settings, act_bits=self.settings.weight_bits)
+        other = _Input(settings, self.other_signed, self.other_shift, name="other")
+        return other(kernel, precision)
+
+    def _weight_elements(self, kernel: jax.Array) -> int:
+        return 0
 
 
-class QuantDense(QuantLayer):
-    """Dense layer, [n, c] -> [n, features], kernel [c, features]."""
-
-    use_bias: bool = True
+class _Input(QuantLayer):
+    """The quantizer of one more input."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, precision: Precision = FULL) -> jax.Array:
-        """Multiplies the quantized input with the quantized kernel."""
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        y = self._product(x, kernel, precision, jnp.matmul)
-        self._record_cost(kernel.size, x.shape[1], kernel.size)
-        return self._add_bias(y)
+    def __call__(self, x: jax.Array, precision: Precision) -> Callable[[jax.Array | int], Operand]:
+        return self._input_quantizer(x, precision)

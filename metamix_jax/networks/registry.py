@@ -5,7 +5,6 @@ import importlib
 import pkgutil
 from typing import Any
 
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError, suggestion
@@ -24,25 +23,25 @@ def _find() -> dict[str, Architecture]:
 
 
 ARCHITECTURES = _find()
-_SHARED = {"num_classes", "settings", "parent", "name"}  # fields that config.model does not set
+_SHARED = {"num_classes", "parent", "name"}  # fields that config.model does not set
 
 
 def make(
     config_model: ConfigDict,
     num_classes: int,
     settings: QuantSettings,
+    image_shape: tuple[int, int, int],
     source: str = "config.model",
-    image_shape: tuple[int, int, int] | None = None,
     model: Any = None,
-) -> nn.Module:
+) -> InterceptedNetwork:
     """Returns the network described by `config_model`, the section called `source`.
 
     Args:
       config_model: its name and fields.
       num_classes: number of classes.
       settings: of the quantizers.
+      image_shape: (height, width, channels).
       source: for error messages.
-      image_shape: (height, width, channels), needed by a network of the user's own.
       model: the network itself, where a Python program hands it over.
 
     Raises:
@@ -63,17 +62,8 @@ def make(
         hint = suggestion(key, known) if known else "it has no fields"
         raise UserError(f"{source}.{key}: {name} has no such field; {hint}")
     architecture.check(fields, source)
-    if not _is_plain(architecture.module):
-        if settings.rules:
-            raise UserError(f"config.quant.rules: {name} takes none; they are for plain Flax")
-        return architecture.module(num_classes=num_classes, settings=settings, **fields)
     module = architecture.module(num_classes=num_classes, **fields)
     return own.make(name, {}, num_classes, settings, image_shape, source, module)
-
-
-def _is_plain(module: type[nn.Module]) -> bool:
-    """Returns whether a network is plain Flax, whose products are quantized by interception."""
-    return "settings" not in {field.name for field in dataclasses.fields(module)}
 
 
 def label(config_model: ConfigDict) -> str:
@@ -84,18 +74,11 @@ def label(config_model: ConfigDict) -> str:
     return architecture.label(config_model) if architecture.label else architecture.name
 
 
-def architecture_of(model: nn.Module) -> Architecture:
+def architecture_of(model: InterceptedNetwork) -> Architecture:
     """Returns the architecture of a network created by `make`."""
-    if isinstance(model, InterceptedNetwork):
-        plain = type(getattr(model.network, "module", None))
-        unknown = Architecture(model.network.label, InterceptedNetwork)
-        return next((f for f in ARCHITECTURES.values() if f.module is plain), unknown)
-    return {found.module: found for found in ARCHITECTURES.values()}[type(model)]
-
-
-def exportable(model: nn.Module) -> bool:
-    """Returns whether a network can be exported, as far as that is known without trying."""
-    return isinstance(model, InterceptedNetwork) or architecture_of(model).draw is not None
+    kind = type(getattr(model.network, "module", None))
+    own_network = Architecture(model.network.label, InterceptedNetwork)
+    return next((found for found in ARCHITECTURES.values() if found.module is kind), own_network)
 
 
 def default_fields(name: str) -> dict[str, Any]:

@@ -58,8 +58,7 @@ def _next_command(run: Finished) -> str:
         return f"metamix --config={workdir} --workdir={workdir}"
     if run.policy is None:
         return f"metamix --config=RECIPE --config.pretrained={workdir} --workdir=DIR"
-    mode = "export" if run.results.get("exportable", True) else "evaluate"
-    return f"metamix --mode={mode} --workdir={workdir}"
+    return f"metamix --mode=export --workdir={workdir}"
 
 
 def _purpose(run: Finished) -> str | None:

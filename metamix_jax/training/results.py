@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from metamix_jax.networks import registry
 from metamix_jax.networks.precision import FULL, FULL_BITS, Precision, bit_candidates
 from metamix_jax.report import charts, tables
 from metamix_jax.report.html import write_report
@@ -81,7 +80,6 @@ def write(
             if search_end is None or span.start < search_end
         },
         "sizes": _sizes(network, policy),
-        "exportable": registry.exportable(network.model),
         "budget": policy and _budget(config.budget, network.budget, policy),
         "search_cost": _search_cost(schedule, seconds, config),
         "evaluations": evaluations,

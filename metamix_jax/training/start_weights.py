@@ -163,8 +163,8 @@ def load_teacher(
     if not config.teacher.path:
         return None, {}
     model = registry.make(
-        config.teacher.model, config.data.num_classes, QuantSettings(), "config.teacher.model",
-        image_shape,
+        config.teacher.model, config.data.num_classes, QuantSettings(), image_shape,
+        source="config.teacher.model",
     )  # fmt: skip
     teacher = Network(model, "", image_shape, costs={}, budget=None, further_budgets={})
     return model, load_weights(config.teacher.path, teacher, sharding.make_mesh())[0]

@@ -11,7 +11,6 @@ from flax.traverse_util import flatten_dict
 
 from metamix_jax.commands.diagnose import diagnosis, probes, states, statistics
 from metamix_jax.errors import UserError
-from metamix_jax.networks.layers import QuantConv
 from metamix_jax.networks.precision import FULL, Bits, Precision, QuantSettings
 from metamix_jax.report import diagnostic_charts, diagnostic_tables
 from metamix_jax.selection import cost, phases
@@ -21,6 +20,7 @@ from metamix_jax.training import setup
 from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints, locate
 from metamix_jax.training.schedule import make_spans
 from metamix_jax.training.step.batch_step import training_images
+from tests.helpers.quant_layers import QuantConv
 from tests.helpers.tiny_network import (
     BITS,
     calibrated_state,

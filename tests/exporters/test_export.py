@@ -1,25 +1,31 @@
 """The exported graph and its NumPy executor against the network in JAX."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from benchmarks import export_forms
 from metamix_jax.data import batching
 from metamix_jax.exporters import executor, onnx_files
 from metamix_jax.exporters.graph import Kernel, Node, Quantizer, normalise
+from metamix_jax.exporters.lowering import lower
 from metamix_jax.exporters.packing import pack, packed_size, unpack
+from metamix_jax.exporters.recognise import recognised
 from metamix_jax.exporters.stablehlo import PLATFORMS, stablehlo
 from metamix_jax.networks import registry
 from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.networks.quantizers import fake_quant
 from tests.helpers.export_networks import (
     CLASSES,
-    PIECES,
-    Pieces,
+    calibrated,
     graph_of,
+    intercepted,
+    pieces,
     quantized,
     random_images,
 )
@@ -27,11 +33,6 @@ from tests.helpers.tiny_network import compiled
 
 ALL_BITS = tuple(range(2, 9))
 SHAPE = (11, 9, 3)  # odd sides, where the paddings differ most
-
-
-@pytest.fixture(autouse=True)
-def pieces_can_be_drawn(monkeypatch):
-    monkeypatch.setattr(registry, "ARCHITECTURES", registry.ARCHITECTURES | PIECES)
 
 
 # Packing ---------------------------------------------------------------------------------------
@@ -108,7 +109,8 @@ def random_network(seed):
         positive_step=("floor", "abs", "softplus")[generator.integers(3)],
     )
     padding, stride = ("torch", "tf")[seed % 2], 1 + seed // 2 % 2
-    model = Pieces(CLASSES, settings, padding, stride, kernel_size=(3, 5)[seed // 2 % 2])
+    kernel_size = (3, 5)[seed // 2 % 2]
+    model = pieces(settings, SHAPE, padding=padding, stride=stride, kernel_size=kernel_size)
     return quantized(model, SHAPE, seed=seed)
 
 
@@ -133,12 +135,24 @@ def test_random_networks_have_all_bits():
 def test_cifar_resnets(shortcut):
     fields = {"name": "cifar_resnet", "depth": 8, "width": 4, "shortcut": shortcut}
     settings = QuantSettings(act_bits=(8, 4, 2), weight_bits=(8, 4, 2))
-    model = registry.make(ConfigDict(fields), CLASSES, settings)
+    model = registry.make(ConfigDict(fields), CLASSES, settings, (10, 10, 1))
     assert_equal_to_jax(quantized(model, (10, 10, 1)), random_images((10, 10, 1)))
 
 
+@pytest.mark.parametrize("name", ["Deployed", "Net", "Everything", "pieces"])
+def test_recognised_operations_compute_the_same(name):
+    settings = QuantSettings(act_bits=(8, 4), weight_bits=(8, 4))
+    model = pieces(settings, SHAPE) if name == "pieces" else intercepted(name, settings, SHAPE)
+    network, images = calibrated(model, random_images(SHAPE)), random_images(SHAPE, seed=2)
+    raw = lower(model, network.variables, network.policy.bits, SHAPE)
+    graph, found = graph_of(network), recognised(raw)
+    assert graph.general == (name in ("Net", "Everything")) and len(found) < len(raw)
+    whole, steps = (dataclasses.replace(graph, nodes=nodes) for nodes in (found, raw))
+    np.testing.assert_allclose(executor.run(whole, images), executor.run(steps, images), atol=1e-5)
+
+
 def test_weights_on_rounding_boundaries_are_rounded_as_in_jax():
-    model = Pieces(CLASSES, QuantSettings(act_bits=(8, 4), weight_bits=(8,)))
+    model = pieces(QuantSettings(act_bits=(8, 4), weight_bits=(8,)), SHAPE)
     network = quantized(model, SHAPE)
     generator = np.random.default_rng(0)
     for path in network.network.costs:
@@ -156,7 +170,7 @@ def test_weights_on_rounding_boundaries_are_rounded_as_in_jax():
 
 def test_an_image_that_is_not_quantized():
     settings = QuantSettings(act_bits=(8, 4), weight_bits=(4,), image_bits=32)
-    network = quantized(Pieces(CLASSES, settings), SHAPE)
+    network = quantized(pieces(settings, SHAPE), SHAPE)
     graph = graph_of(network)
     assert graph.layers[0].quantizer is None
     images = random_images(SHAPE)
@@ -175,18 +189,20 @@ def test_an_image_that_is_not_quantized():
         ("mobilenet_v3_small", "torch"),  # large has the same code
     ],
 )
-def test_every_network_is_drawn_with_all_of_its_layers(name, padding):
-    # Drawing asserts each layer's input; scores are compared on real networks
-    # (benchmarks/export_parity.py) and on `Pieces` above.
-    model = registry.make(ConfigDict({"name": name, "padding": padding}), CLASSES, QuantSettings())
-    network = quantized(model, (33, 33, 3))
+def test_networks_of_the_zoo_have_all_of_their_layers_and_few_operations(name, padding):
+    # Scores are compared on real networks (benchmarks/export_parity.py) and on `Pieces` above.
+    fields, shape = ConfigDict({"name": name, "padding": padding}), (33, 33, 3)
+    network = quantized(registry.make(fields, CLASSES, QuantSettings(), shape), shape)
     graph = graph_of(network)
     assert {node.name for node in graph.layers} == set(network.network.costs)
+    assert not graph.general
+    norms = flatten_dict(network.variables["batch_stats"], sep="/")
+    assert sum(node.op == "affine" for node in graph.nodes) == len(norms) / 2
     costs = {
         node.name: int(np.prod(node.shape[:-1])) * node.kernel.levels.size for node in graph.layers
     }
     assert costs == {path: cost.macs for path, cost in network.network.costs.items()}
-    assert executor.run(graph, random_images((33, 33, 3), count=1)).shape == (1, CLASSES)
+    assert executor.run(graph, random_images(shape, count=1)).shape == (1, CLASSES)
 
 
 # What the executor promises --------------------------------------------------------------------
@@ -221,7 +237,7 @@ def test_quantizing_rounds_half_to_even_and_clips():
 
 
 def test_normalised_as_in_training():
-    network = quantized(Pieces(CLASSES, QuantSettings()), SHAPE)
+    network = quantized(pieces(QuantSettings(), SHAPE), SHAPE)
     graph = graph_of(network)
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     expected = compiled(lambda p: batching.preprocess(p, mean=graph.mean, std=graph.std))(pixels)
@@ -235,7 +251,7 @@ def test_normalised_as_in_training():
 def test_stablehlo_takes_any_batch_and_three_platforms():
     from jax import export
 
-    network = quantized(Pieces(CLASSES, QuantSettings()), SHAPE)
+    network = quantized(pieces(QuantSettings(), SHAPE), SHAPE)
     model, variables, precision = network.network.model, network.variables, network.precision
     exported = export.deserialize(bytearray(stablehlo(model, variables, precision, SHAPE)))
     assert exported.platforms == PLATFORMS == ("cpu", "cuda", "tpu")

@@ -12,13 +12,11 @@ import pytest
 from metamix_jax.errors import UserError
 from metamix_jax.exporters import bundle, executor, onnx_files
 from metamix_jax.exporters.card import QCDQ, QONNX, card
-from metamix_jax.networks import registry
 from metamix_jax.networks.precision import QuantSettings
 from tests.helpers.export_networks import (
     CLASSES,
-    PIECES,
-    Pieces,
     graph_of,
+    pieces,
     quantized,
     random_images,
 )
@@ -29,11 +27,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def network():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "ARCHITECTURES", PIECES)
-        settings = QuantSettings(act_bits=(8, 4, 3, 2), weight_bits=(8, 4, 3, 2))
-        network = quantized(Pieces(CLASSES, settings), SHAPE, seed=3)
-        return network, graph_of(network)
+    settings = QuantSettings(act_bits=(8, 4, 3, 2), weight_bits=(8, 4, 3, 2))
+    network = quantized(pieces(settings, SHAPE), SHAPE, seed=3)
+    return network, graph_of(network)
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from metamix_jax.exporters import card, executor, integer_plan, integer_runtime, onnx_files
-from metamix_jax.exporters.graph import Graph, Kernel, Node, Quantizer, normalise
+from metamix_jax.exporters.graph import IMAGE, Graph, Kernel, Node, Quantizer, normalise
 from metamix_jax.exporters.integer_onnx import integer_model
 from metamix_jax.exporters.integer_plan import Storage
 from metamix_jax.exporters.recognise import recognised
 from metamix_jax.networks import registry
-from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.precision import QuantSettings
+from tests.helpers import export_networks
 from tests.helpers.export_networks import (
     CLASSES,
-    PIECES,
-    Pieces,
     calibrated,
     graph_of,
     intercepted,
@@ -31,17 +29,13 @@ SHAPE = (11, 9, 3)
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, *SHAPE), np.uint8)
 
 
-@pytest.fixture(autouse=True)
-def pieces_can_be_drawn(monkeypatch):
-    monkeypatch.setattr(registry, "ARCHITECTURES", registry.ARCHITECTURES | PIECES)
-
-
 def settings(act_bits=(8, 7), weight_bits=(8, 7), **fields):
     return QuantSettings(act_bits=act_bits, weight_bits=weight_bits, **fields)
 
 
 def pieces(seed=0, padding="torch", **fields):
-    return graph_of(quantized(Pieces(CLASSES, settings(**fields), padding), SHAPE, seed=seed))
+    made = export_networks.pieces(settings(**fields), SHAPE, padding=padding)
+    return graph_of(quantized(made, SHAPE, seed=seed))
 
 
 def resnet(shortcut="identity", **fields):
@@ -57,7 +51,7 @@ def run(content, graph, pixels=PIXELS):
 
 def in_steps(graph):
     """Returns tensor -> root mean square distance from the exact model, in its storage's steps."""
-    steps, images = integer_plan.fold(graph), normalise(PIXELS, graph)
+    steps, images = integer_plan.fold(graph.nodes), normalise(PIXELS, graph)
     ranges = integer_runtime._ranges(graph, integer_plan.streams(steps), images)
     plan = integer_plan.plan(steps, ranges)
     names = [step.output for step in steps if step.output in plan.storage]
@@ -65,8 +59,6 @@ def in_steps(graph):
     wanted, found = (
         _tensors(content, names, end) for content, end in zip(models, ("", "/levels"), strict=True)
     )
-    if graph.traced:  # its exact form has channels last
-        wanted = [x.transpose(0, 3, 1, 2) if x.ndim == 4 else x for x in wanted]
     distances = {}
     for name, x, levels in zip(names, wanted, found, strict=True):
         stored = plan.storage[name]
@@ -86,9 +78,8 @@ def _tensors(content, names, end):
     return session.run([f"{name}{end}" for name in names], inputs)
 
 
-def traced(name="Deployed", **fields):
-    """The graph of a network in plain Flax."""
-    model = intercepted(name, settings(**fields), SHAPE)
+def deployed():
+    model = intercepted("Deployed", settings(), SHAPE)
     return graph_of(calibrated(model, np.float32(PIXELS) / np.float32(255)))
 
 
@@ -111,10 +102,9 @@ def test_every_tensor_of_a_resnet(fields):
     assert max(found.values()) < 1.5
 
 
-@pytest.mark.parametrize(("name", "most"), [("Deployed", 7.0), ("PlainResNet", 3.0)])
-def test_every_tensor_of_a_traced_network(name, most):
-    found = in_steps(traced(name))
-    assert len(found) > 10 and max(found.values()) < most and np.median([*found.values()]) < 2.5
+def test_every_tensor_of_a_network_as_users_write_it():
+    found = in_steps(deployed())
+    assert len(found) > 10 and max(found.values()) < 7.0 and np.median([*found.values()]) < 2.5
 
 
 def test_weights_of_4_bits_change_no_score():
@@ -124,7 +114,7 @@ def test_weights_of_4_bits_change_no_score():
     assert np.abs(run(plain, graph) - executor.run(graph, normalise(PIXELS, graph))).max() < 0.1
 
 
-@pytest.mark.parametrize("graph", [pieces, resnet, traced])
+@pytest.mark.parametrize("graph", [pieces, resnet, deployed])
 def test_everything_between_image_and_scores_runs_on_integers(graph):
     plain, packed = integer_runtime.integer_files(graph(), PIXELS)
     for content in (plain, packed):
@@ -148,9 +138,9 @@ def test_float_kernels_are_counted():
 
 def test_batch_norm_and_relu_join_their_layer():
     graph = pieces()
-    steps = {step.output: step for step in integer_plan.fold(graph)}
-    step = steps["grouped_bn/relu6"]
-    assert step.node.name == "grouped" and step.most == 6 and "stem_bn/hswish" in steps
+    steps = {step.output: step for step in integer_plan.fold(graph.nodes)}
+    step = steps["relu6"]
+    assert step.node.name == "grouped" and step.most == 6 and "hswish" in steps
     affine = next(node for node in graph.nodes if node.name == "grouped_bn")
     kernel = step.node.kernel
     wanted = kernel.levels * kernel.step * affine.arrays["scale"]
@@ -161,7 +151,7 @@ def test_batch_norm_and_relu_join_their_layer():
 
 def test_negative_scales_turn_the_levels_around():
     graph = _small(scale=[-2.0, 0.5], offset=[1.0, -1.0], bias=[0.25, 0.5])
-    (step,) = integer_plan.fold(graph)
+    (step,) = integer_plan.fold(graph.nodes)
     np.testing.assert_array_equal(step.levels, [[-3, -2], [7, 1]])
     np.testing.assert_allclose(step.step, [0.2, 0.1])
     np.testing.assert_allclose(step.bias, [0.5, -0.75])  # bias times scale plus offset
@@ -183,7 +173,7 @@ def _small(scale, offset, bias=(0.0, 0.0), act=None):
 @pytest.mark.parametrize("scale", [[1e-12, 0.0], [0.5, 1e-9]])
 def test_channels_that_are_nearly_constant(scale):
     graph = _small(scale, [3.0, -4.0], act=Quantizer(8, False, 1 / 255, 0.0))
-    plan = integer_plan.plan(integer_plan.fold(graph), {})
+    plan = integer_plan.plan(integer_plan.fold(graph.nodes), {})
     pixels = np.uint8([[[[0], [255]]], [[[255], [0]]]])
     images = normalise(pixels, graph)
     found = run(integer_model(graph, plan), graph, pixels)
@@ -192,7 +182,7 @@ def test_channels_that_are_nearly_constant(scale):
 
 def test_ranges_are_those_of_all_images():
     graph = resnet()
-    names = integer_plan.streams(integer_plan.fold(graph))
+    names = integer_plan.streams(integer_plan.fold(graph.nodes))
     images = normalise(PIXELS, graph)
     images[8:] /= 4  # only the first of three calls meets the ends
     found = integer_runtime._ranges(graph, names, images)
@@ -205,31 +195,31 @@ def test_ranges_are_those_of_all_images():
 
 def test_how_tensors_are_stored():
     graph = pieces(act_bits=(5, 4))
-    steps = integer_plan.fold(graph)
+    steps = integer_plan.fold(graph.nodes)
     several = integer_plan.streams(steps)
     ranges = dict.fromkeys(several, (-1.0, 7.0))
     plan = integer_plan.plan(steps, ranges)
     nodes = {node.name: node for node in graph.nodes}
     # Taken by one layer: at its levels.
-    step, zero, low, high = plan.storage["signed/add"]
+    step, zero, low, high = plan.storage["add"]
     quantizer = nodes["depthwise"].quantizer
     assert (step, zero, (low - zero, high - zero)) == (quantizer.step, 128, quantizer.bounds)
     # Taken by a layer and an addition: the layer's step is an odd number of steps.
     for most in (3.0, 4.0, 5.0, 7.0):
         storage = integer_plan.plan(steps, dict.fromkeys(several, (0.0, most))).storage
-        odd = nodes["signed"].quantizer.step / storage["grouped_bn/relu6"].step
+        odd = nodes["signed"].quantizer.step / storage["relu6"].step
         assert odd == pytest.approx(round(odd)) and round(odd) % 2 == 1
     # Before hard swish: 3 is a number of steps; before a shifted layer: the shift.
-    for name, start in (("stem_bn", 3.0), ("stem_bn/hswish", 3 / 8)):
+    for name, start in (("stem_bn", 3.0), ("hswish", 3 / 8)):
         stored = plan.storage[name]
         assert stored.step * stored.zero == pytest.approx(start)
         assert (255 - stored.zero) * stored.step == pytest.approx(7, rel=0.1)
-    assert "fc" not in plan.storage and plan.streams >= {"stem_bn", "grouped_bn/relu6"}
+    assert "fc" not in plan.storage and plan.streams >= {"stem_bn", "relu6"}
 
 
 def test_shifted_layers_of_8_bits_need_no_table():
     graph = _small([1.0, 1.0], [0.0, 0.0], act=Quantizer(8, False, 0.01, 0.375))
-    plan = integer_plan.plan(integer_plan.fold(graph), {})
+    plan = integer_plan.plan(integer_plan.fold(graph.nodes), {})
     assert plan.storage[IMAGE] == Storage(0.01, 38) and not plan.streams
 
 
@@ -239,7 +229,7 @@ def test_a_relu6_ends_at_6():
     last = Node("dense", "last", ("act",), (2,), quantizer=Quantizer(8, False, 0.1, 0.0),
                 kernel=graph.nodes[0].kernel)  # fmt: skip
     graph = dataclasses.replace(graph, nodes=(graph.nodes[0], relu6, last))
-    assert integer_plan.plan(integer_plan.fold(graph), {}).storage["act"].high == 60
+    assert integer_plan.plan(integer_plan.fold(graph.nodes), {}).storage["act"].high == 60
 
 
 @pytest.mark.parametrize(
@@ -250,7 +240,7 @@ def test_a_relu_ends_at_0_whatever_takes_it(quantizer):
     graph = _small([1.0, 1.0], [0.0, 0.0])
     last = Node("dense", "last", ("act",), (2,), quantizer=quantizer, kernel=graph.nodes[0].kernel)
     graph = dataclasses.replace(graph, nodes=(graph.nodes[0], relu, last))
-    stored = integer_plan.plan(integer_plan.fold(graph), {}).storage["act"]
+    stored = integer_plan.plan(integer_plan.fold(graph.nodes), {}).storage["act"]
     assert stored.low == stored.zero > 0
 
 
@@ -260,7 +250,7 @@ def _cut(op, shape, **options):
     kernel = Kernel(8, np.ones((1, 1, 2, 2), np.int8), np.ones(2, np.float32))
     conv = Node("conv", "conv", (IMAGE,), (4, 4, 2), options_of_conv, kernel=kernel)
     cut = Node(op, "cut", ("conv",), shape, options)
-    tanh = Node("tanh", "tanh", ("cut",), shape)  # so that the graph counts as traced
+    tanh = Node("tanh", "tanh", ("cut",), shape)  # an operation of general networks
     return Graph("cut", (4, 4, 2), 2, (0.0,), (1.0,), {"layers": {}}, (conv, cut, tanh))
 
 
@@ -279,7 +269,7 @@ def _cut(op, shape, **options):
     ],
 )
 def test_what_is_a_shortcut_and_what_is_not(op, shape, options, found):
-    cut = next(node for node in recognised(_cut(op, shape, **options)).nodes if node.name == "cut")
+    _, cut, _ = recognised(_cut(op, shape, **options).nodes)
     assert cut.op == found
 
 

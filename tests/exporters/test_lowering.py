@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters import bundle, executor, lowering, onnx_files, onnx_traced
+from metamix_jax.exporters import bundle, executor, lowering, onnx_channels_last, onnx_files
 from metamix_jax.exporters.build import obstacle
-from metamix_jax.exporters.graph import OPS, result_shape
+from metamix_jax.exporters.graph import IMAGE, OPS, result_shape
 from metamix_jax.exporters.operations import OPERATIONS
 from metamix_jax.exporters.stablehlo import stablehlo
-from metamix_jax.networks.drawing import IMAGE
 from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.selection import cost
 from tests.helpers import export_networks
@@ -168,7 +167,7 @@ def test_every_operation_is_exported_once():
     # erf and rsqrt are folded or absent on some versions of JAX; the rest is there.
     assert OPS.keys() - classic - used <= {"rsqrt", "negate", "less", "less_equal", "erf",
                                            "greater_equal", "abs", "least"}  # fmt: skip
-    assert onnx_traced.LOWERINGS.keys() == OPS.keys() - classic
+    assert onnx_channels_last.LOWERINGS.keys() == OPS.keys() - classic
     made = {*lowering.UNARY.values(), *lowering.BINARY.values(), *lowering.REDUCTIONS.values(),
             *lowering.WINDOWS.values()}  # fmt: skip
     assert made <= OPERATIONS.keys()

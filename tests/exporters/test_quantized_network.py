@@ -142,8 +142,7 @@ def test_damaged_and_foreign_onnx_files_are_refused(exported, tmp_path):
         except UserError as error:
             refused += 1
             assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
-    # What is left: the names of shapes and of the file's producer, which do not affect the scores.
-    assert refused >= 0.9 * len(damaged)
+    assert refused == len(damaged)
     model = pytest.importorskip("onnx").load_model_from_string(content)
     del model.metadata_props[:]
     path.write_bytes(model.SerializeToString())

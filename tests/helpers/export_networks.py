@@ -1,5 +1,7 @@
 """Networks ready for export, without training or initializing them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +12,8 @@ from ml_collections import ConfigDict
 from metamix_jax.exporters import quantized_network
 from metamix_jax.exporters.build import build_graph
 from metamix_jax.networks import own
-from metamix_jax.networks.architecture import Architecture
-from metamix_jax.networks.drawing import IMAGE
-from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
-from metamix_jax.networks.precision import FULL, Precision, QuantSettings
+from metamix_jax.networks.precision import Precision
+from metamix_jax.networks.torch_layers import batch_norm, conv
 from metamix_jax.selection import cost, policy
 from metamix_jax.training import setup
 from tests.helpers.tiny_network import compiled
@@ -25,47 +25,35 @@ class Pieces(nn.Module):
     """Has every kind of layer once: signed, unsigned, shifted; dense, grouped, depthwise; SE."""
 
     num_classes: int
-    settings: QuantSettings
     padding: str = "torch"
     stride: int = 2
     kernel_size: int = 3
 
     @nn.compact
-    def __call__(self, x, train=False, precision=FULL):
-        def conv(name, features, size=self.kernel_size, **fields):
-            return QuantConv(
-                features, self.settings, kernel_size=size, padding=self.padding, name=name, **fields
-            )
+    def __call__(self, x, train=False):
+        def layer(name, features, size=self.kernel_size, **fields):
+            return conv(features, size, padding=self.padding, name=name, **fields)
 
         def norm(name):
-            return nn.BatchNorm(use_running_average=not train, epsilon=1e-3, name=name)
+            return batch_norm(train, name, epsilon=1e-3)
 
-        stem = QuantConv(8, self.settings.stem(), signed=True, padding=self.padding, name="stem")
-        x = nn.hard_swish(norm("stem_bn")(stem(x, precision)))
-        grouped = conv("grouped", 12, groups=4, shift=HSWISH_SHIFT, stride=self.stride)
-        x = nn.relu6(norm("grouped_bn")(grouped(x, precision)))
-        y = conv("signed", 12, 1, signed=True, use_bias=True)(x, precision)
-        x = x + y
-        depthwise = conv("depthwise", 12, groups=12, signed=True, stride=self.stride)
-        x = nn.hard_swish(norm("depthwise_bn")(depthwise(x, precision)))
-        gate = jnp.mean(x, axis=(1, 2), keepdims=True)
-        gate = conv("gate", 12, 1, shift=HSWISH_SHIFT, use_bias=True)(gate, precision)
+        x = nn.hard_swish(norm("stem_bn")(layer("stem", 8, 3)(x)))
+        x = layer("grouped", 12, groups=4, stride=self.stride)(x)
+        x = nn.relu6(norm("grouped_bn")(x))
+        x = x + layer("signed", 12, 1, use_bias=True)(x)
+        x = layer("depthwise", 12, groups=12, stride=self.stride)(x)
+        x = nn.hard_swish(norm("depthwise_bn")(x))
+        gate = layer("gate", 12, 1, use_bias=True)(jnp.mean(x, axis=(1, 2), keepdims=True))
         x = jnp.mean(x * nn.hard_sigmoid(gate), axis=(1, 2))
-        x = QuantDense(16, self.settings, shift=HSWISH_SHIFT, name="hidden")(x, precision)
-        return QuantDense(self.num_classes, self.settings.ends(), name="fc")(nn.relu(x), precision)
+        x = nn.relu(nn.Dense(16, name="hidden")(x))
+        return nn.Dense(self.num_classes, name="fc")(x)
 
 
-def draw_pieces(model, drawing):
-    x = drawing.layer(IMAGE, "stem", "stem_bn", "hswish")
-    x = drawing.layer(x, "grouped", "grouped_bn", "relu6")
-    x = drawing.node("add", x, drawing.layer(x, "signed"))
-    x = drawing.layer(x, "depthwise", "depthwise_bn", "hswish")
-    gate = drawing.layer(drawing.node("mean", x), "gate", activation="hsigmoid")
-    x = drawing.node("flatten", drawing.node("mean", drawing.node("multiply", x, gate)))
-    drawing.layer(drawing.layer(x, "hidden", activation="relu"), "fc")
-
-
-PIECES = {"pieces": Architecture("pieces", Pieces, draw=draw_pieces)}  # for the registry
+def pieces(settings, image_shape, **fields):
+    """Returns `Pieces` with its products quantized, layer "signed" as its name says."""
+    settings = dataclasses.replace(settings, rules=("signed=signed",))
+    model = Pieces(CLASSES, **fields)
+    return own.make("pieces", {}, CLASSES, settings, image_shape, model=model)
 
 
 def quantized(model, image_shape, *, seed=0):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from metamix_jax.networks.layers import QuantConv
 from metamix_jax.networks.precision import FULL, Precision
+from tests.helpers.quant_layers import QuantConv
 
 KEYS = {"params": jax.random.key(0), "quant": jax.random.key(1)}
 NAME = "layer"

@@ -62,45 +62,6 @@ class NnxNet(nnx.Module):
         return self.head((tokens + self.attention(tokens)).mean(1))
 
 
-class PlainResNet(nn.Module):
-    """The CIFAR ResNet of zoo/resnet.py in plain Flax, with the same names."""
-
-    num_classes: int
-    depth: int = 8
-    width: int = 4
-
-    @nn.compact
-    def __call__(self, x, train: bool = False):
-        def norm(name):
-            return nn.BatchNorm(use_running_average=not train, momentum=0.9, name=name)
-
-        x = nn.relu(norm("bn1")(conv(self.width, "conv1")(x)))
-        for stage in range(3):
-            for block in range((self.depth - 2) // 6):
-                stride = 2 if stage > 0 and block == 0 else 1
-                features, name = self.width * 2**stage, f"layer{stage + 1}_{block}"
-                x = PlainBlock(features, stride, name=name)(x, train)
-        return nn.Dense(self.num_classes, name="fc")(jnp.mean(x, axis=(1, 2)))
-
-
-class PlainBlock(nn.Module):
-    features: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x, train):
-        def norm(name):
-            return nn.BatchNorm(use_running_average=not train, momentum=0.9, name=name)
-
-        y = nn.relu(norm("bn1")(conv(self.features, "conv1", self.stride)(x)))
-        y = norm("bn2")(conv(self.features, "conv2")(y))
-        if x.shape != y.shape:
-            extra = self.features - x.shape[-1]
-            x = x[:, :: self.stride, :: self.stride]
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
-        return nn.relu(x + y)
-
-
 def conv(features, name, stride=1):
     return nn.Conv(
         features, (3, 3), strides=stride, padding=1, use_bias=False,

@@ -12,18 +12,16 @@ import pytest
 from jax import export
 
 from metamix_jax.exporters.stablehlo import stablehlo
-from metamix_jax.networks import registry
 from metamix_jax.networks.kernels import bfloat16
-from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 from metamix_jax.networks.quantizers import int_range
-from metamix_jax.networks.zoo.resnet import CifarResNet
 from metamix_jax.training import setup
 from metamix_jax.training.step.batch_step import make_train_step
-from tests.helpers import tiny_network
-from tests.helpers.export_networks import PIECES, Pieces, graph_of, quantized, random_images
+from tests.helpers import tiny_network, zoo
+from tests.helpers.export_networks import graph_of, pieces, quantized, random_images
 from tests.helpers.layer_reference import CONV_INPUT, DENSE_INPUT, KEYS, NAME, apply, init, make_net
 from tests.helpers.layer_reference import reference_conv as convolved
+from tests.helpers.quant_layers import HSWISH_SHIFT, QuantConv, QuantDense
 
 WIDTHS = tuple(range(2, 9))
 SETTINGS = QuantSettings(act_bits=(8, 4, 2), compute_dtype="bfloat16")
@@ -176,7 +174,7 @@ def operand_types(program):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_products_of_a_network_run_on_the_chosen_type(dtype):
     settings = dataclasses.replace(SETTINGS, compute_dtype=dtype)
-    model = CifarResNet(num_classes=3, settings=settings, depth=8, width=4, shortcut="conv")
+    model = zoo.make("cifar_resnet", settings, (8, 8, 1), 3, depth=8, width=4, shortcut="conv")
     images = np.zeros((2, 8, 8, 1), np.float32)
     shapes = jax.eval_shape(model.init, KEYS, images)
     variables = {name: shapes[name] for name in ("params", "batch_stats", "quant")}
@@ -210,8 +208,8 @@ def test_on_gpus_the_sums_of_convolutions_are_rounded():
 
 def test_a_quantized_network_evaluates_as_in_float32():
     shape = (9, 9, 3)
-    model = Pieces(5, SETTINGS)
-    plain = Pieces(5, dataclasses.replace(SETTINGS, compute_dtype="float32"))
+    model = pieces(SETTINGS, shape)
+    plain = pieces(dataclasses.replace(SETTINGS, compute_dtype="float32"), shape)
     network = quantized(plain, shape)
     images = random_images(shape, count=16)
 
@@ -227,11 +225,10 @@ def test_a_quantized_network_evaluates_as_in_float32():
     assert np.abs(scores(model, FULL) - scores(plain, FULL)).max() > 1e-3
 
 
-def test_what_is_exported_does_not_depend_on_it(monkeypatch):
-    monkeypatch.setattr(registry, "ARCHITECTURES", PIECES)
+def test_what_is_exported_does_not_depend_on_it():
     shape = (9, 9, 3)
     plain, network = (
-        quantized(Pieces(5, dataclasses.replace(SETTINGS, compute_dtype=dtype)), shape)
+        quantized(pieces(dataclasses.replace(SETTINGS, compute_dtype=dtype), shape), shape)
         for dtype in ("float32", "bfloat16")
     )
     for one, other in zip(graph_of(plain).nodes, graph_of(network).nodes, strict=True):

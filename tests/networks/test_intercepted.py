@@ -1,4 +1,6 @@
-"""Networks in plain Flax with their products quantized: against the same in our own layers."""
+"""Networks in plain Flax with their products quantized: against the same made of layers."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,18 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError
-from metamix_jax.networks import own, registry
+from metamix_jax.networks import own
 from metamix_jax.networks.adapters import LinenAdapter, NnxAdapter
 from metamix_jax.networks.intercepted import InterceptedNetwork
-from metamix_jax.networks.layers import HSWISH_SHIFT
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 from metamix_jax.networks.quantizers import fake_quant
 from metamix_jax.networks.tracing import _kind, traced
 from metamix_jax.selection import cost
-from tests.helpers import own_networks
+from tests.helpers import own_networks, zoo
+from tests.helpers.quant_layers import HSWISH_SHIFT, LayeredResNet
 from tests.helpers.tiny_network import compiled
 
 SHAPE = (8, 8, 1)
@@ -50,10 +51,9 @@ def calibrated(model, variables, images=IMAGES):
 
 @pytest.fixture(scope="module")
 def pair():
-    """The CIFAR ResNet in our layers and in plain Flax, and variables for both."""
-    fields = {"name": "cifar_resnet", "depth": 8, "width": 4}
-    ours = registry.make(ConfigDict(fields), 10, SETTINGS)
-    plain = intercepted("PlainResNet", depth=8, width=4)
+    """The CIFAR ResNet made of layers and in plain Flax, and variables for both."""
+    ours = LayeredResNet(SETTINGS)
+    plain = zoo.make("cifar_resnet", SETTINGS, SHAPE, depth=8, width=4)
     variables = ours.init(KEYS, IMAGES[:1])
     del variables["costs"]
     # Statistics and scales as after training.
@@ -66,7 +66,7 @@ def pair():
     return ours, plain, variables
 
 
-def test_variables_are_those_of_our_own_layers(pair):
+def test_variables_are_those_of_layers(pair):
     ours, plain, _ = pair
     for images in (IMAGES[:1], IMAGES):
         expected, found = (model.init(KEYS, images) for model in pair[:2])
@@ -76,7 +76,7 @@ def test_variables_are_those_of_our_own_layers(pair):
         for path, leaf in expected.items():
             assert np.array_equal(found[path], leaf), path
     assert cost.layer_costs(plain, SHAPE) == cost.layer_costs(ours, SHAPE)
-    assert plain.bn_momentum == ours.bn_momentum == 0.9
+    assert plain.bn_momentum == 0.9
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_variables_are_those_of_our_own_layers(pair):
         Precision("calibrate_lowest"),
     ],
 )  # fmt: skip
-def test_scores_and_gradients_are_those_of_our_own_layers(pair, precision):
+def test_scores_and_gradients_are_those_of_layers(pair, precision):
     ours, plain, variables = pair
     searched = [path for path, layer in cost.layer_costs(ours, SHAPE).items() if layer.searched]
     if precision.activations == "chosen":
@@ -113,7 +113,7 @@ def test_scores_and_gradients_are_those_of_our_own_layers(pair, precision):
         np.testing.assert_allclose(found[path] / scale, leaf / scale, atol=2e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["Net", "NnxNet", "PlainResNet", "Attending"])
+@pytest.mark.parametrize("name", ["Net", "NnxNet", "Deployed", "Attending"])
 def test_full_precision_is_the_network_itself(name):
     model = intercepted(name)
     variables = model.init(KEYS, IMAGES)
@@ -147,6 +147,30 @@ def test_training_updates_statistics_and_drops_out():
     statistics = moved["batch_stats"]["blocks"]["0"]["norm"]
     np.testing.assert_allclose(statistics["mean"], norm.mean[...], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(statistics["var"], norm.var[...], rtol=1e-5)
+
+
+def test_dropout_is_that_of_the_network_itself():
+    model, images = zoo.make("mobilenet_v3_small", SETTINGS), jnp.zeros((2, 32, 32, 3))
+    variables = jax.tree.map(
+        lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype),
+        {
+            name: tree
+            for name, tree in jax.eval_shape(model.init, KEYS, images).items()
+            if name in ("params", "batch_stats")
+        },
+    )
+    run = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(5)}}
+    expected, _ = compiled(lambda v: model.network.module.apply(v, images, **run))(variables)
+    found, _ = compiled(lambda v: model.apply(v, images, **run))(variables)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert len(np.unique(np.asarray(found))) > 1
+
+
+def test_full_precision_in_bfloat16_is_computed_in_bfloat16():
+    plain = zoo.make("cifar_resnet", SETTINGS, SHAPE, depth=8, width=4)
+    model = plain.clone(settings=dataclasses.replace(SETTINGS, compute_dtype="bfloat16"))
+    variables = model.init(KEYS, IMAGES)
+    assert not np.array_equal(model.apply(variables, IMAGES), plain.apply(variables, IMAGES))
 
 
 def test_layers_of_a_network_with_skips_and_shared_layers():

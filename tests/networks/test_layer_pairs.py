@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import Precision, QuantSettings
 from metamix_jax.networks.quantizers import POSITIVE_STEPS, init_step
-from metamix_jax.networks.zoo.resnet import CifarResNet
+from tests.helpers import zoo
 from tests.helpers.layer_reference import (
     CONV_INPUT,
     DENSE_INPUT,
@@ -24,6 +23,7 @@ from tests.helpers.layer_reference import (
     reference_conv,
     reference_quant,
 )
+from tests.helpers.quant_layers import HSWISH_SHIFT, QuantConv, QuantDense
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -302,7 +302,7 @@ def test_a_mixture_makes_one_product_for_each_weight_width(
 
 def test_products_of_a_whole_network():
     settings = SETTINGS["pairs"]
-    model = CifarResNet(num_classes=3, settings=settings, depth=8, width=4, shortcut="conv")
+    model = zoo.make("cifar_resnet", settings, (8, 8, 1), 3, depth=8, width=4, shortcut="conv")
     x = np.zeros((1, 8, 8, 1), np.float32)
     variables = jax.eval_shape(model.init, KEYS, x)
     costs = variables.pop("costs")

@@ -3,14 +3,14 @@
 import jax
 import pytest
 from flax import linen as nn
-from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError
 from metamix_jax.exporters.lowering import lower
-from metamix_jax.networks import own, registry
+from metamix_jax.networks import own
 from metamix_jax.networks.layer_rules import is_rule
 from metamix_jax.networks.precision import Bits, Precision, QuantSettings
 from metamix_jax.selection import cost
+from tests.helpers import zoo
 from tests.helpers.own_networks import Attending
 
 SHAPE = (8, 8, 1)
@@ -127,7 +127,9 @@ def test_a_rule_that_fits_no_layer():
         network("mid=4/4")
 
 
-def test_networks_in_our_own_layers_take_none():
-    with pytest.raises(UserError, match="config.quant.rules: cifar_resnet takes none"):
-        settings = QuantSettings(rules=("fc=4/4",))
-        registry.make(ConfigDict({"name": "cifar_resnet"}), 10, settings, image_shape=(8, 8, 3))
+def test_networks_of_the_zoo_take_them_too():
+    settings = QuantSettings(act_bits=(8, 4), rules=("fc=4/4", "layer1_0/conv.=searched"))
+    model = zoo.make("cifar_resnet", settings, (8, 8, 3), depth=8, width=4)
+    costs = cost.layer_costs(model, (8, 8, 3))
+    assert costs["fc"].candidates == (Bits(4, 4),)
+    assert costs["layer1_0/conv1"].searched

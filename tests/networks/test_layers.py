@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, Precision, QuantSettings
 from metamix_jax.networks.quantizers import POSITIVE_STEPS
-from metamix_jax.networks.zoo.resnet import CifarResNet
+from tests.helpers import zoo
 from tests.helpers.layer_reference import (
     CONV_INPUT,
     DENSE_INPUT,
@@ -23,6 +22,7 @@ from tests.helpers.layer_reference import (
     reference_conv,
     reference_quant,
 )
+from tests.helpers.quant_layers import HSWISH_SHIFT, QuantConv, QuantDense
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -244,7 +244,7 @@ def test_an_unselected_branch_costs_nothing(conv, activations, rounds):
 
 
 def test_a_chosen_network_computes_as_much_as_one_branch():
-    model = CifarResNet(num_classes=3, settings=SETTINGS, depth=8, width=4, shortcut="conv")
+    model = zoo.make("cifar_resnet", SETTINGS, (8, 8, 1), 3, depth=8, width=4, shortcut="conv")
     x = np.zeros((1, 8, 8, 1), np.float32)
     variables = jax.eval_shape(model.init, KEYS, x)
     variables = {name: variables[name] for name in ("params", "batch_stats", "quant")}

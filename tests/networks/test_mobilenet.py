@@ -1,3 +1,4 @@
+import functools
 import math
 import pathlib
 
@@ -7,15 +8,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from metamix_jax.networks import registry
-from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
-from metamix_jax.networks.precision import FULL, QuantSettings
+from metamix_jax.networks.precision import QuantSettings
+from metamix_jax.networks.torch_layers import batch_norm
 from metamix_jax.networks.torch_weights import read_weights, torch_name
 from metamix_jax.networks.zoo.mobilenet import InvertedResidual
 from metamix_jax.networks.zoo.mobilenet_v3 import V3_LARGE
 from metamix_jax.selection import cost
+from tests.helpers import zoo
+from tests.helpers.quant_layers import HSWISH_SHIFT
 
 DATA = pathlib.Path(__file__).parents[3] / "shared/data"
 SHAPE = (224, 224, 3)
@@ -24,7 +26,7 @@ WITH_HSWISH = set(range(7, 16))
 
 
 def make(name, **settings):
-    return registry.make(ConfigDict({"name": name}), 1000, QuantSettings(**settings))
+    return zoo.make(name, QuantSettings(**settings), SHAPE, 1000)
 
 
 def shapes_of(model):
@@ -34,16 +36,9 @@ def shapes_of(model):
 
 def quantizer_sites(model):
     """Returns layer path -> (signed, shift) of its input's quantizer."""
-    sites = {}
-
-    def note(call, args, kwargs, context):
-        if isinstance(context.module, QuantConv | QuantDense) and context.method_name == "__call__":
-            sites["/".join(context.module.path)] = (context.module.signed, context.module.shift)
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(note):
-        shapes_of(model)
-    return sites
+    variables = {name: shapes_of(model)[name] for name in ("params", "batch_stats")}
+    layers = model.layers(variables, jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32))
+    return {path: (layer.signed[0], layer.shift[0]) for path, layer in layers.items()}
 
 
 # torchvision's counts.
@@ -92,8 +87,8 @@ def test_batch_norm_and_dropout(name, momentum, epsilon):
             return call(*args, **kwargs)
 
         def run(images, train=train):
-            keys = {name: jax.random.key(0) for name in ("params", "quant", "dropout")}
-            return model.init(keys, images, train=train)
+            keys = {name: jax.random.key(0) for name in ("params", "dropout")}
+            return model.network.module.init(keys, images, train=train)
 
         with nn.intercept_methods(note):
             jax.eval_shape(run, jnp.zeros((1, *SHAPE)))
@@ -129,18 +124,11 @@ def test_blocks_with_squeeze_and_excite():
 
 
 def test_gate_by_hand():
-    settings = QuantSettings()
-
-    def norm(train, name):
-        return nn.BatchNorm(use_running_average=not train, epsilon=1e-3, name=name)
-
-    block = InvertedResidual(
-        16, 8, settings, norm, squeeze=True, hswish=True, activation=nn.hard_swish
-    )
+    norm = functools.partial(batch_norm, epsilon=1e-3)
+    block = InvertedResidual(16, 8, squeeze=True, activation=nn.hard_swish, norm=norm)
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 8))
-    keys = {"params": jax.random.key(1), "quant": jax.random.key(2)}
-    variables = block.init(keys, x, False, FULL)
-    found = block.apply(variables, x, False, FULL)
+    variables = block.init(jax.random.key(1), x, False)
+    found = block.apply(variables, x, False)
 
     params = jax.tree.map(np.asarray, variables["params"])
     scale = 1 / np.sqrt(1 + 1e-3)  # fresh batch norm

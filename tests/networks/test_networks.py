@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError
 from metamix_jax.networks import registry
-from metamix_jax.networks.precision import FULL, QuantSettings
+from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.networks.zoo.resnet import BasicBlock
 from metamix_jax.selection.cost import layer_costs
 
@@ -20,7 +20,7 @@ RESNET18_PARAMETERS = 11_689_512  # torchvision's
 
 
 def make(num_classes=10, /, **fields):
-    return registry.make(ConfigDict(fields), num_classes, SETTINGS)
+    return registry.make(ConfigDict(fields), num_classes, SETTINGS, (32, 32, 3))
 
 
 def shapes_of(model, image_shape):
@@ -51,11 +51,11 @@ def cifar_resnet_parameters(depth, width, channels, classes, conv_shortcut):
 
 def run_shortcut_alone(x, features):
     """Returns a block's output when the batch norm of its other path is zero."""
-    block = BasicBlock(features, stride=2, shortcut="identity", settings=SETTINGS)
-    shapes = jax.eval_shape(lambda: block.init(KEYS, x, False, FULL))
+    block = BasicBlock(features, stride=2, shortcut="identity")
+    shapes = jax.eval_shape(lambda: block.init(KEYS, x, False))
     variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
     variables["params"]["bn2"] = jax.tree.map(jnp.zeros_like, variables["params"]["bn2"])
-    return block.apply(variables, x, False, FULL)
+    return block.apply(variables, x, False)
 
 
 def test_parameters_of_resnet20():

@@ -24,7 +24,7 @@ def test_a_network_by_file_or_module(place):
     assert (model.network.label, model.num_classes) == ("Net", 10)
     assert model.network.module.width == 4
     assert registry.label(ConfigDict({"name": f"{place}:Net"})) == "Net"
-    assert registry.architecture_of(model).draw is None
+    assert not registry.architecture_of(model).torch_names.modules
     assert registry.default_fields(f"{place}:Net") == {"width": 8}
     assert registry.default_fields(f"{place}:NnxNet") == {"width": 8}
     assert registry.default_fields(f"{place}:NeedsWidth") == {"width": None}

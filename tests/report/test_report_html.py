@@ -189,12 +189,11 @@ def test_page_of_a_stopped_search(tmp_path):
     workdir = write_run(tmp_path)
     results = json.loads((workdir / "results.json").read_text())
     results["mode"] = "search"
-    results["exportable"] = False
     (workdir / "results.json").write_text(json.dumps(results))
     assert f"Next: metamix --config={workdir} --workdir={workdir}" in report(workdir).text
     results["mode"] = "train"
     (workdir / "results.json").write_text(json.dumps(results))
-    assert f"Next: metamix --mode=evaluate --workdir={workdir}" in report(workdir).text
+    assert f"Next: metamix --mode=export --workdir={workdir}" in report(workdir).text
     results["mode"] = "search"
     del results["phases"]["weight_training"]
     results["evaluated_gbops"] = 1.68  # of weights in float32

@@ -2,11 +2,10 @@ import csv
 import io
 
 import pytest
-from ml_collections import ConfigDict
 
-from metamix_jax.networks import registry
 from metamix_jax.networks.precision import Bits, LayerCost, Precision, QuantSettings
 from metamix_jax.selection import cost
+from tests.helpers import zoo
 from tests.helpers.hand_made_costs import (
     BITS,
     COSTS,
@@ -22,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 def costs_of(name, size, settings=None, classes=10, **fields):
     settings = settings or QuantSettings(act_bits=BITS)
-    model = registry.make(ConfigDict({"name": name, **fields}), classes, settings)
-    return cost.layer_costs(model, (size, size, 3))
+    shape = (size, size, 3)
+    return cost.layer_costs(zoo.make(name, settings, shape, classes, **fields), shape)
 
 
 def rounded(value, digits=4):

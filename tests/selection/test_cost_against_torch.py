@@ -6,12 +6,11 @@ The networks are written from the papers' tables, with torchvision's structure a
 from collections import OrderedDict
 
 import pytest
-from ml_collections import ConfigDict
 
 from metamix_jax.networks import registry
-from metamix_jax.networks.layers import QuantSettings
 from metamix_jax.networks.torch_weights import torch_name
 from metamix_jax.selection import cost
+from tests.helpers import zoo
 
 torch = pytest.importorskip("torch", reason="torch is optional")
 flop_counter = pytest.importorskip("torch.utils.flop_counter")
@@ -170,7 +169,7 @@ def test_costs_are_what_torch_counts(definition, layers, parameters, million_mac
     counted = counted_by_torch(network)
     assert len(counted) == layers
 
-    model = registry.make(ConfigDict({"name": definition.__name__}), CLASSES, QuantSettings())
+    model = zoo.make(definition.__name__, image_shape=(SIZE, SIZE, 3), classes=CLASSES)
     costs = cost.layer_costs(model, (SIZE, SIZE, 3))
     names = registry.architecture_of(model).torch_names
     paths = {path: ("params", *path.split("/"), "kernel") for path in costs}

@@ -14,14 +14,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.flatten_util import ravel_pytree
 
 from metamix_jax.networks import layers
-from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
 from metamix_jax.networks.precision import FULL, QuantSettings
-from metamix_jax.networks.zoo.resnet import CifarResNet
 from metamix_jax.selection import cost
 from metamix_jax.selection.budget import make_budget
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.searchers import hessian
+from tests.helpers import zoo
 from tests.helpers.layer_reference import reference_quant
+from tests.helpers.quant_layers import HSWISH_SHIFT, QuantConv, QuantDense
 from tests.helpers.tiny_network import compiled, make_config
 
 BITS = (8, 4, 2)
@@ -229,7 +229,7 @@ def test_sensitivities_by_hand():
 
 
 def test_ordinary_use_knows_nothing_of_the_probes(monkeypatch):
-    model = CifarResNet(10, QuantSettings(act_bits=BITS, weight_bits=BITS), depth=8, width=2)
+    model = zoo.make("cifar_resnet", SETTINGS, (8, 8, 1), depth=8, width=2)
     images = jnp.zeros((1, 8, 8, 1))
 
     def init_and_apply(images):

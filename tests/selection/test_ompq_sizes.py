@@ -10,9 +10,9 @@ from flax.traverse_util import flatten_dict
 from scipy.optimize import linprog
 
 from metamix_jax.networks.precision import Bits, QuantSettings
-from metamix_jax.networks.zoo.resnet import ResNet18
 from metamix_jax.selection import cost
 from metamix_jax.selection.searchers import ompq
+from tests.helpers import zoo
 
 
 def random_program(seed, layers=5):
@@ -89,7 +89,7 @@ PUBLISHED = [
 
 @pytest.fixture(scope="module")
 def resnet18():
-    model = ResNet18(num_classes=1000, settings=QuantSettings(weight_bits=(8, 4)))
+    model = zoo.make("resnet18", QuantSettings(weight_bits=(8, 4)), (224, 224, 3), 1000)
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
     shapes = jax.eval_shape(lambda: model.init(keys, jnp.zeros((1, 224, 224, 3))))
     return shapes["params"], cost.layer_costs(model, (224, 224, 3))

@@ -6,8 +6,8 @@ import jax
 from flax import linen as nn
 
 from metamix_jax.networks.architecture import Architecture, TorchNames
+from metamix_jax.networks.torch_layers import batch_norm, conv
 
-MOMENTUM, EPSILON = 0.9, 1e-5
 DROPOUT = 0.2
 
 
@@ -43,19 +43,9 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Convolves and normalizes, [n, h, w, c] -> [n, h / stride, w / stride, features]."""
-        margin = (self.kernel_size - 1) // 2
-        x = nn.Conv(
-            self.features,
-            (self.kernel_size, self.kernel_size),
-            strides=(self.stride, self.stride),
-            padding=((margin, margin), (margin, margin)),
-            feature_group_count=x.shape[-1] if self.depthwise else 1,
-            use_bias=False,
-            name="conv",
-        )(x)
-        return nn.BatchNorm(
-            use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON, name="norm"
-        )(x)
+        groups = x.shape[-1] if self.depthwise else 1
+        x = conv(self.features, self.kernel_size, self.stride, groups, name="conv")(x)
+        return batch_norm(train, "norm")(x)
 
 
 class MBConv(nn.Module):

@@ -1,24 +1,18 @@
 """MobileNet-v3, large and small (Howard et al., 2019); its blocks are MobileNet-v2's."""
 
+import functools
 from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from metamix_jax.networks import torch_layers
 from metamix_jax.networks.architecture import Architecture, TorchNames
-from metamix_jax.networks.drawing import IMAGE, Drawing
-from metamix_jax.networks.layers import HSWISH_SHIFT, QuantConv, QuantDense
-from metamix_jax.networks.precision import FULL, Precision, QuantSettings
-from metamix_jax.networks.zoo import mobilenet
-from metamix_jax.networks.zoo.mobilenet import (
-    InvertedResidual,
-    batch_norm,
-    conv_and_norm,
-    draw_block,
-)
+from metamix_jax.networks.torch_layers import conv
+from metamix_jax.networks.zoo.mobilenet import DROPOUT, InvertedResidual, conv_and_norm
 
-_MOMENTUM, _EPSILON = 0.99, 1e-3
+batch_norm = functools.partial(torch_layers.batch_norm, momentum=0.99, epsilon=1e-3)
 
 
 class Bneck(NamedTuple):
@@ -69,46 +63,33 @@ V3_SMALL = (
 class MobileNetV3Large(nn.Module):
     """MobileNet-v3-large of width 1.0."""
 
-    bn_momentum: ClassVar[float] = _MOMENTUM
     rows: ClassVar[tuple[Bneck, ...]] = V3_LARGE
     hidden: ClassVar[int] = 1280  # features between the two classifiers
     num_classes: int
-    settings: QuantSettings
     padding: str = "torch"  # "tf": TensorFlow's SAME
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
-        norm = batch_norm(_MOMENTUM, _EPSILON)
-        stem = QuantConv(
-            16, self.settings.stem(), signed=True, stride=2, padding=self.padding, name="stem"
-        )
-        x = nn.hard_swish(norm(train, name="stem_bn")(stem(x, precision)))
+        x = conv(16, 3, 2, padding=self.padding, name="stem")(x)
+        x = nn.hard_swish(batch_norm(train, "stem_bn")(x))
         for i, row in enumerate(self.rows):
             x = InvertedResidual(
-                expanded=row.expanded,
-                features=row.features,
-                settings=self.settings,
-                norm=norm,
+                row.expanded,
+                row.features,
                 kernel_size=row.kernel_size,
                 stride=row.stride,
                 squeeze=row.squeeze,
-                hswish=row.hswish,
                 activation=nn.hard_swish if row.hswish else nn.relu,
-                input_shift=HSWISH_SHIFT if i == 0 else 0.0,
+                norm=batch_norm,
                 padding=self.padding,
                 name=f"bneck{i + 1}",
-            )(x, train, precision)
-        features = self.rows[-1].expanded
-        head = QuantConv(features, self.settings, signed=True, kernel_size=1, name="head_conv")
-        x = nn.hard_swish(norm(train, name="head_bn")(head(x, precision)))
-        x = jnp.mean(x, axis=(1, 2))
-        first = QuantDense(self.hidden, self.settings, shift=HSWISH_SHIFT, name="classifier1")
-        x = first(x, precision)
-        x = nn.Dropout(mobilenet.DROPOUT, deterministic=not train)(nn.hard_swish(x))
-        ends = self.settings.ends()
-        classifier = QuantDense(self.num_classes, ends, shift=HSWISH_SHIFT, name="classifier2")
-        return classifier(x, precision)
+            )(x, train)
+        x = conv(self.rows[-1].expanded, 1, name="head_conv")(x)
+        x = nn.hard_swish(batch_norm(train, "head_bn")(x))
+        x = nn.hard_swish(nn.Dense(self.hidden, name="classifier1")(jnp.mean(x, axis=(1, 2))))
+        x = nn.Dropout(DROPOUT, deterministic=not train)(x)
+        return nn.Dense(self.num_classes, name="classifier2")(x)
 
 
 class MobileNetV3Small(MobileNetV3Large):
@@ -116,16 +97,6 @@ class MobileNetV3Small(MobileNetV3Large):
 
     rows = V3_SMALL
     hidden = 1024
-
-
-def draw_mobilenet_v3(model: MobileNetV3Large, drawing: Drawing) -> None:
-    """Adds the nodes of a MobileNet-v3."""
-    x = drawing.layer(IMAGE, "stem", "stem_bn", "hswish")
-    for i, row in enumerate(model.rows):
-        x = draw_block(drawing, x, f"bneck{i + 1}", "hswish" if row.hswish else "relu")
-    x = drawing.layer(x, "head_conv", "head_bn", "hswish")
-    x = drawing.node("flatten", drawing.node("mean", x))
-    drawing.layer(drawing.layer(x, "classifier1", activation="hswish"), "classifier2")
 
 
 def _torch_names(rows: tuple[Bneck, ...]) -> TorchNames:
@@ -152,7 +123,7 @@ def _torch_names(rows: tuple[Bneck, ...]) -> TorchNames:
 
 
 ARCHITECTURES = tuple(
-    Architecture(name, module, torch_names=_torch_names(module.rows), draw=draw_mobilenet_v3)
+    Architecture(name, module, torch_names=_torch_names(module.rows))
     for name, module in (
         ("mobilenet_v3_large", MobileNetV3Large),
         ("mobilenet_v3_small", MobileNetV3Small),

@@ -1,4 +1,5 @@
-"""ResNets with post-activation blocks (He et al., 2016): the CIFAR family, ResNet-18, 50 and 101.
+"""ResNets with post-activation blocks (He et al., 2016) in plain Flax: the CIFAR family, ResNet-18,
+34, 50 and 101.
 
 Module names follow PyTorch's, so that weight files can be mapped by name (TORCH_NAMES).
 """
@@ -11,88 +12,59 @@ from flax import linen as nn
 
 from metamix_jax.errors import UserError
 from metamix_jax.networks.architecture import Architecture, Fields, TorchNames
-from metamix_jax.networks.drawing import IMAGE, Drawing
-from metamix_jax.networks.layers import QuantConv, QuantDense
-from metamix_jax.networks.precision import FULL, Precision, QuantSettings
-
-BN_MOMENTUM = 0.9
-
-
-def _batch_norm(name: str, train: bool) -> nn.BatchNorm:
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=BN_MOMENTUM, epsilon=1e-5, name=name
-    )
+from metamix_jax.networks.torch_layers import batch_norm, conv
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, [n, h, w, c] -> [n, h / stride, w / stride, features].
 
-    shortcut, used if shapes differ: "conv" is a quantized, searched 1x1 convolution; "identity"
-    subsamples and zero-pads channels (the paper's option A).
+    shortcut, used if shapes differ: "conv" is a 1x1 convolution, which is searched like the others;
+    "identity" subsamples and zero-pads channels (the paper's option A).
     """
 
     features: int
     stride: int
-    shortcut: str
-    settings: QuantSettings
+    shortcut: str = "conv"
     padding: str = "torch"
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, precision: Precision) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Runs the block."""
-
-        def conv(name: str, stride: int = 1, kernel_size: int = 3) -> QuantConv:
-            return QuantConv(
-                self.features,
-                self.settings,
-                kernel_size=kernel_size,
-                stride=stride,
-                padding=self.padding,
-                name=name,
-            )
-
-        y = conv("conv1", self.stride)(x, precision)
-        y = nn.relu(_batch_norm("bn1", train)(y))
-        y = conv("conv2")(y, precision)
-        y = _batch_norm("bn2", train)(y)
-        if x.shape != y.shape:
-            if self.shortcut == "conv":
-                x = conv("downsample_conv", self.stride, kernel_size=1)(x, precision)
-                x = _batch_norm("downsample_bn", train)(x)
-            else:
-                extra = self.features - x.shape[-1]
-                x = x[:, :: self.stride, :: self.stride]
-                x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
+        y = conv(self.features, 3, self.stride, padding=self.padding, name="conv1")(x)
+        y = nn.relu(batch_norm(train, "bn1")(y))
+        y = conv(self.features, padding=self.padding, name="conv2")(y)
+        y = batch_norm(train, "bn2")(y)
+        if x.shape != y.shape and self.shortcut == "conv":
+            x = conv(self.features, 1, self.stride, name="downsample_conv")(x)
+            x = batch_norm(train, "downsample_bn")(x)
+        elif x.shape != y.shape:
+            extra = self.features - x.shape[-1]
+            x = x[:, :: self.stride, :: self.stride]
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (extra // 2, extra - extra // 2)))
         return nn.relu(x + y)
 
 
 class CifarResNet(nn.Module):
     """A ResNet for small images: a 3x3 stem and 3 stages of (depth - 2) / 6 blocks."""
 
-    bn_momentum: ClassVar[float] = BN_MOMENTUM
     num_classes: int
-    settings: QuantSettings
     depth: int = 20
     width: int = 16  # channels of the first stage, doubled by each later one
     shortcut: str = "identity"
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns class scores [n, num_classes] of normalized images [n, h, w, c]."""
-        ends = self.settings.ends()
-        x = QuantConv(self.width, self.settings.stem(), signed=True, name="conv1")(x, precision)
-        x = nn.relu(_batch_norm("bn1", train)(x))
+        x = nn.relu(batch_norm(train, "bn1")(conv(self.width, name="conv1")(x)))
         for stage in range(3):
             for block in range((self.depth - 2) // 6):
                 x = BasicBlock(
                     self.width * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     shortcut=self.shortcut,
-                    settings=self.settings,
                     name=f"layer{stage + 1}_{block}",
-                )(x, train, precision)
-        x = jnp.mean(x, axis=(1, 2))
-        return QuantDense(self.num_classes, ends, name="fc")(x, precision)
+                )(x, train)
+        return nn.Dense(self.num_classes, name="fc")(jnp.mean(x, axis=(1, 2)))
 
 
 class BottleneckBlock(nn.Module):
@@ -100,140 +72,72 @@ class BottleneckBlock(nn.Module):
 
     features: int
     stride: int
-    settings: QuantSettings
     padding: str = "torch"
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, precision: Precision) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Runs the block."""
-
-        def conv(name: str, features: int, kernel_size: int, stride: int = 1) -> QuantConv:
-            return QuantConv(
-                features,
-                self.settings,
-                kernel_size=kernel_size,
-                stride=stride,
-                padding=self.padding,
-                name=name,
-            )
-
         widened = 4 * self.features
-        y = conv("conv1", self.features, 1)(x, precision)
-        y = nn.relu(_batch_norm("bn1", train)(y))
-        y = conv("conv2", self.features, 3, self.stride)(y, precision)
-        y = nn.relu(_batch_norm("bn2", train)(y))
-        y = conv("conv3", widened, 1)(y, precision)
-        y = _batch_norm("bn3", train)(y)
+        y = nn.relu(batch_norm(train, "bn1")(conv(self.features, 1, name="conv1")(x)))
+        y = conv(self.features, 3, self.stride, padding=self.padding, name="conv2")(y)
+        y = nn.relu(batch_norm(train, "bn2")(y))
+        y = batch_norm(train, "bn3")(conv(widened, 1, name="conv3")(y))
         if x.shape != y.shape:
-            x = conv("downsample_conv", widened, 1, self.stride)(x, precision)
-            x = _batch_norm("downsample_bn", train)(x)
+            x = conv(widened, 1, self.stride, name="downsample_conv")(x)
+            x = batch_norm(train, "downsample_bn")(x)
         return nn.relu(x + y)
 
 
 class ImageNetResNet(nn.Module):
     """A ResNet for ImageNet: 7x7 stem, max pooling, four stages; shortcuts are searched too."""
 
-    bn_momentum: ClassVar[float] = BN_MOMENTUM
     stage_sizes: ClassVar[tuple[int, ...]]
-    bottleneck: ClassVar[bool]
+    block: ClassVar[type[nn.Module]] = BasicBlock
     num_classes: int
-    settings: QuantSettings
     padding: str = "torch"  # "tf": TensorFlow's SAME
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, precision: Precision = FULL) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
-        stem = QuantConv(
-            64,
-            self.settings.stem(),
-            signed=True,
-            kernel_size=7,
-            stride=2,
-            padding=self.padding,
-            name="conv1",
-        )
-        x = nn.relu(_batch_norm("bn1", train)(stem(x, precision)))
+        x = conv(64, 7, 2, padding=self.padding, name="conv1")(x)
+        x = nn.relu(batch_norm(train, "bn1")(x))
         pool_padding = "SAME" if self.padding == "tf" else ((1, 1), (1, 1))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=pool_padding)
         for stage, size in enumerate(self.stage_sizes):
             for block in range(size):
-                options = {
-                    "features": 64 * 2**stage,
-                    "stride": 2 if stage > 0 and block == 0 else 1,
-                    "settings": self.settings,
-                    "padding": self.padding,
-                    "name": f"layer{stage + 1}_{block}",
-                }
-                if self.bottleneck:
-                    x = BottleneckBlock(**options)(x, train, precision)
-                else:
-                    x = BasicBlock(shortcut="conv", **options)(x, train, precision)
-        x = jnp.mean(x, axis=(1, 2))
-        return QuantDense(self.num_classes, self.settings.ends(), name="fc")(x, precision)
+                x = self.block(
+                    64 * 2**stage,
+                    stride=2 if stage > 0 and block == 0 else 1,
+                    padding=self.padding,
+                    name=f"layer{stage + 1}_{block}",
+                )(x, train)
+        return nn.Dense(self.num_classes, name="fc")(jnp.mean(x, axis=(1, 2)))
 
 
 class ResNet18(ImageNetResNet):
     """ResNet-18."""
 
     stage_sizes = (2, 2, 2, 2)
-    bottleneck = False
 
 
 class ResNet34(ImageNetResNet):
     """ResNet-34."""
 
     stage_sizes = (3, 4, 6, 3)
-    bottleneck = False
 
 
 class ResNet50(ImageNetResNet):
     """ResNet-50."""
 
     stage_sizes = (3, 4, 6, 3)
-    bottleneck = True
+    block = BottleneckBlock
 
 
 class ResNet101(ImageNetResNet):
     """ResNet-101, our teacher for distillation; the paper does not name its own."""
 
     stage_sizes = (3, 4, 23, 3)
-    bottleneck = True
-
-
-def draw_cifar_resnet(model: CifarResNet, drawing: Drawing) -> None:
-    """Adds the nodes of a CIFAR ResNet."""
-    x = drawing.layer(IMAGE, "conv1", "bn1", "relu")
-    for stage in range(3):
-        for block in range((model.depth - 2) // 6):
-            x = _draw_block(drawing, x, f"layer{stage + 1}_{block}", convolutions=2)
-    drawing.layer(drawing.node("flatten", drawing.node("mean", x)), "fc")
-
-
-def draw_imagenet_resnet(model: ImageNetResNet, drawing: Drawing) -> None:
-    """Adds the nodes of an ImageNet ResNet."""
-    x = drawing.layer(IMAGE, "conv1", "bn1", "relu")
-    x = drawing.node("max_pool", x, size=3, stride=2, padding=model.padding)
-    for stage, blocks in enumerate(model.stage_sizes):
-        for block in range(blocks):
-            name = f"layer{stage + 1}_{block}"
-            x = _draw_block(drawing, x, name, convolutions=3 if model.bottleneck else 2)
-    drawing.layer(drawing.node("flatten", drawing.node("mean", x)), "fc")
-
-
-def _draw_block(drawing: Drawing, x: str, name: str, convolutions: int) -> str:
-    y = x
-    for i in range(1, convolutions + 1):
-        activation = "relu" if i < convolutions else ""
-        y = drawing.layer(y, f"{name}/conv{i}", f"{name}/bn{i}", activation)
-    if drawing.has(f"{name}/downsample_conv"):
-        x = drawing.layer(x, f"{name}/downsample_conv", f"{name}/downsample_bn")
-    elif drawing.shape(x) != drawing.shape(y):
-        missing = drawing.shape(y)[-1] - drawing.shape(x)[-1]
-        stride = -(-drawing.shape(x)[0] // drawing.shape(y)[0])
-        x = drawing.node(
-            "subsample", x, stride=stride, channels=(missing // 2, missing - missing // 2)
-        )
-    return drawing.node("relu", drawing.node("add", x, y))
+    block = BottleneckBlock
 
 
 def check_cifar_resnet(fields: Fields, source: str) -> None:
@@ -256,19 +160,17 @@ TORCH_NAMES = TorchNames(
     aliases=((r"^linear\.", "fc."),),  # the classifier of CIFAR networks
 )
 _RESNET = {"torch_names": TORCH_NAMES, "shortcut": "downsample_conv"}
-_IMAGENET = {"draw": draw_imagenet_resnet, **_RESNET}
 ARCHITECTURES = (
     Architecture(
         "cifar_resnet",
         CifarResNet,
         check=check_cifar_resnet,
         label=lambda fields: f"cifar_resnet{fields.get('depth', '')}",
-        draw=draw_cifar_resnet,
         ompq_rounds_below=True,
         **_RESNET,
     ),
-    Architecture("resnet18", ResNet18, ompq_rounds_below=True, **_IMAGENET),
-    Architecture("resnet34", ResNet34, **_IMAGENET),
-    Architecture("resnet50", ResNet50, **_IMAGENET),
-    Architecture("resnet101", ResNet101, **_IMAGENET),
+    Architecture("resnet18", ResNet18, ompq_rounds_below=True, **_RESNET),
+    Architecture("resnet34", ResNet34, **_RESNET),
+    Architecture("resnet50", ResNet50, **_RESNET),
+    Architecture("resnet101", ResNet101, **_RESNET),
 )

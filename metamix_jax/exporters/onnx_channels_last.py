@@ -1,4 +1,4 @@
-"""ONNX nodes for the operations of traced networks, whose channels come last.
+"""ONNX nodes for general networks, whose channels come last.
 
 The image is transposed once. Convolutions and windows, which ONNX defines for channels that come
 first, are transposed there and back; runtimes move these transpositions and cancel most.
@@ -11,9 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 from metamix_jax.exporters.executor import ones_product
-from metamix_jax.exporters.graph import Graph, Node
+from metamix_jax.exporters.graph import IMAGE, Graph, Node
 from metamix_jax.exporters.onnx_writers import ExactWriter
-from metamix_jax.networks.drawing import IMAGE
 
 Lowering = Callable[[ExactWriter, Node, Graph], None]
 CHANNELS_LAST_IMAGE = f"{IMAGE}/channels_last"
