@@ -15,6 +15,7 @@ from metamix_jax.defaults import FIELDS, SECTIONS
 from metamix_jax.errors import UserError, require, suggestion
 from metamix_jax.fields import document, is_finite
 from metamix_jax.selection.cost_models import BUDGET_UNITS
+from metamix_jax.selection.limits import units_of
 
 INTRODUCTION = """\
 # Configuration
@@ -147,11 +148,20 @@ def _several_candidates(config: ConfigDict) -> None:
 
 
 def _candidates_change_the_cost(config: ConfigDict) -> None:
-    unit = config.budget.unit
+    for unit in units_of(config.budget):
+        _require(
+            config, "quant.weight_bits",
+            len(config.quant.weight_bits) > 1 or not BUDGET_UNITS[unit].needs_weight_bits,
+            f"two or more with budget.unit={unit!r}",
+        )  # fmt: skip
+        _require(
+            config, "budget.latencies",
+            bool(config.budget.latencies) or not BUDGET_UNITS[unit].needs_latencies,
+            f"a table with budget.unit={unit!r}; --mode=profile measures one",
+        )  # fmt: skip
     _require(
-        config, "quant.weight_bits",
-        len(config.quant.weight_bits) > 1 or not BUDGET_UNITS[unit].needs_weight_bits,
-        f"two or more with budget.unit={unit!r}",
+        config, "budget.limits", config.budget.unit not in units_of(config.budget)[1:],
+        f"units other than budget.unit={config.budget.unit!r}",
     )  # fmt: skip
 
 

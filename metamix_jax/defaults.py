@@ -19,6 +19,8 @@ from metamix_jax.fields import (
 )
 from metamix_jax.networks.layer_rules import EXPECTED, is_rule
 from metamix_jax.selection.cost_models import BUDGET_UNITS
+from metamix_jax.selection.limits import EXPECTED as EXPECTED_LIMITS
+from metamix_jax.selection.limits import are_limits
 from metamix_jax.selection.searchers import SEARCHERS
 
 LARGEST_SEED = 2**32 - 1
@@ -35,6 +37,7 @@ SECTIONS = {
     "quant": "Candidate bit-widths, and how step sizes are initialized.",
     "budget": "The limit on the cost of the chosen bits.",
     "search": "How bits are chosen.",
+    "profile": "`--mode=profile`: how long every layer takes at every width.",
     "optimizer": "The optimizer of weights and step sizes.",
     "full_precision": "Training before any quantization. Like that of every phase, its length is "
     "given in epochs of the training split; 0 skips it.",
@@ -155,8 +158,12 @@ FIELDS = (
     Field("budget.value", 1.0, "The budget, in `budget.unit`.", more_than(0)),
     Field("budget.unit", "fraction", "`fraction` of the BOPs of the uniform 4/4 network; `gbops`; "
           "`average_act_bits`, weighted by each searched layer's input size; `mebibytes` of "
-          "weights, if `quant.weight_bits` has several candidates.",
-          one_of(*BUDGET_UNITS)),
+          "weights, if `quant.weight_bits` has several candidates; `milliseconds` an image, from "
+          "the table `budget.latencies`.", one_of(*BUDGET_UNITS)),
+    Field("budget.limits", (), "Further limits that the policy keeps as well: UNIT=VALUE, such as "
+          "`('mebibytes=0.25',)`.", Check(EXPECTED_LIMITS, are_limits)),
+    Field("budget.latencies", "", "A CSV with the milliseconds of every layer at every width, as "
+          "`--mode=profile` writes it."),
 
     Field("search.searcher", "metamix", "How bits are chosen; `uniform` and `random` do not "
           "search, `file` takes the policy of another run, `none` only trains at full precision.",
@@ -228,6 +235,12 @@ FIELDS = (
     Field("export.examples", 0, "Evaluation images that the bundle is evaluated on. 0: all.",
           at_least(0), may_change=True),
     Field("export.licence", "", "License of the weights, for the model card. Empty: unknown.",
+          may_change=True),
+
+    Field("profile.rounds", 30, "Calls of every network; the median counts.", between(1, 10_000),
+          may_change=True),
+    Field("profile.batch_size", 1, "Images a call.", between(1, MOST_IMAGES), may_change=True),
+    Field("profile.threads", 1, "Threads of onnxruntime. 0: one for each core.", between(0, 1024),
           may_change=True),
 
     Field("diagnose.layer", "", "Layer whose input is plotted and traced. Empty: the middle one of "

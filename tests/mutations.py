@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.mutation_rows import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("metamix_jax", "configs", "tests", "docs")
+FOLDERS = ("metamix_jax", "configs", "tests", "docs", "benchmarks")
 FILES = ("pyproject.toml", "main.py", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt",
          "requirements.txt")  # fmt: skip
 LEAST_KILLED = 0.95

@@ -12,7 +12,8 @@ from tests.helpers.config_fields import ROOT, change, leaves, load, value_of
 
 # Free texts; the names in them are looked up later.
 NAMES = {"checkpoint", "pretrained", "model.name", "data.name", "data.data_dir", "data.train_split",
-         "search.policy", "data.eval_split", "teacher.path", "teacher.model.name",
+         "search.policy", "budget.latencies", "data.eval_split", "teacher.path",
+         "teacher.model.name",
          "diagnose.layer", "diagnose.before", "distributed.coordinator",
          "compilation_cache", "export.licence"}  # fmt: skip
 CHOICES = {

@@ -15,6 +15,7 @@ MODES = {  # --mode -> module of this folder
     "diagnose": "diagnose",
     "compare": "compare",
     "export": "export_network",
+    "profile": "profile",
     "report": "report",
 }
 READING = ("evaluate", "diagnose", "export", "report")  # modes that read a run

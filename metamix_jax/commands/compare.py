@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from metamix_jax.config import default, validate
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.report import charts, tables
-from metamix_jax.selection.budget import make_budget
+from metamix_jax.selection.limits import budget_of
 from metamix_jax.selection.policy import load_policy
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup
@@ -82,7 +82,7 @@ def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> Con
     if searcher.fit is not None:
         validate(own)
         _, costs = setup.make_model(own)
-        budget = make_budget(costs, own.budget.value, own.budget.unit)
+        budget = budget_of(costs, own.budget)
         own.update_from_flattened_dict(searcher.fit(own, costs, budget))
     setup.make_network(own)
     return own

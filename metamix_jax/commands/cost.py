@@ -12,6 +12,7 @@ from metamix_jax.networks import own, registry
 from metamix_jax.report import tables
 from metamix_jax.runtime import distributed
 from metamix_jax.selection import cost, cost_models
+from metamix_jax.selection.limits import load_latencies
 from metamix_jax.training import setup
 from metamix_jax.training.given import Given
 from metamix_jax.workdir.files import make_workdir, write_text_atomic
@@ -26,7 +27,9 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     model, costs = setup.make_model(config)
     make_workdir(workdir)
     table = cost.rows(costs)
-    totals = cost.totals(costs) | {"reachable": cost_models.reachable(costs)}
+    totals = cost.totals(costs) | {
+        "reachable": cost_models.reachable(costs, load_latencies(costs, config.budget))
+    }
     meanings = {name: unit.meaning for name, unit in cost_models.BUDGET_UNITS.items()}
     print(tables.cost_table(table, totals) + tables.reachable_table(totals["reachable"], meanings))
     if reason := obstacle(model, costs, setup.image_shape(config.data)):

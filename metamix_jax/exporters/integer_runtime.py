@@ -67,18 +67,22 @@ def _ranges(
     return found | {name: tuple(bound) for name, bound in zip(wanted, bounds, strict=True)}
 
 
-def session(content: bytes, threads: int = 1, optimized: Path | None = None) -> Any:
+def session(
+    content: bytes, threads: int = 1, optimized: Path | None = None, profile: str = ""
+) -> Any:
     """Returns an onnxruntime session at its default optimization level.
 
     Args:
       content: of an ONNX file.
       threads: 0 for all cores.
       optimized: where to write the model as it is run.
+      profile: start of the name of a file for the duration of every kernel; "": none.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.enable_profiling, options.profile_file_prefix = bool(profile), profile
     if optimized:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

@@ -58,7 +58,10 @@ def summary(run: Finished) -> Section:
             "Budget": _asked_budget(run),
         }
         if budget := results.get("budget"):
-            came_out["Spent"] = f"{budget['cost']:.6g} of {budget['limit']:.6g} {budget['unit']}"
+            spent_on = [budget, *budget.get("limits", ())]
+            came_out["Spent"] = "; ".join(
+                f"{each['cost']:.6g} of {each['limit']:.6g} {each['unit']}" for each in spent_on
+            )
         came_out |= {
             "Average bits": f"activations {results['average_act_bits']:.2f}, "
             f"weights {tables.percent(results.get('average_weight_bits'))}",

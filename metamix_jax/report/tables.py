@@ -87,6 +87,26 @@ def reachable_table(
     return "\n" + table_text(table)
 
 
+def latency_table(rows: Sequence[Mapping[str, Any]], whole: Mapping[str, float]) -> str:
+    """Returns one line per layer, with its milliseconds at every pair of widths.
+
+    Args:
+      rows: {layer, act_bits, weight_bits, milliseconds, spread} each.
+      whole: the pair's name, such as 8/4 -> milliseconds of the network.
+    """
+    layers: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        layers.setdefault(row["layer"], {})[f"{row['act_bits']}/{row['weight_bits']}"] = row
+    totals = {pair: f"{milliseconds:.4f}" for pair, milliseconds in whole.items()}
+    table = make_table(None, left=1, layer="ms an image", **totals, spread="")
+    for layer, found in layers.items():
+        fixed = next(iter(found.values()))  # of layers with one pair only
+        times = [found.get(pair, fixed)["milliseconds"] for pair in whole]
+        spread = max(row["spread"] for row in found.values())
+        table.add_row(layer, *(f"{time:.4f}" for time in times), f"{spread:.4f}")
+    return table_text(table)
+
+
 def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns one line per evaluation.
 

@@ -11,7 +11,18 @@ from typing import NamedTuple
 from metamix_jax.networks.precision import Bits, LayerCost
 from metamix_jax.selection.cost import GIGA, LayerBits, LayerCosts, uniform_4_4
 
-BOPS, AVERAGE_ACT_BITS, WEIGHTS = "bops", "average_act_bits", "weights"  # names of models
+BOPS, AVERAGE_ACT_BITS, WEIGHTS, LATENCY = "bops", "average_act_bits", "weights", "latency"
+
+
+class Latencies(NamedTuple):
+    """Measured milliseconds an image (selection/latency.py).
+
+    layers: layer path -> its widths -> milliseconds.
+    rest: of everything else.
+    """
+
+    layers: Mapping[str, Mapping[Bits, float]]
+    rest: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +111,33 @@ def weights_model(costs: LayerCosts) -> CostModel:
     )
 
 
+def latency_model(costs: LayerCosts, latencies: Latencies) -> CostModel:
+    """Returns the cost model of the milliseconds that one image takes, as measured."""
+    times = latencies.layers
+    candidates = {path: cost.candidates for path, cost in costs.items() if cost.searched}
+    branch_costs = {
+        path: tuple(times[path][bits] for bits in row) for path, row in candidates.items()
+    }
+    fixed = sum(
+        times[path][cost.candidates[0]] for path, cost in costs.items() if not cost.searched
+    )
+    # 4 bits need not have been measured.
+    reference = latencies.rest + fixed + sum(map(max, branch_costs.values()))
+    return CostModel(LATENCY, "ms", candidates, branch_costs, latencies.rest + fixed, reference)
+
+
 class BudgetUnit(NamedTuple):
     """A unit of config.budget.value."""
 
-    make_model: Callable[[LayerCosts], CostModel]
+    make_model: Callable[..., CostModel]
     meaning: str  # follows the value in a sentence
     of_reference: bool = False  # whether the value is a fraction of the model's reference
     needs_weight_bits: bool = False  # whether the cost depends on weight bits alone
+    needs_latencies: bool = False  # whether make_model takes them, after the layers
+
+    def model(self, costs: LayerCosts, latencies: Latencies | None = None) -> CostModel:
+        """Returns the cost model of a network."""
+        return self.make_model(costs, latencies) if self.needs_latencies else self.make_model(costs)
 
 
 # By config.budget.unit.
@@ -115,14 +146,19 @@ BUDGET_UNITS = {
     "gbops": BudgetUnit(bops_model, "GBOPs"),
     "average_act_bits": BudgetUnit(average_act_bits_model, "activation bits on average"),
     "mebibytes": BudgetUnit(weights_model, "MiB of weights", needs_weight_bits=True),
+    "milliseconds": BudgetUnit(latency_model, "ms an image", needs_latencies=True),
 }
 
 
-def reachable(costs: LayerCosts) -> dict[str, tuple[float, float]]:
+def reachable(
+    costs: LayerCosts, latencies: Latencies | None = None
+) -> dict[str, tuple[float, float]]:
     """Returns config.budget.unit -> the least and greatest value that a policy can cost."""
     found = {}
     for name, unit in BUDGET_UNITS.items():
-        model = unit.make_model(costs)
+        if unit.needs_latencies and latencies is None:
+            continue
+        model = unit.model(costs, latencies)
         scale = model.reference if unit.of_reference else 1.0
         if model.least < model.most:  # otherwise nothing that is searched changes it
             found[name] = (model.least / scale, model.most / scale)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from metamix_jax.networks.precision import FULL, FULL_BITS, Precision, bit_candidates
 from metamix_jax.report import charts, tables
 from metamix_jax.report.html import write_report
-from metamix_jax.selection import cost
+from metamix_jax.selection import cost, limits
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.cost import LayerBits, LayerCosts
 from metamix_jax.selection.cost_models import BUDGET_UNITS
@@ -147,12 +147,20 @@ def _sizes(network: Network, policy: Policy | None) -> dict[str, float]:
 def _budget(config_budget: ConfigDict, budget: Budget, policy: Policy) -> dict[str, Any]:
     """Returns the budget and the policy's cost, in the budget's own unit."""
     meaning = BUDGET_UNITS[config_budget.unit].meaning
+    found = {"asked": f"{config_budget.value} {meaning}", **_spent(budget, policy)}
+    for text, each in zip(config_budget.limits, budget.further, strict=True):
+        unit, most = limits.parse(text)
+        meaning = BUDGET_UNITS[unit].meaning
+        found.setdefault("limits", []).append(
+            {"asked": f"{most:g} {meaning}", **_spent(each, policy)}
+        )
+    return found
+
+
+def _spent(budget: Budget, policy: Policy) -> dict[str, Any]:
     return {
-        "asked": f"{config_budget.value} {meaning}",
-        "limit": budget.limit,
-        "cost": policy.cost(budget),
-        "unit": budget.cost_model.unit,
-    }
+        "limit": budget.limit, "cost": policy.cost(budget), "unit": budget.cost_model.unit,
+    }  # fmt: skip
 
 
 def _search_cost(

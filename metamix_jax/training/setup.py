@@ -16,9 +16,10 @@ from metamix_jax.networks import registry
 from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.runtime import sharding
 from metamix_jax.selection import cost, knapsack, phases
-from metamix_jax.selection.budget import Budget, make_budget
+from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.checks import check_searcher
 from metamix_jax.selection.cost import LayerCosts
+from metamix_jax.selection.limits import budget_of
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training.schedule import Span, make_spans
 from metamix_jax.training.step.state import TrainState, enter_phase, further_searches
@@ -54,13 +55,14 @@ def make_network(config: ConfigDict, model: Any = None) -> Network:
     validate(config)
     check_searcher(config)
     model, costs = make_model(config, model)
-    searcher, unit = SEARCHERS[config.search.searcher], config.budget.unit
+    searcher = SEARCHERS[config.search.searcher]
     budget = None
     if searcher.choose is not None:
-        budget = make_budget(costs, config.budget.value, unit)
+        budget = budget_of(costs, config.budget)
         searcher.check_network(config, costs, budget)
     further_budgets = {
-        key: make_budget(costs, value, unit) for key, value in further_searches(config).items()
+        key: budget_of(costs, config.budget, value)
+        for key, value in further_searches(config).items()
     }
     label = registry.label(config.model)
     return Network(model, label, image_shape(config.data), costs, budget, further_budgets)

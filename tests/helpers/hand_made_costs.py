@@ -3,6 +3,7 @@
 import dataclasses
 
 from metamix_jax.networks.precision import Bits, LayerCost
+from metamix_jax.selection.cost_models import Latencies
 
 BITS = (8, 4, 2)
 PAIRS = (
@@ -36,3 +37,11 @@ def with_bits(**fields):
 
 PAIR_COSTS = with_bits(weight_bits=BITS)
 WEIGHT_COSTS = with_bits(act_bits=(4,), weight_bits=BITS)  # only weights are searched
+# Milliseconds that fall with the bits of one layer and rise with those of the other.
+LATENCIES = Latencies(
+    {
+        path: {bits: 1 + sign * (bits.act + 0.1 * bits.weight) / 20 for bits in layer.candidates}
+        for (path, layer), sign in zip(PAIR_COSTS.items(), (0, 1, -1, 0), strict=True)
+    },
+    rest=0.5,
+)

@@ -11,15 +11,16 @@ from metamix_jax.selection import cost
 from metamix_jax.selection.budget import Budget, within
 from metamix_jax.selection.cost_models import BUDGET_UNITS
 from tests.helpers.config_fields import ROOT
-from tests.helpers.hand_made_costs import FIXED_BITS, PAIR_COSTS
+from tests.helpers.hand_made_costs import FIXED_BITS, LATENCIES, PAIR_COSTS
 
-MODELS = {unit: kind.make_model(PAIR_COSTS) for unit, kind in BUDGET_UNITS.items()}
+MODELS = {unit: kind.model(PAIR_COSTS, LATENCIES) for unit, kind in BUDGET_UNITS.items()}
 SUMS = {
     "bops": lambda bits: cost.bops(PAIR_COSTS, bits) / 1e9,
     "average_act_bits": lambda bits: cost.average_act_bits(PAIR_COSTS, bits),
     "weights": lambda bits: (
         sum(PAIR_COSTS[path].weight_elements * pair.weight for path, pair in bits.items()) / 2**23
     ),
+    "latency": lambda bits: 0.5 + sum(LATENCIES.layers[path][bits[path]] for path in PAIR_COSTS),
 }
 
 
@@ -41,6 +42,9 @@ def test_a_model_counts_every_pair_of_candidates(unit):
         assert model.cost(bits) == pytest.approx(SUMS[model.name](bits), rel=1e-12)
         found.append(model.cost(bits))
     assert (model.least, model.most) == (min(found), max(found))
+    if model.name == "latency":
+        assert model.reference == pytest.approx(model.most, rel=1e-12)
+        return
     uniform = cost.uniform_bits(PAIR_COSTS, 4)
     assert model.reference == pytest.approx(model.cost(uniform), rel=1e-12)
 

@@ -77,8 +77,9 @@ LOGITS = {"a": np.float32([0.3, -0.1, 0.2]), "b": np.float32([0.0, 0.4, -0.3])}
 
 @pytest.mark.parametrize("form", ["argmax", "expected"])
 @pytest.mark.parametrize("fraction", [0.5, 1.5])
-def test_budget_term_by_hand(form, fraction):
-    """Its value and its gradient, below the cost and above it."""
+@pytest.mark.parametrize("further", [None, 0.5, 1.5])
+def test_budget_term_by_hand(form, fraction, further):
+    """Its value and its gradient, below the cost and above it; `further` is another limit's."""
     weight = 13.9
     config = make_config(**{"bit_search.budget_form": form, "bit_search.budget_weight": weight})
     costs = BUDGET_UNITS["gbops"].make_model(COSTS)
@@ -92,20 +93,28 @@ def test_budget_term_by_hand(form, fraction):
     limit = fraction * spent
     inputs = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32), None, np.float32(limit), None
 
+    sizes = BUDGET_UNITS["average_act_bits"].make_model(COSTS)
+    average = sum(chosen[path] @ np.float64(sizes.branch_costs[path]) for path in LOGITS)
+    others = () if further is None else (Budget(sizes, further * average),)
+
     def loss(trained):
-        budget = Budget(costs, limit)
+        budget = Budget(costs, limit, others)
         return objective(
             trained, {}, {}, inputs, FULL, model=stub, update=update, config=config, budget=budget
         )
 
     (value, (_, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
     term = weight * abs(spent - limit) / costs.reference
+    exceeded = further == 0.5  # otherwise the other limit is kept, and does nothing
+    term += exceeded * weight * 0.5 * average / sizes.reference
     assert metrics["budget_term"] == pytest.approx(term, rel=1e-5)
     assert value == pytest.approx(np.log(10) + term, rel=1e-5)
     slope = weight * np.sign(spent - limit) / costs.reference
     for path in LOGITS:
         share, table = shares[path], tables[path]
         expected = slope * share * (table - share @ table)  # the softmax's Jacobian
+        table = np.float64(sizes.branch_costs[path])
+        expected += exceeded * weight / sizes.reference * share * (table - share @ table)
         np.testing.assert_allclose(gradient[f"quant/{path}/logits"], expected, rtol=1e-4)
 
 

@@ -37,10 +37,9 @@ def read_bits(path: str, costs: LayerCosts, budget: Budget) -> dict[str, Bits]:
       UserError: unreadable, for other layers or widths, or above the budget.
     """
     bits = read_policy(bucket.path_of(path), costs).bits
-    if not budget.admits(bits):
+    if excess := budget.excess(bits):
         raise UserError(
-            f"config.search.policy={path!r} costs {budget.cost(bits):.6g} {budget.cost_model.unit} "
-            f"in this network, above the budget of {budget.limit:.6g}; raise config.budget.value"
+            f"config.search.policy={path!r} costs {excess}, in this network; raise that budget"
         )
     return bits
 

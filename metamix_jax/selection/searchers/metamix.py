@@ -26,16 +26,18 @@ def choose(context: SearchContext) -> dict[str, Bits]:
     logits, costs, budget = context.logits, context.costs, context.budget
     argmax = bits_at(costs, {path: int(np.argmax(row)) for path, row in logits.items()})
     spent, least = budget.cost(argmax), context.config.search.least_spent * budget.limit
-    if budget.admits(argmax) and spent >= least * (1 - TOLERANCE):
+    excess = budget.excess(argmax)
+    if not excess and spent >= least * (1 - TOLERANCE):
         return argmax
     branch_costs = budget.cost_model.branch_costs
     log_shares = {path: np.asarray(jax.nn.log_softmax(row), float) for path, row in logits.items()}
-    if spent > budget.limit and not least:
-        choice = knapsack.maximise(log_shares, branch_costs, budget.room)
+    further = budget.further_rooms
+    if excess and not least:
+        choice = knapsack.maximise(log_shares, branch_costs, budget.room, further)
     else:
         # No policy may cost exactly this much, so at most the greatest feasible cost is required.
         least = min(least, knapsack.dearest(budget)) - budget.cost_model.fixed_cost
-        choice = knapsack.spend(log_shares, branch_costs, budget.room, least)
+        choice = knapsack.spend(log_shares, branch_costs, budget.room, least, further)
     projected = bits_at(costs, choice)
     changed = [
         f"{path} {argmax[path].act}/{argmax[path].weight}->"
@@ -43,11 +45,11 @@ def choose(context: SearchContext) -> dict[str, Bits]:
         for path in logits
         if argmax[path] != projected[path]
     ]
+    below = f"{spent:.4f} {budget.cost_model.unit}, far below the budget of {budget.limit:.4f}"
     logging.info(
-        "the search ended at %.4f %s, %s the budget of %.4f; projected to %.4f by changing "
-        "%d layers: %s",
-        spent, budget.cost_model.unit, "above" if spent > budget.limit else "far below",
-        budget.limit, budget.cost(projected), len(changed), ", ".join(changed),
+        "the search ended at %s; projected to %.4f %s by changing %d layers: %s",
+        excess or below,
+        budget.cost(projected), budget.cost_model.unit, len(changed), ", ".join(changed),
     )  # fmt: skip
     return projected
 

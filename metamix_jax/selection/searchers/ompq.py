@@ -35,7 +35,7 @@ from metamix_jax.selection.searcher import Searcher
 def choose(context: SearchContext) -> dict[str, Bits]:
     """Returns the policy with the greatest total value of its bits."""
     grams = gram_matrices(context)
-    if context.budget.cost_model.name == WEIGHTS:
+    if context.budget.cost_model.name == WEIGHTS and not context.budget.further:
         return _choose_for_size(context, grams)
     values = {}
     for path, worth in zip(grams, _worths(context, grams), strict=True):

@@ -7,7 +7,7 @@ import numpy as np
 from metamix_jax.errors import UserError
 from metamix_jax.networks.precision import Bits
 from metamix_jax.selection import knapsack
-from metamix_jax.selection.budget import TOLERANCE, Budget
+from metamix_jax.selection.budget import TOLERANCE, Budget, within
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import bits_at
 from metamix_jax.selection.phases import FINE_TUNING
@@ -41,12 +41,22 @@ def draw(budget: Budget, rng: np.random.Generator) -> dict[str, int]:
     """
     model = budget.cost_model
     tables = [np.asarray(table) for table in model.branch_costs.values()]
-    low, high = knapsack.dearest(budget) * (1 - WITHIN), budget.limit * (1 + TOLERANCE)
-    tilt = _tilt(tables, (low + high) / 2 - model.fixed_cost)
+    further = [
+        (each, [np.asarray(each.cost_model.branch_costs[path]) for path in model.branch_costs])
+        for each in budget.further
+    ]
+    dearest = knapsack.dearest(budget)
+    low, high = dearest * (1 - WITHIN), budget.limit * (1 + TOLERANCE)
+    most = dearest if further else high  # further limits may keep it far below its own
+    tilt = _tilt(tables, (low + most) / 2 - model.fixed_cost)
     for _ in range(ROUNDS):
         picks = np.stack([rng.choice(len(t), size=DRAWS, p=_shares(t, tilt)) for t in tables])
         costs = model.fixed_cost + sum(t[k] for t, k in zip(tables, picks, strict=True))
-        inside = np.flatnonzero((costs >= low) & (costs <= high))
+        admitted = (costs >= low) & (costs <= high)
+        for each, rows in further:
+            total = sum(row[k] for row, k in zip(rows, picks, strict=True))
+            admitted &= within(each.cost_model.fixed_cost + total, each.limit)
+        inside = np.flatnonzero(admitted)
         if inside.size:
             first = picks[:, inside[0]].tolist()
             return dict(zip(model.branch_costs, first, strict=True))

@@ -34,11 +34,9 @@ def check_network(config: ConfigDict, costs: LayerCosts, budget: Budget) -> None
     """Raises UserError if the network at that width is above the budget."""
     width = config.search.uniform_bits
     bits = uniform_bits(costs, width)
-    if not budget.admits(bits):
+    if excess := budget.excess(bits):
         raise UserError(
-            f"config.search.uniform_bits={width}: {budget.cost(bits):.6g} {budget.cost_model.unit}"
-            f", above the budget of {budget.limit:.6g}; raise config.budget.value or use fewer "
-            "bits"
+            f"config.search.uniform_bits={width}: {excess}; raise that budget or use fewer bits"
         )
 
 

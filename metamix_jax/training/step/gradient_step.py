@@ -204,6 +204,9 @@ def objective(
         logits = branch_logits({**frozen, **trained})
         spent = chosen_cost(budget.cost_model, logits, options.budget_form)
         gap = jnp.abs(spent - limit) / budget.cost_model.reference
+        for other in budget.further:  # only as far as they are exceeded
+            excess = chosen_cost(other.cost_model, logits, options.budget_form) - other.limit
+            gap += jax.nn.relu(excess) / other.cost_model.reference
         metrics |= {"cost": spent, "budget_term": options.budget_weight * gap}
         loss += metrics["budget_term"]
     return loss, (updated.get("batch_stats", {}), metrics)

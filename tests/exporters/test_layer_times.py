@@ -1,0 +1,72 @@
+"""Which layer a kernel belongs to, and that all of them add up to the whole."""
+
+import json
+
+import numpy as np
+import pytest
+
+from metamix_jax.exporters import integer_plan, integer_runtime, layer_times
+from metamix_jax.exporters.layer_times import WARM_UP, _attributed, _kernels, _owners, owner
+from metamix_jax.networks.precision import QuantSettings
+from tests.helpers.export_networks import graph_of, pieces, quantized
+
+pytest.importorskip("onnxruntime")
+
+SHAPE = (11, 9, 3)
+SETTINGS = QuantSettings(act_bits=(8, 4), weight_bits=(4,))
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return graph_of(quantized(pieces(SETTINGS, SHAPE), SHAPE))
+
+
+def test_whose_a_kernel_is(graph):
+    owners = _owners(integer_plan.fold(graph.nodes))
+    expected = {
+        "relu6/real/Conv_token_5": "grouped",
+        "grouped/input/same/LeakyRelu": "grouped",
+        "add/real/Add": "",
+        "add/levels/Clip": "depthwise",  # the width of the layer that takes it
+        "relu6/levels/Clip": "grouped",  # taken by several
+        "depthwise_bn/real/Conv_token_9": "depthwise",
+        "hswish_2/gate/same/LeakyRelu": "",
+        "fc/real/Gemm": "fc",
+        "fc_other/real/Gemm": "",
+        "Transpose_token_3": "",
+        "image/levels/wide/QuantizeLinear": "stem",
+    }
+    assert {name: owner(name, owners) for name in expected} == expected
+
+
+def test_what_reading_the_clock_takes_is_taken_off(graph):
+    """Kernels of 10, 4 and 4 microseconds, each read as 2 more; the whole takes 0.018 ms."""
+    kernels = {
+        "relu6/real/Conv": [12.0, 11.0, 13.0], "fc/real/Gemm": [6.0] * 3, "add/real/Add": [6.0] * 3,
+    }  # fmt: skip
+    found = _attributed(kernels, integer_plan.fold(graph.nodes), 0.018)
+    assert found.layers["grouped"] == pytest.approx(0.010)
+    assert found.layers["fc"] == pytest.approx(0.004)
+    assert found.rest == pytest.approx(0.004) and found.whole == 0.018
+    assert found.spread["grouped"] == pytest.approx(0.0005)
+    assert found.layers["stem"] == 0
+
+
+def test_kernels_are_read_from_a_profile(tmp_path):
+    events = [{"cat": "Session", "name": "model_run", "dur": 99}]
+    for duration in (50, 40, 3, 4):
+        events += [
+            {"cat": "Node", "name": "a/real/Conv_kernel_time", "dur": duration},
+            {"cat": "Node", "name": "a/real/Conv_fence_before", "dur": 1},
+        ]
+    (tmp_path / "profile.json").write_text(json.dumps(events))
+    assert _kernels(tmp_path / "profile.json") == {"a/real/Conv": [3, 4]} and WARM_UP == 2
+
+
+def test_layers_and_rest_add_up_to_the_network(graph):
+    pixels = np.zeros((2, *SHAPE), np.uint8)
+    files = {"one": integer_runtime.integer_files(graph, pixels)[0]}
+    found = layer_times.layer_times({"one": graph}, files, rounds=3, batch_size=2, threads=1)["one"]
+    assert list(found.layers) == [node.name for node in graph.layers]
+    assert found.whole > 0 and min(found.layers.values()) >= 0
+    assert sum(found.layers.values()) + found.rest >= found.whole * (1 - 1e-9)
