@@ -5,8 +5,8 @@ from typing import Any
 
 __version__ = "0.2.0"
 __all__ = (
-    "__version__", "evaluate", "export", "load_config", "load_policy", "quantize", "search",
-    "train",
+    "__version__", "evaluate", "export", "load_config", "load_integer", "load_policy", "quantize",
+    "search", "train",
 )  # fmt: skip
 
 

@@ -6,12 +6,14 @@ so the integers go through BLAS as floats, which is exact: the kernel bounds a l
 fit int32. Values between layers are float32.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from metamix_jax.exporters.graph import IMAGE, Graph, Node, Padding, Quantizer
-from metamix_jax.exporters.operations import OPERATIONS
+from metamix_jax.exporters.operations import OPERATIONS, Arrays
 
 LevelsHook = Callable[[Node, np.ndarray], np.ndarray]
 
@@ -21,44 +23,76 @@ def run(graph: Graph, images: np.ndarray, on_levels: LevelsHook | None = None) -
 
     on_levels: called with each layer and its input's levels [n, ...]; returns the levels to use.
     """
+
+    def layer(node: Node, x: np.ndarray) -> np.ndarray:
+        if node.quantizer is None:  # an unquantized image, the only float operand of a product
+            return _rescaled(node, _product(node, x, np.float64))
+        levels = quantize(x, node.quantizer)
+        levels = on_levels(node, levels) if on_levels else levels
+        return real_output(node, integer_product(node, levels), x.shape[1:])
+
+    return evaluate(graph, images, np, layer, matrix_product)
+
+
+def evaluate(
+    graph: Graph,
+    images: Any,
+    arrays: Arrays,
+    layer: Callable[[Node, Any], Any],
+    product: Callable[[Node, Any, Any], Any],
+) -> Any:
+    """Returns class scores, node by node, with NumPy or JAX.
+
+    Args:
+      graph: the network.
+      images: normalized, float32 [n, h, w, c].
+      arrays: the module numpy or jax.numpy.
+      layer: (node, input) -> output of a convolution or dense layer.
+      product: (node, *inputs) -> output of a product of two inputs.
+    """
     tensors = {IMAGE: images}
     last_use = {name: i for i, node in enumerate(graph.nodes) for name in node.inputs}
     for i, node in enumerate(graph.nodes):
         inputs = [tensors[name] for name in node.inputs]
         if node.kernel is not None:
-            tensors[node.name] = _layer(node, *inputs, on_levels)
+            tensors[node.name] = layer(node, *inputs)
         elif node.op == "product":
-            tensors[node.name] = matrix_product(node, *inputs)
+            tensors[node.name] = product(node, *inputs)
         elif node.op in OPERATIONS:
-            tensors[node.name] = OPERATIONS[node.op].run(node, *inputs)
+            tensors[node.name] = OPERATIONS[node.op].run(arrays, node, *inputs)
         else:
-            tensors[node.name] = CONVOLUTIONAL[node.op](node, *inputs)
+            tensors[node.name] = CONVOLUTIONAL[node.op](arrays, node, *inputs)
         for name in node.inputs:
             if last_use[name] == i:
                 tensors.pop(name, None)
     return tensors[graph.nodes[-1].name]
 
 
-def quantize(x: np.ndarray, quantizer: Quantizer) -> np.ndarray:
+def quantize(x: Any, quantizer: Quantizer, arrays: Arrays = np) -> Any:
     """Returns the levels of real values, int32 of the same shape; see `Quantizer`."""
     low, high = (np.float32(bound) for bound in quantizer.bounds)
-    levels = np.clip((x + np.float32(quantizer.shift)) / np.float32(quantizer.step), low, high)
-    return np.rint(levels).astype(np.int32)
+    levels = (x + np.float32(quantizer.shift)) / np.float32(quantizer.step)
+    return arrays.rint(arrays.clip(levels, low, high)).astype(np.int32)
 
 
-def _layer(node: Node, x: np.ndarray, on_levels: LevelsHook | None) -> np.ndarray:
-    quantizer, kernel = node.quantizer, node.kernel
-    if quantizer is None:  # an unquantized image, the only float operand of a product
-        y = _product(node, x, np.float64).astype(np.float32)
-    else:
-        levels = quantize(x, quantizer)
-        levels = on_levels(node, levels) if on_levels else levels
-        y = integer_product(node, levels) * np.float32(quantizer.step)
-        if quantizer.shift:
-            # Level q represents q * step - shift, but zero padding represents 0: subtract the shift
-            # times the sum of the kernel inside the image.
-            y = y - np.float32(quantizer.shift) * ones_product(node, x.shape[1:])
-    y = y.astype(np.float32) * kernel.step
+def real_output(node: Node, sums: Any, shape: tuple[int, ...]) -> Any:
+    """Returns a layer's output, float32, from its accumulators.
+
+    Args:
+      node: the layer.
+      sums: `integer_product` of its input's levels.
+      shape: of its input, without the images.
+    """
+    y = sums * np.float32(node.quantizer.step)
+    if node.quantizer.shift:
+        # Level q represents q * step - shift, but zero padding represents 0: subtract the shift
+        # times the sum of the kernel inside the image.
+        y = y - np.float32(node.quantizer.shift) * ones_product(node, shape)
+    return _rescaled(node, y)
+
+
+def _rescaled(node: Node, y: Any) -> Any:
+    y = y.astype(np.float32) * node.kernel.step
     return y + node.arrays["bias"] if "bias" in node.arrays else y
 
 
@@ -99,7 +133,7 @@ def _convolve(
     height, width = ((side - size) // stride + 1 for side in x.shape[1:3])
     total = np.zeros((len(x), height, width, features), x.dtype)
     for i, j in np.ndindex(size, size):
-        rows, columns = _places(i, height, stride), _places(j, width, stride)
+        rows, columns = places(i, height, stride), places(j, width, stride)
         total += _multiply(x[:, rows, columns], kernel[i, j], groups)
     return total
 
@@ -113,39 +147,48 @@ def _multiply(x: np.ndarray, kernel: np.ndarray, groups: int) -> np.ndarray:
     return np.concatenate(parts, axis=-1) if groups > 1 else parts[0]
 
 
-def _places(first: int, count: int, stride: int) -> slice:
+def places(first: int, count: int, stride: int) -> slice:
+    """Returns every stride-th position, `count` of them."""
     return slice(first, first + (count - 1) * stride + 1, stride)
 
 
-def _affine(node: Node, x: np.ndarray) -> np.ndarray:
+def _affine(arrays: Arrays, node: Node, x: Any) -> Any:
     return x * node.arrays["scale"] + node.arrays["offset"]
 
 
-def _relu6(x: np.ndarray) -> np.ndarray:
-    return np.minimum(np.maximum(x, np.float32(0)), np.float32(6))
+def _relu(arrays: Arrays, node: Node, x: Any) -> Any:
+    return arrays.maximum(x, np.float32(0))
 
 
-def _hard_sigmoid(x: np.ndarray) -> np.ndarray:
-    return _relu6(x + np.float32(3)) / np.float32(6)
+def _relu6(arrays: Arrays, node: Node, x: Any) -> Any:
+    return arrays.minimum(arrays.maximum(x, np.float32(0)), np.float32(6))
 
 
-def _max_pool(node: Node, x: np.ndarray) -> np.ndarray:
+def _hard_sigmoid(arrays: Arrays, node: Node, x: Any) -> Any:
+    return _relu6(arrays, node, x + np.float32(3)) / np.float32(6)
+
+
+def _hswish(arrays: Arrays, node: Node, x: Any) -> Any:
+    return x * _hard_sigmoid(arrays, node, x)
+
+
+def _mean(arrays: Arrays, node: Node, x: Any) -> Any:
+    return arrays.mean(x, axis=(1, 2), keepdims=True)
+
+
+def _max_pool(arrays: Arrays, node: Node, x: Any) -> Any:
     size, stride, padding = (node.options[key] for key in ("size", "stride", "padding"))
-    x = np.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-np.inf)
+    x = arrays.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-np.float32(np.inf))
     height, width = ((side - size) // stride + 1 for side in x.shape[1:3])
-    windows = (
-        x[:, _places(i, height, stride), _places(j, width, stride)]
-        for i, j in np.ndindex(size, size)
-    )
-    greatest = next(windows)
-    for window in windows:
-        greatest = np.maximum(greatest, window)
-    return greatest
+    windows = [
+        x[:, places(i, height, stride), places(j, width, stride)] for i, j in np.ndindex(size, size)
+    ]
+    return functools.reduce(arrays.maximum, windows)
 
 
-def _subsample(node: Node, x: np.ndarray) -> np.ndarray:
-    stride = node.options["stride"]
-    return np.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), node.options["channels"]))
+def _subsample(arrays: Arrays, node: Node, x: Any) -> Any:
+    stride, channels = node.options["stride"], node.options["channels"]
+    return arrays.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), channels))
 
 
 def matrix_product(node: Node, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -165,12 +208,12 @@ def matrix_product(node: Node, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 CONVOLUTIONAL = {
     "affine": _affine,
-    "relu": lambda node, x: np.maximum(x, np.float32(0)),
-    "relu6": lambda node, x: _relu6(x),
-    "hswish": lambda node, x: x * _hard_sigmoid(x),
-    "hsigmoid": lambda node, x: _hard_sigmoid(x),
-    "mean": lambda node, x: np.mean(x, axis=(1, 2), keepdims=True),
-    "flatten": lambda node, x: x.reshape(len(x), -1),
+    "relu": _relu,
+    "relu6": _relu6,
+    "hswish": _hswish,
+    "hsigmoid": _hard_sigmoid,
+    "mean": _mean,
+    "flatten": lambda arrays, node, x: x.reshape(len(x), -1),
     "max_pool": _max_pool,
     "subsample": _subsample,
 }

@@ -1,9 +1,10 @@
-"""Operations between the layers of a general network, in NumPy, on tensors [n, ...].
+"""Operations between the layers of a general network, on tensors [n, ...] of NumPy or JAX.
 
 Axes, shapes and margins in a node's options leave the images' axis out.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +12,14 @@ from typing import Any
 import numpy as np
 
 Shape = tuple[int, ...]
-_erf = np.vectorize(math.erf, otypes=[np.float32])
+Arrays = Any  # the module numpy or jax.numpy
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
     """One operation.
 
-    run: (node, *inputs) -> output, all float32 [n, ...].
+    run: (arrays, node, *inputs) -> output, all float32 [n, ...].
     shape: (node, shapes of the inputs) -> shape of the output, without the images; raises
       ValueError, LookupError or TypeError where they do not fit.
     inputs: how many; None: one or more.
@@ -35,21 +36,30 @@ def require(condition: bool) -> None:
         raise ValueError("inconsistent shapes or options")
 
 
-def _elementwise(function: Callable[..., np.ndarray], inputs: int) -> Operation:
-    return Operation(
-        lambda node, *values: np.asarray(function(*values), np.float32),
-        lambda node, shapes: np.broadcast_shapes(*shapes),
-        inputs,
-    )
+def _elementwise(function: str | Callable[..., Any], inputs: int) -> Operation:
+    def run(arrays: Arrays, node: Any, *values: Any) -> Any:
+        if isinstance(function, str):
+            return arrays.asarray(getattr(arrays, function)(*values), np.float32)
+        return arrays.asarray(function(arrays, *values), np.float32)
+
+    return Operation(run, lambda node, shapes: np.broadcast_shapes(*shapes), inputs)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.float32(1) / (np.float32(1) + np.exp(-x))
+def _erf(arrays: Arrays, x: Any) -> Any:
+    if arrays is np:
+        return np.vectorize(math.erf, otypes=[np.float32])(x)
+    from jax.scipy import special  # the bundle can be run without JAX
+
+    return special.erf(x)
 
 
-def _reduction(function: Callable[..., np.ndarray]) -> Operation:
-    def run(node: Any, x: np.ndarray) -> np.ndarray:
-        return function(x, axis=tuple(axis + 1 for axis in node.options["axes"]))
+def _sigmoid(arrays: Arrays, x: Any) -> Any:
+    return np.float32(1) / (np.float32(1) + arrays.exp(-x))
+
+
+def _reduction(function: str) -> Operation:
+    def run(arrays: Arrays, node: Any, x: Any) -> Any:
+        return getattr(arrays, function)(x, axis=tuple(axis + 1 for axis in node.options["axes"]))
 
     def shape(node: Any, shapes: Sequence[Shape]) -> Shape:
         axes = node.options["axes"]
@@ -100,10 +110,15 @@ def _padded(node: Any, shapes: Sequence[Shape]) -> Shape:
     return tuple(side + sum(pair) for side, pair in zip(shapes[0], margins, strict=True))
 
 
-def _join(node: Any, *values: np.ndarray) -> np.ndarray:
+def _join(arrays: Arrays, node: Any, *values: Any) -> Any:
     images = max(len(value) for value in values)  # constants have one
-    values = [np.broadcast_to(value, (images, *value.shape[1:])) for value in values]
-    return np.concatenate(values, axis=node.options["axis"] + 1)
+    values = [arrays.broadcast_to(value, (images, *value.shape[1:])) for value in values]
+    return arrays.concatenate(values, axis=node.options["axis"] + 1)
+
+
+def _pad(arrays: Arrays, node: Any, x: Any) -> Any:
+    value = np.float32(node.options["value"])
+    return arrays.pad(x, ((0, 0), *node.options["margins"]), constant_values=value)
 
 
 def _windows(node: Any, shapes: Sequence[Shape]) -> Shape:
@@ -116,18 +131,17 @@ def _windows(node: Any, shapes: Sequence[Shape]) -> Shape:
     return (*sides, shapes[0][2])
 
 
-def _over_windows(combine: Callable[..., np.ndarray], empty: float) -> Operation:
-    def run(node: Any, x: np.ndarray) -> np.ndarray:
+def _over_windows(function: str, empty: float) -> Operation:
+    def run(arrays: Arrays, node: Any, x: Any) -> Any:
         size, strides, padding = (node.options[key] for key in ("size", "strides", "padding"))
         height, width, _ = _windows(node, [x.shape[1:]])
-        x = np.pad(x, ((0, 0), *padding, (0, 0)), constant_values=np.float32(empty))
-        total = None
+        x = arrays.pad(x, ((0, 0), *padding, (0, 0)), constant_values=np.float32(empty))
+        parts = []
         for i, j in np.ndindex(*size):
             rows = slice(i, i + (height - 1) * strides[0] + 1, strides[0])
             columns = slice(j, j + (width - 1) * strides[1] + 1, strides[1])
-            part = x[:, rows, columns]
-            total = part if total is None else combine(total, part)
-        return total
+            parts.append(x[:, rows, columns])
+        return functools.reduce(getattr(arrays, function), parts)
 
     return Operation(run, _windows)
 
@@ -138,47 +152,50 @@ def _constant_shape(node: Any, shapes: Sequence[Shape]) -> Shape:
 
 
 OPERATIONS = {
-    "abs": _elementwise(np.abs, 1),
+    "abs": _elementwise("abs", 1),
     "erf": _elementwise(_erf, 1),
-    "exp": _elementwise(np.exp, 1),
-    "floor": _elementwise(np.floor, 1),
-    "log": _elementwise(np.log, 1),
-    "negate": _elementwise(np.negative, 1),
-    "rsqrt": _elementwise(lambda x: np.float32(1) / np.sqrt(x), 1),
+    "exp": _elementwise("exp", 1),
+    "floor": _elementwise("floor", 1),
+    "log": _elementwise("log", 1),
+    "negate": _elementwise("negative", 1),
+    "rsqrt": _elementwise(lambda arrays, x: np.float32(1) / arrays.sqrt(x), 1),
     "sigmoid": _elementwise(_sigmoid, 1),
-    "sign": _elementwise(np.sign, 1),
-    "sqrt": _elementwise(np.sqrt, 1),
-    "tanh": _elementwise(np.tanh, 1),
-    "add": _elementwise(np.add, 2),
-    "subtract": _elementwise(np.subtract, 2),
-    "multiply": _elementwise(np.multiply, 2),
-    "divide": _elementwise(np.divide, 2),
-    "maximum": _elementwise(np.maximum, 2),
-    "minimum": _elementwise(np.minimum, 2),
-    "greater": _elementwise(np.greater, 2),  # 1 or 0
-    "greater_equal": _elementwise(np.greater_equal, 2),
-    "less": _elementwise(np.less, 2),
-    "less_equal": _elementwise(np.less_equal, 2),
-    "where": _elementwise(lambda condition, yes, no: np.where(condition > 0, yes, no), 3),
-    "sum": _reduction(np.sum),
-    "greatest": _reduction(np.max),
-    "least": _reduction(np.min),
-    "max_window": _over_windows(np.maximum, -np.inf),
-    "sum_window": _over_windows(np.add, 0.0),
-    "reshape": Operation(lambda node, x: x.reshape(len(x), *node.options["shape"]), _reshaped),
+    "sign": _elementwise("sign", 1),
+    "sqrt": _elementwise("sqrt", 1),
+    "tanh": _elementwise("tanh", 1),
+    "add": _elementwise("add", 2),
+    "subtract": _elementwise("subtract", 2),
+    "multiply": _elementwise("multiply", 2),
+    "divide": _elementwise("divide", 2),
+    "maximum": _elementwise("maximum", 2),
+    "minimum": _elementwise("minimum", 2),
+    "greater": _elementwise("greater", 2),  # 1 or 0
+    "greater_equal": _elementwise("greater_equal", 2),
+    "less": _elementwise("less", 2),
+    "less_equal": _elementwise("less_equal", 2),
+    "where": _elementwise(lambda arrays, condition, *both: arrays.where(condition > 0, *both), 3),
+    "sum": _reduction("sum"),
+    "greatest": _reduction("max"),
+    "least": _reduction("min"),
+    "max_window": _over_windows("maximum", -np.inf),
+    "sum_window": _over_windows("add", 0.0),
+    "reshape": Operation(
+        lambda arrays, node, x: x.reshape(len(x), *node.options["shape"]), _reshaped
+    ),
     "expand": Operation(
-        lambda node, x: np.broadcast_to(x, (len(x), *node.options["shape"])), _expanded
+        lambda arrays, node, x: arrays.broadcast_to(x, (len(x), *node.options["shape"])), _expanded
     ),
-    "transpose": Operation(lambda node, x: x.transpose(0, *node.options["order"]), _transposed),
-    "slice": Operation(lambda node, x: x[(slice(None), *_slices(node))], _sliced),
+    "transpose": Operation(
+        lambda arrays, node, x: x.transpose(0, *node.options["order"]), _transposed
+    ),
+    "slice": Operation(lambda arrays, node, x: x[(slice(None), *_slices(node))], _sliced),
     "concatenate": Operation(_join, _joined, None),
-    "pad": Operation(
-        lambda node, x: np.pad(
-            x, ((0, 0), *node.options["margins"]), constant_values=np.float32(node.options["value"])
-        ),
-        _padded,
-    ),
+    "pad": Operation(_pad, _padded),
     "constant": Operation(
-        lambda node: node.arrays["value"].reshape(1, *node.options["shape"]), _constant_shape, 0
+        lambda arrays, node: arrays.asarray(
+            node.arrays["value"].reshape(1, *node.options["shape"])
+        ),
+        _constant_shape,
+        0,
     ),
 }

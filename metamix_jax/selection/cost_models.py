@@ -35,6 +35,7 @@ class CostModel:
     branch_costs: searched layer -> its cost at each candidate.
     fixed_cost: total cost of the layers that are not searched.
     reference: cost with 4-bit activations and weights in all searched layers.
+    worth_spending: whether the more of a budget is spent, the more bits there are.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CostModel:
     branch_costs: Mapping[str, tuple[float, ...]]
     fixed_cost: float
     reference: float
+    worth_spending: bool = True
 
     def cost(self, bits: LayerBits) -> float:
         """Returns the cost of the network at `bits`; raises ValueError for unknown widths.
@@ -118,12 +120,13 @@ def latency_model(costs: LayerCosts, latencies: Latencies) -> CostModel:
     branch_costs = {
         path: tuple(times[path][bits] for bits in row) for path, row in candidates.items()
     }
-    fixed = sum(
-        times[path][cost.candidates[0]] for path, cost in costs.items() if not cost.searched
-    )
+    unsearched = [path for path, cost in costs.items() if not cost.searched]
+    fixed = latencies.rest + sum(times[path][costs[path].candidates[0]] for path in unsearched)
     # 4 bits need not have been measured.
-    reference = latencies.rest + fixed + sum(map(max, branch_costs.values()))
-    return CostModel(LATENCY, "ms", candidates, branch_costs, latencies.rest + fixed, reference)
+    reference = fixed + sum(map(max, branch_costs.values()))
+    return CostModel(
+        LATENCY, "ms", candidates, branch_costs, fixed, reference, worth_spending=False
+    )
 
 
 class BudgetUnit(NamedTuple):

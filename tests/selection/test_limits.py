@@ -80,7 +80,8 @@ def test_searchers_keep_all_limits(units):
         else:
             spent = budget.cost(metamix.choose(context))
             most = max(budget.cost_model.cost_of(pick) for pick in inside)
-            assert spent >= min(0.99 * budget.limit, most) * (1 - 2e-3)
+            wanted = min(0.99 * budget.limit, most) * (1 - 2e-3)
+            assert spent >= wanted or not budget.cost_model.worth_spending
         assert budget.admits(metamix.choose(context))
         drawn = random.choose(context)
         assert budget.admits(drawn)

@@ -118,6 +118,24 @@ def test_budget_term_by_hand(form, fraction, further):
         np.testing.assert_allclose(gradient[f"quant/{path}/logits"], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fraction", [0.5, 1.5])
+def test_time_that_is_left_is_no_loss(fraction):
+    """A slower network is not a better one; with BOPs the term is two-sided, see above."""
+    config = make_config()
+    model = dataclasses.replace(BUDGET_UNITS["gbops"].make_model(COSTS), worth_spending=False)
+    trained = {f"quant/{path}/logits": jnp.asarray(row) for path, row in LOGITS.items()}
+    update = phase_of("bit_search", config).updates[-1]
+    stub = Stub(lambda variables, images, _: jnp.zeros((len(images), 10)))
+    spent = model.cost_of({path: int(np.argmax(row)) for path, row in LOGITS.items()})
+    limit = fraction * spent
+    inputs = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, jnp.int32), None, np.float32(limit), None
+    _, (_, metrics) = objective(
+        trained, {}, {}, inputs, FULL, model=stub, update=update, config=config,
+        budget=Budget(model, limit),
+    )  # fmt: skip
+    assert (metrics["budget_term"] > 0) == (fraction < 1)
+
+
 def test_forms_of_the_budget_term_differ():
     """Otherwise the test above could not tell which one was used."""
     shares = {path: softmax(np.float64(row)) for path, row in LOGITS.items()}

@@ -26,6 +26,7 @@ def choose(context: SearchContext) -> dict[str, Bits]:
     logits, costs, budget = context.logits, context.costs, context.budget
     argmax = bits_at(costs, {path: int(np.argmax(row)) for path, row in logits.items()})
     spent, least = budget.cost(argmax), context.config.search.least_spent * budget.limit
+    least *= budget.cost_model.worth_spending
     excess = budget.excess(argmax)
     if not excess and spent >= least * (1 - TOLERANCE):
         return argmax

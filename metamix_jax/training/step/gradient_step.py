@@ -203,7 +203,9 @@ def objective(
         options = config.bit_search
         logits = branch_logits({**frozen, **trained})
         spent = chosen_cost(budget.cost_model, logits, options.budget_form)
-        gap = jnp.abs(spent - limit) / budget.cost_model.reference
+        # Two-sided as in the paper, unless what costs more is not better.
+        distance = jnp.abs if budget.cost_model.worth_spending else jax.nn.relu
+        gap = distance(spent - limit) / budget.cost_model.reference
         for other in budget.further:  # only as far as they are exceeded
             excess = chosen_cost(other.cost_model, logits, options.budget_form) - other.limit
             gap += jax.nn.relu(excess) / other.cost_model.reference
