@@ -69,8 +69,14 @@ part() {
       python benchmarks/roofline.py --network=resnet18 --batch_size=128 --image_size=224 \
         --mebibytes=1024 | tee "$OUT/limits.json"
       ;;
+    integers)  # an exported network on int8, beside floats
+      for batch in 1 32 256; do
+        PYTHONPATH=. python benchmarks/integer_speed.py --network=resnet18 --batch_size=$batch \
+          | tee "$OUT/integers_$batch.txt"
+      done
+      ;;
     *) echo "part $1: expected small, batches, large, mobile_v2, mobile_v3, candidates, rate," \
-         "train or limits" >&2
+         "train, limits or integers" >&2
       exit 2 ;;
   esac
 }

@@ -73,7 +73,7 @@ def _graphs(
     model: nn.Module, costs: LayerCosts, image_shape: tuple[int, int, int]
 ) -> dict[str, Graph]:
     """Returns the network with all searched layers at one candidate: its name -> the graph."""
-    variables = _variables(model, image_shape)
+    variables = stand_ins(model, image_shape)
     candidates = {layer.candidates for layer in costs.values() if layer.searched}
     facts = {"model": "profile", "image_size": image_shape[0], "searcher": "uniform", "seed": 0}
     found = {}
@@ -89,7 +89,7 @@ def _graphs(
     return found
 
 
-def _variables(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+def stand_ins(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """Returns random weights, neutral batch norm, and steps of the same size everywhere."""
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
