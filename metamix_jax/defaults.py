@@ -230,8 +230,11 @@ FIELDS = (
 
     Field("export.onnx", True, "Also write ONNX files; needs the package onnx.",
           may_change=True),
+    Field("export.litert", False, "Also write `network.tflite`; needs the extra `litert`, and "
+          "onnxruntime.", may_change=True),
     Field("export.calibration_images", 128, "Training images from which the ranges of "
-          "`network.int8.onnx` are taken.", between(1, MOST_IMAGES), may_change=True),
+          "`network.int8.onnx` and `network.tflite` are taken.", between(1, MOST_IMAGES),
+          may_change=True),
     Field("export.examples", 0, "Evaluation images that the bundle is evaluated on. 0: all.",
           at_least(0), may_change=True),
     Field("export.licence", "", "License of the weights, for the model card. Empty: unknown.",

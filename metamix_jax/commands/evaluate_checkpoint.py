@@ -1,4 +1,4 @@
-"""--mode=evaluate: accuracy of a checkpoint, an exported bundle or an ONNX file."""
+"""--mode=evaluate: accuracy of a checkpoint, an exported bundle, an ONNX or a LiteRT file."""
 
 import logging
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax.exporters.quantized_network import evaluate_exported
+from metamix_jax.exporters.quantized_network import LITERT_SUFFIX, ONNX_SUFFIX, evaluate_exported
 from metamix_jax.runtime import sharding
 from metamix_jax.runtime.progress import waiting
 from metamix_jax.selection import cost
@@ -16,12 +16,14 @@ from metamix_jax.training.evaluator import Evaluator
 from metamix_jax.training.start_weights import load_checkpoint
 from metamix_jax.workdir import bucket
 
+KINDS = {ONNX_SUFFIX: "onnx", LITERT_SUFFIX: "litert"}  # of exported files
+
 
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Restores a checkpoint on the available devices and evaluates it."""
 
     path = bucket.path_of(config.checkpoint) if config.checkpoint else None
-    if path and (path.suffix == ".onnx" or (path / "graph.json").exists()):
+    if path and (path.suffix in KINDS or (path / "graph.json").exists()):
         return _evaluate_exported(config)
     network, mesh = setup.make_network(config), sharding.make_mesh()
     dataset = setup.load_dataset(config, mesh)
@@ -51,7 +53,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def _evaluate_exported(config: ConfigDict) -> dict[str, Any]:
     path = bucket.path_of(config.checkpoint)
-    kind, folder = ("onnx", path.parent) if path.suffix == ".onnx" else ("bundle", path)
+    kind = KINDS.get(path.suffix, "bundle")
+    folder = path if kind == "bundle" else path.parent
     with waiting(f"evaluating {config.checkpoint}"), bucket.fetched(folder) as found:
-        counts = evaluate_exported(config, found / path.name if kind == "onnx" else found)
+        counts = evaluate_exported(config, found if kind == "bundle" else found / path.name)
     return {"mode": "evaluate", kind: config.checkpoint, **counts}

@@ -8,6 +8,7 @@ from metamix_jax.exporters.graph import Graph
 
 STABLEHLO, QCDQ, QONNX = "network.stablehlo", "network.qcdq.onnx", "network.qonnx.onnx"
 INT8, INT4 = "network.int8.onnx", "network.int4.onnx"
+LITERT = "network.tflite"
 TIMED = (INT8, INT4, QCDQ)
 _DESCRIPTIONS = {
     "graph.json": "integer bundle: nodes, policy, activation step sizes, digests",
@@ -15,6 +16,7 @@ _DESCRIPTIONS = {
     "scales.bin": "integer bundle: weight step sizes, biases, folded batch norm (float32)",
     INT8: "ONNX to deploy on CPUs: integer kernels in onnxruntime, activations in 8 bits",
     INT4: "the same, with weights of at most 4 bits stored as INT4 (opset 21)",
+    LITERT: "LiteRT to deploy on phones and boards: integer kernels, channels last",
     QCDQ: "ONNX, exact: 8-bit containers, clipped to each layer's bits",
     QONNX: "QONNX for qonnx, FINN, hls4ml: `Quant` nodes at each layer's bits, batch 1",
     STABLEHLO: "StableHLO for jax.export.deserialize (cpu, cuda, tpu); readable by the JAX version "
@@ -27,6 +29,7 @@ def card(
     sizes: Mapping[str, int],
     counts: Mapping[str, Any],
     integer: Mapping[str, Any] | None = None,
+    mobile: Mapping[str, Any] | None = None,
     *,
     data: str,
     class_names: Sequence[str],
@@ -41,6 +44,7 @@ def card(
       sizes: file -> bytes.
       counts: result of `evaluate_graph` on the bundle read back, with JAX as the reference.
       integer: the same for INT8, and what `integer_runtime.measured` returns; None without one.
+      mobile: the same for LITERT, with `milliseconds`; None without one.
       data: name of the evaluation data.
       class_names: in the order of the scores, where they are known.
       pretrained: the weights that training started from; "" = random.
@@ -78,7 +82,7 @@ Written by metamix_jax ({", ".join(f"{name} {version}" for name, version in vers
   and batch norm.
 - **Licence of the weights**: {licence or "unknown"}. Initial weights: {start}.
 
-{_speeds(integer, sizes)}| file | bytes | |
+{_speeds(integer, sizes)}{_mobile(mobile)}| file | bytes | |
 |---|---|---|
 {files}
 
@@ -108,6 +112,17 @@ One image at a time on one thread of the CPU that wrote this; `float32` is the s
 quantizers. `{INT8}` runs as {kernels}; in float: {floats or "none"}. Its top-1 is
 {integer["top1"]:.2f} % ({integer["correct"]} of {integer["examples"]}), with
 {integer["differing"]} predictions that differ from JAX's.
+
+"""
+
+
+def _mobile(mobile: Mapping[str, Any] | None) -> str:
+    """Returns the speed and the accuracy of LITERT."""
+    if mobile is None:
+        return ""
+    return f"""In LiteRT, `{LITERT}` takes {mobile["milliseconds"]:.3g} ms an image on one thread of
+the same CPU. Its top-1 is {mobile["top1"]:.2f} % ({mobile["correct"]} of {mobile["examples"]}),
+with {mobile["differing"]} predictions that differ from JAX's.
 
 """
 

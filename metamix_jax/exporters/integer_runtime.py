@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from metamix_jax.exporters import integer_onnx, integer_plan, onnx_files
+from metamix_jax.exporters import integer_onnx, integer_plan, litert, onnx_files
 from metamix_jax.exporters.graph import IMAGE, Graph, normalise
+from metamix_jax.exporters.integer_plan import Plan
 
 BATCH = 8  # images per call
 REPEATS = 15  # of every timed call
@@ -40,10 +41,21 @@ def integer_files(graph: Graph, pixels: np.ndarray) -> tuple[bytes, bytes]:
       graph: without an `obstacle`.
       pixels: training images, uint8 [n, h, w, c], for the ranges.
     """
-    steps = integer_plan.fold(graph.nodes)
-    ranges = _ranges(graph, integer_plan.streams(steps), normalise(pixels, graph))
-    plan = integer_plan.plan(steps, ranges)
+    plan, _ = _planned(graph, pixels)
     return tuple(integer_onnx.integer_model(graph, plan, packed) for packed in (False, True))
+
+
+def litert_file(graph: Graph, pixels: np.ndarray) -> bytes:
+    """Returns the model for LiteRT; arguments as in `integer_files`."""
+    return litert.litert_model(graph, *_planned(graph, pixels))
+
+
+def _planned(graph: Graph, pixels: np.ndarray) -> tuple[Plan, tuple[float, float]]:
+    """Returns how to store the tensors, and the range of the scores."""
+    steps, scores = integer_plan.fold(graph.nodes), graph.nodes[-1].name
+    names = dict.fromkeys([*integer_plan.streams(steps), scores])
+    ranges = _ranges(graph, list(names), normalise(pixels, graph))
+    return integer_plan.plan(steps, ranges), ranges[scores]
 
 
 def _ranges(

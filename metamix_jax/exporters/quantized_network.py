@@ -24,7 +24,15 @@ from metamix_jax import recipes
 from metamix_jax.data import batching
 from metamix_jax.data.splits import Split
 from metamix_jax.errors import UserError
-from metamix_jax.exporters import bundle, card, integer_runtime, onnx_files, onnx_reader
+from metamix_jax.exporters import (
+    bundle,
+    card,
+    integer_runtime,
+    litert,
+    litert_reader,
+    onnx_files,
+    onnx_reader,
+)
 from metamix_jax.exporters.build import build_graph
 from metamix_jax.exporters.evaluation import evaluate as evaluate_scores
 from metamix_jax.exporters.evaluation import evaluate_graph
@@ -42,6 +50,7 @@ from metamix_jax.workdir import bucket
 from metamix_jax.workdir.files import write_bytes_atomic
 
 EXPORT_DIRECTORY = "export"  # in a workdir
+ONNX_SUFFIX, LITERT_SUFFIX = ".onnx", ".tflite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +207,7 @@ def export(
     Returns:
       Counts of the bundle, read back from the files, on the first config.export.examples evaluation
       images: correct, correct_top5, examples, reference_correct, differing; `files`, name -> bytes;
-      and `integer`, likewise of the file for integer kernels, with its speed.
+      and `integer` and `litert`, likewise of the files for integer kernels, with their speed.
 
     Raises:
       UserError: see `restore`; or onnx is not installed, or the directory cannot be written.
@@ -207,10 +216,13 @@ def export(
     graph, config = found.graph(), found.config
     dataset = setup.load_dataset(config, sharding.make_mesh(), found.given.data)
     contents = bundle.encode(graph)
+    if config.export.litert:
+        litert.require_litert()
     if config.export.onnx:
         contents[card.QCDQ] = onnx_files.qcdq_model(graph)
         contents[card.QONNX] = onnx_files.qonnx_model(graph)
-        contents |= _integer_files(graph, dataset.train, config.export.calibration_images)
+    if config.export.onnx or config.export.litert:
+        contents |= _integer_files(graph, dataset.train, config)
     model, shape = found.network.model, found.network.image_shape
     contents[card.STABLEHLO] = stablehlo(model, found.variables, found.precision, shape)
     try:
@@ -228,11 +240,17 @@ def export(
         scores = onnx_reader.read(directory / card.INT8).scores
         integer = evaluate_scores(scores, dataset.evaluation, examples, predict)
         integer |= integer_runtime.measured(graph, {name: contents[name] for name in card.TIMED})
+    mobile = None
+    if card.LITERT in contents:
+        network = litert_reader.read(directory / card.LITERT)
+        mobile = evaluate_scores(network.scores, dataset.evaluation, examples, predict)
+        mobile |= {"milliseconds": network.milliseconds()}
     text = card.card(
         graph,
         sizes,
         counts,
         integer,
+        mobile,
         data=f"{config.data.name} ({(dataset.split_names or [config.data.eval_split])[-1]})",
         class_names=dataset.class_names,
         pretrained=config.pretrained,
@@ -241,29 +259,40 @@ def export(
     )
     write_bytes_atomic(directory / "README.md", text.encode())
     logging.info("%s:\n%s", directory, text)
-    return counts | {"files": sizes, "integer": integer}
+    return counts | {"files": sizes, "integer": integer, "litert": mobile}
 
 
-def _integer_files(graph: Graph, train: Split, count: int) -> dict[str, bytes]:
+def _integer_files(graph: Graph, train: Split, config: ConfigDict) -> dict[str, bytes]:
     """Returns the files for integer kernels, if there can be any."""
     reason = integer_runtime.obstacle(graph)
     if reason:
-        logging.warning("no %s: %s", card.INT8, reason)
+        wanted = {card.INT8: config.export.onnx, card.LITERT: config.export.litert}
+        logging.warning("no %s: %s", " or ".join(n for n in wanted if wanted[n]), reason)
         return {}
-    count = min(count, len(train))  # of all classes: a folder's images are sorted by class
+    # Of all classes: a folder's images are sorted by class.
+    count = min(config.export.calibration_images, len(train))
     chosen = np.sort(np.random.default_rng(0).choice(len(train), count, replace=False))
-    files = integer_runtime.integer_files(graph, train.gather(chosen)[0])
-    return dict(zip((card.INT8, card.INT4), files, strict=True))
+    pixels, files = train.gather(chosen)[0], {}
+    if config.export.onnx:
+        pair = integer_runtime.integer_files(graph, pixels)
+        files |= dict(zip((card.INT8, card.INT4), pair, strict=True))
+    if config.export.litert:
+        files[card.LITERT] = integer_runtime.litert_file(graph, pixels)
+    return files
 
 
 def evaluate_exported(config: ConfigDict, path: Path) -> dict[str, Any]:
     """Returns top1, top5, correct, correct_top5 and examples of an exported network.
 
     Uses the first config.export.examples evaluation images. A bundle, given as its directory, runs
-    in NumPy, an ONNX file in onnxruntime. Raises UserError if it is damaged or its images or
-    classes differ from config.data's.
+    in NumPy, an ONNX file in onnxruntime, a LiteRT file in LiteRT. Raises UserError if it is
+    damaged or its images or classes differ from config.data's.
     """
-    network = bundle.read_bundle(path) if path.is_dir() else onnx_reader.read(path)
+    if path.is_dir():
+        network = bundle.read_bundle(path)
+    else:
+        reader = litert_reader if path.suffix == LITERT_SUFFIX else onnx_reader
+        network = reader.read(path)
     size = config.data.image_size
     wanted = (size, size, config.data.channels), config.data.num_classes
     if (network.image_shape, network.num_classes) != wanted:
