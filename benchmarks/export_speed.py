@@ -1,10 +1,11 @@
-"""Speed of an exported network's ONNX files in onnxruntime, next to float32 and its own int8.
+"""Speed of an exported network's files, next to float32 and onnxruntime's own int8.
 
     python -m benchmarks.export_speed DIRECTORY [--batches=1,8] [--threads=1,2]
 
 DIRECTORY was written by --mode=export, which chose the ranges of network.int8.onnx from training
 images. `quantize_static` is onnxruntime's own int8 (QDQ, per channel) of the same network, with
-ranges from noise: only its speed counts here. Calls are interleaved, and the median is taken.
+ranges from noise: only its speed counts here. Calls are interleaved, and the median is taken; those
+of network.tflite, in LiteRT, come after the others.
 Prints the operations that run, a table of milliseconds an image, then one line of JSON.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 from onnxruntime import quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from metamix_jax.exporters import bundle, card, integer_runtime, onnx_files
+from metamix_jax.exporters import bundle, card, integer_runtime, litert_reader, onnx_files
 from metamix_jax.exporters.graph import IMAGE, Graph
 
 FLOAT32, STOCK = "float32", "quantize_static"
@@ -76,11 +77,16 @@ def main() -> None:
             print(name, "runs as", ", ".join(f"{count} {op}" for op, count in found.items()))
     others = [name for name in (FLOAT32, STOCK) if name in models]
     compared = " | ".join(f"{name} / int8" for name in others)
-    print("| threads | batch |", " | ".join(models), "|", compared, "|")
+    path = options.directory / card.LITERT
+    mobile = litert_reader.read(path) if path.exists() else None
+    columns = [*models, *([card.LITERT] if mobile else [])]
+    print("| threads | batch |", " | ".join(columns), "|", compared, "|")
     rows = []
     for threads in map(int, options.threads.split(",")):
         for batch in map(int, options.batches.split(",")):
             found = integer_runtime.milliseconds(models, graph, batch, threads)
+            if mobile:
+                found[card.LITERT] = mobile.milliseconds(batch, threads)
             rows.append({"threads": threads, "batch": batch, "milliseconds": found})
             ratios = (found[name] / found[card.INT8] for name in others)
             cells = [*(f"{value:.3g}" for value in found.values()), *(f"{r:.2f}" for r in ratios)]

@@ -22,6 +22,7 @@ from metamix_jax.training.loop import train_and_evaluate
 from metamix_jax.workdir import bucket
 from metamix_jax.workdir.files import write_json
 
+CONFIDENCE = 0.95
 # Method -> the fields in which its configuration differs.
 METHODS = {
     name: fields for searcher in SEARCHERS.values() for name, fields in searcher.methods.items()
@@ -59,14 +60,17 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             | {"search_cost": summary["search_cost"]}
             | {"bits": {path: list(pair) for path, pair in policy.bits.items()}}
         )
-        rows = summarise(runs)
-        write_json(workdir / "comparison.json", {"rows": rows, "runs": runs})
+        rows, pairs = summarise(runs), differences(runs)
+        write_json(workdir / "comparison.json", {"rows": rows, "pairs": pairs, "runs": runs})
     print(tables.comparison_table(rows))
+    if pairs:
+        print(tables.differences_table(pairs))
     charts.accuracy_against_cost(rows, workdir / "comparison.png")
     return {
         "mode": "compare",
         "runs": len(runs),
         "rows": rows,
+        "pairs": pairs,
         "workdir": str(bucket.origin(workdir)),
     }
 
@@ -119,4 +123,38 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 },
             }
         )
+    return rows
+
+
+def differences(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns how far methods are apart at the same budget, over the seeds that both have run.
+
+    Runs of one seed see the same batches from the same start, so they are compared pair by pair,
+    which takes out what they share. Of each pair of methods with two seeds or more:
+    {method, other, budget, difference, interval, seeds}: the mean of method - other, in points of
+    top-1, and half the width of its confidence interval (Student's t).
+    """
+    from scipy import stats  # slow to import
+
+    top1 = {(run["method"], run["budget"], run["seed"]): run["top1"] for run in runs}
+    methods, budgets, seeds = (
+        list(dict.fromkeys(run[key] for run in runs)) for key in ("method", "budget", "seed")
+    )
+    rows = []
+    for budget, (method, other) in itertools.product(budgets, itertools.combinations(methods, 2)):
+        both = [
+            top1[method, budget, seed] - top1[other, budget, seed]
+            for seed in seeds
+            if {(method, budget, seed), (other, budget, seed)} <= top1.keys()
+        ]
+        if len(both) > 1:
+            quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(both) - 1)
+            rows.append(
+                {
+                    "method": method, "other": other, "budget": budget,
+                    "difference": statistics.mean(both),
+                    "interval": float(quantile * statistics.stdev(both) / len(both) ** 0.5),
+                    "seeds": len(both),
+                }
+            )  # fmt: skip
     return rows

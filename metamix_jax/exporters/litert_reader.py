@@ -34,15 +34,15 @@ class LitertNetwork:
         interpreter.invoke()
         return interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
 
-    def milliseconds(self, threads: int = 1) -> float:
-        """Returns the median milliseconds of one image."""
-        interpreter, seconds = self._interpreter(1, threads), []
-        _set(interpreter, np.zeros((1, *self.image_shape), np.float32))
+    def milliseconds(self, batch: int = 1, threads: int = 1) -> float:
+        """Returns the median milliseconds an image."""
+        interpreter, seconds = self._interpreter(batch, threads), []
+        _set(interpreter, np.zeros((batch, *self.image_shape), np.float32))
         for _ in range(REPEATS + 1):  # the first one allocates
             began = time.perf_counter()
             interpreter.invoke()
             seconds.append(time.perf_counter() - began)
-        return 1000 * statistics.median(seconds[1:])
+        return 1000 * statistics.median(seconds[1:]) / batch
 
     def _interpreter(self, images: int, threads: int | None) -> Any:
         from ai_edge_litert.interpreter import Interpreter

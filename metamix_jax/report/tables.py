@@ -187,6 +187,25 @@ def bops(policy: Mapping[str, Any]) -> int:
     return sum(map(_layer_bops, policy["layers"].values()))
 
 
+def differences_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns one line per pair of methods and budget, and whether a difference is shown.
+
+    Args:
+      rows: {method, other, budget, difference, interval, seeds} each, in points of top-1.
+    """
+    numbers = ("budget", "difference", "+-", "pairs")
+    table = make_table(None, left=1, **{"top-1, paired, 95 %": None}, **dict.fromkeys(numbers),
+                       **{"": None})  # fmt: skip
+    for row in rows:
+        shown = abs(row["difference"]) > row["interval"]
+        table.add_row(
+            f"{row['method']} - {row['other']}", f"{row['budget']:g}",
+            f"{row['difference']:+.2f}", f"{row['interval']:.2f}", str(row["seeds"]),
+            "" if shown else "no difference shown",
+        )  # fmt: skip
+    return table_text(table)
+
+
 def budget_line(policy: Mapping[str, Any]) -> str:
     """Returns e.g. "0.3402 GBOPs, budget 0.3500: 0.0098 (2.8 %) below"."""
     used, budget = bops(policy) / GIGA, policy["budget_gbops"]

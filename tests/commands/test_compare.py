@@ -44,6 +44,30 @@ def test_summary_over_seeds():
     assert low["search"]["seconds"] == 3.0
 
 
+def test_differences_are_taken_pair_by_pair():
+    runs = [
+        run_of(method, 0.5, seed, top1, (4, 2))
+        for method, row in {"metamix": (90.0, 80.0, 85.0), "joint": (89.0, 78.5, 84.5)}.items()
+        for seed, top1 in enumerate(row)
+    ]
+    runs += [run_of("random", 0.5, seed, top1, (4, 2)) for seed, top1 in ((0, 90.0), (2, 80.0))]
+    runs += [run_of("metamix", 1.0, 0, 95.0, (4, 4)), run_of("joint", 1.0, 0, 95.0, (4, 4))]
+    first, second, third = compare.differences(runs)
+    assert (first["method"], first["other"], first["seeds"]) == ("metamix", "joint", 3)
+    # 1.0, 1.5 and 0.5; Student's t of 2 degrees of freedom: 4.302653.
+    assert first["difference"] == pytest.approx(1.0)
+    assert first["interval"] == pytest.approx(4.302653 * 0.5 / 3**0.5, rel=1e-6)
+    assert (second["other"], second["seeds"]) == ("random", 2)  # of the seeds that both have
+    assert second["difference"] == pytest.approx(2.5) and third["method"] == "joint"
+    assert second["interval"] == pytest.approx(12.706205 * 2.5, rel=1e-6)
+    _, _, *lines = tables.differences_table([first | {"interval": 0.9}, second]).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert cells == [
+        ["metamix - joint", "0.5", "+1.00", "0.90", "3", ""],
+        ["metamix - random", "0.5", "+2.50", "31.77", "2", "no difference shown"],
+    ]
+
+
 def test_table_has_a_line_for_each_row():
     rows = compare.summarise([run_of("metamix", 0.5, seed, 90.0, (4, 2)) for seed in range(2)])
     head, _, line = tables.comparison_table(rows).splitlines()
