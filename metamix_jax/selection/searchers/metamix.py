@@ -15,17 +15,19 @@ from metamix_jax.selection.cost import bits_at
 from metamix_jax.selection.searcher import Searcher
 
 
-def choose(context: SearchContext) -> dict[str, Bits]:
+def choose(context: SearchContext, least_spent: float | None = None) -> dict[str, Bits]:
     """Returns layer path -> bits: the argmax of the logits, or its projection into the budget.
 
     The search loss is two-sided (Eq. 4), so the argmax can end above the budget; it is then
     replaced by the most probable policy within the budget (multiple-choice knapsack over
-    log-probabilities). The same happens if the argmax spends less than config.search.least_spent,
-    our addition.
+    log-probabilities). The same happens if the argmax spends less than a share of the budget, our
+    addition: `least_spent`, or config.search.least_spent if that is None.
     """
+    if least_spent is None:
+        least_spent = context.config.search.least_spent
     logits, costs, budget = context.logits, context.costs, context.budget
     argmax = bits_at(costs, {path: int(np.argmax(row)) for path, row in logits.items()})
-    spent, least = budget.cost(argmax), context.config.search.least_spent * budget.limit
+    spent, least = budget.cost(argmax), least_spent * budget.limit
     least *= budget.cost_model.worth_spending
     excess = budget.excess(argmax)
     if not excess and spent >= least * (1 - TOLERANCE):
