@@ -42,10 +42,15 @@ def bit_chart(
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     positions = range(len(rows))
     act_bits = [row["act_bits"] for row in rows]
-    bars = top.bar(positions, [min(bits, WIDEST) for bits in act_bits], color=ACT_COLOUR)
-    if len(rows) <= MOST_NUMBERED:
-        top.bar_label(bars, act_bits, padding=2, fontsize=9)
     weight_bits = [row["weight_bits"] for row in rows]
+    tops = [min(bits, WIDEST) for bits in act_bits]
+    top.bar(positions, tops, color=ACT_COLOUR)
+    for place, bits, height, weight in zip(positions, act_bits, tops, weight_bits, strict=True):
+        if len(rows) <= MOST_NUMBERED:  # above the marker, if that is there
+            top.annotate(
+                str(bits), (place, height), xytext=(0, 6 if weight == height else 2),
+                textcoords="offset points", ha="center", va="bottom", fontsize=9,
+            )  # fmt: skip
     top.plot(positions, weight_bits, linestyle="", marker="D", markersize=6, color=WEIGHT_COLOUR,
              markeredgecolor="black", clip_on=False)  # fmt: skip
     top.set_ylabel("bits")
