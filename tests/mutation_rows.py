@@ -108,6 +108,71 @@ MUTATIONS = (
         ("condition, when_false, when_true = op", "condition, when_true, when_false = op"),
     ),
     *_rows(
+        "metamix_jax/selection/budget.py", "tests/selection/test_limits.py",
+        ("for each in (self, *self.further):", "for each in (self,):"),
+        ("for each in self.further]", "for each in self.further[:1]]"),
+    ),
+    *_rows(
+        "metamix_jax/selection/knapsack.py", "tests/selection/test_limits.py",
+        ("strict=True)\n        ),\n    ]", "strict=True)\n        ),\n    ][:2]"),
+        ("least / limits[0], np.inf", "-np.inf, np.inf"),
+    ),
+    *_rows(
+        "metamix_jax/selection/searchers/random.py", "tests/selection/test_limits.py",
+        ("admitted &= within(", "admitted |= within("),
+    ),
+    *_rows(
+        "metamix_jax/selection/limits.py", "tests/selection/test_limits.py",
+        ("if further and _least(budget) is None:", "if further and False:"),
+        ("return len(set(units)) == len(units)", "return True"),
+    ),
+    *_rows(
+        "metamix_jax/training/step/gradient_step.py", "tests/training/test_step_inputs.py",
+        ("gap += jax.nn.relu(excess)", "gap += jnp.abs(excess)"),
+        ("jnp.abs if budget.cost_model.worth_spending", "jnp.abs if True"),
+    ),
+    *_rows(
+        "metamix_jax/selection/latency.py", "tests/selection/test_latency.py",
+        ("if not 0 <= milliseconds < math.inf:", "if milliseconds < 0:"),
+        ("if bits not in layers[layer]:", "if False:"),
+    ),
+    *_rows(
+        "metamix_jax/exporters/layer_times.py", "tests/exporters/test_layer_times.py",
+        ("return owners[max(fits, key=len)]", "return owners[min(fits, key=len)]"),
+        ("- clock * len(rows))", ")"),
+        ("times[WARM_UP:] for", "times for"),
+    ),
+    *_rows(
+        "metamix_jax/exporters/integer_jax.py", "tests/exporters/test_integer_jax.py",
+        ("fill=-less)", "fill=0)"),
+        ("HALF if quantizer.bounds[1] > 127 else 0", "0"),
+        ("less[1] * both[0]", "less[1] * left.astype(jnp.int32)"),
+    ),
+    *_rows(
+        "metamix_jax/exporters/litert.py", "tests/exporters/test_litert.py",
+        ("bias = step.bias - shift", "bias = step.bias + shift"),
+        ("margins, storage, storage.zero)\n    kernel", "margins, storage, 0)\n    kernel"),
+        ("factor = MOST_INT8 // largest", "factor = 1"),
+        ("return hashlib.sha256(blank).hexdigest() == found[1].decode()", "return True"),
+        ("(1, stride, stride, 1)", "(1, 1, stride, 1)"),
+    ),
+    *_rows(
+        "metamix_jax/selection/searchers/metamix_plus.py", "tests/selection/test_metamix_plus.py",
+        ("if best >= now:", "if best > now + 1:"),
+        ("if budget.admits(bits_at(costs, choice | moves[place])):", "if True:"),
+    ),
+    *_rows(
+        "metamix_jax/selection/policy_loss.py", "tests/selection/test_metamix_plus.py",
+        ("variables |= moved", "pass"),
+        ("train=True, precision", "train=False, precision"),
+        ("if len(context.config.quant.weight_bits) == 1:", "if True:"),
+    ),
+    *_rows(
+        "metamix_jax/commands/compare.py", "tests/commands/test_compare.py -k pair_by_pair",
+        ("(1 + CONFIDENCE) / 2", "CONFIDENCE"),
+        ("len(both) - 1)", "len(both))"),
+    ),
+    *_rows(
         "metamix_jax/data/folders.py", "tests/data/test_folders.py",
         ("return sorted(images), others", "return images[::-1], others"),
         ("order[start:stop]", "range(start, stop)"),
@@ -137,8 +202,8 @@ MUTATIONS = (
     ),
     *_rows(
         "metamix_jax/training/step/gradient_step.py", _STEP,
-        ("gap = jnp.abs(spent - limit) /", "gap = (spent - limit) /"),
-        ("gap = jnp.abs(spent - limit) /", "gap = jnp.abs(jax.lax.stop_gradient(spent) - limit) /"),
+        ("gap = distance(spent - limit) /", "gap = (spent - limit) /"),
+        ("gap = distance(spent - limit) /", "gap = jnp.abs(jax.lax.stop_gradient(spent) - limit) /"),
         ("chosen_cost(budget.cost_model, logits, options.budget_form)",
          "chosen_cost(budget.cost_model, logits)"),
         ("jax.random.fold_in(jax.random.fold_in(state.rng, state.step), number)",
@@ -219,7 +284,7 @@ MUTATIONS = (
     ),
     *_rows(
         "metamix_jax/selection/knapsack.py", f"{_BUDGET} tests/selection/test_searchers.py",
-        ("if within(cost @ picked, limit):", "if True:"),
+        ("if all(within(table @ picked, limit)", "if any(True"),
         ("least - TOLERANCE * limit <= total and within", "within"),
         ("options[k, width:] = best[: cells - width] + values[path][k]",
          "options[k, width:] = best[: cells - width] + values[path][0]"),
@@ -257,7 +322,7 @@ MUTATIONS = (
     ),
     *_rows(
         "metamix_jax/selection/searchers/metamix.py", "tests/selection/test_searchers.py",
-        ("if budget.admits(argmax) and spent", "if spent"),
+        ("if not excess and spent", "if spent"),
         ("int(np.argmax(row))", "int(np.argmin(row))"),
         ("np.asarray(jax.nn.log_softmax(row), float)", "np.asarray(row, float) * 0"),
     ),
