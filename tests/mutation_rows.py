@@ -114,7 +114,6 @@ MUTATIONS = (
     ),
     *_rows(
         "metamix_jax/selection/knapsack.py", "tests/selection/test_limits.py",
-        ("strict=True)\n        ),\n    ]", "strict=True)\n        ),\n    ][:2]"),
         ("least / limits[0], np.inf", "-np.inf, np.inf"),
     ),
     *_rows(
