@@ -202,7 +202,7 @@ MUTATIONS = (
     *_rows(
         "metamix_jax/training/step/gradient_step.py", _STEP,
         ("gap = distance(spent - limit) /", "gap = (spent - limit) /"),
-        ("gap = distance(spent - limit) /", "gap = jnp.abs(jax.lax.stop_gradient(spent) - limit) /"),
+        ("distance(spent - limit)", "distance(jax.lax.stop_gradient(spent) - limit)"),
         ("chosen_cost(budget.cost_model, logits, options.budget_form)",
          "chosen_cost(budget.cost_model, logits)"),
         ("jax.random.fold_in(jax.random.fold_in(state.rng, state.step), number)",

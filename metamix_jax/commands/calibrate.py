@@ -17,7 +17,7 @@ from metamix_jax.training.start_weights import load_calibrated
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Evaluates pretrained weights at every candidate, calibrated but not trained."""
 
-    network, mesh = setup.make_network(config), sharding.make_mesh()
+    network, mesh = setup.make_network(config, searches=False), sharding.make_mesh()
     dataset = setup.load_dataset(config, mesh)
     with waiting("calibrating step sizes"):
         state = load_calibrated(config, network, dataset, mesh)

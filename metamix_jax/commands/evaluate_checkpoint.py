@@ -25,7 +25,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     path = bucket.path_of(config.checkpoint) if config.checkpoint else None
     if path and (path.suffix in KINDS or (path / "graph.json").exists()):
         return _evaluate_exported(config)
-    network, mesh = setup.make_network(config), sharding.make_mesh()
+    network, mesh = setup.make_network(config, searches=False), sharding.make_mesh()
     dataset = setup.load_dataset(config, mesh)
     trained = load_checkpoint(config, network, workdir, len(dataset.train), mesh)
     phase, variables = trained.phase, trained.variables

@@ -119,7 +119,7 @@ def quantize(
     """
     given = Given(model, variables, data)
     config = given.named(config)
-    network = setup.make_network(config, model)
+    network = setup.make_network(config, model, searches=False)
     policy.check(network.costs, "policy")
     mesh = sharding.make_mesh()
     dataset = setup.load_dataset(config, mesh, data)
@@ -139,7 +139,8 @@ def restore(config: ConfigDict, workdir: Path, given: Given | None = None) -> Qu
     """
     given = given or Given()
     config = given.named(config)
-    network, mesh = setup.make_network(config, given.model), sharding.make_mesh()
+    network = setup.make_network(config, given.model, searches=False)
+    mesh = sharding.make_mesh()
     dataset = setup.load_dataset(config, mesh, given.data)
     trained = load_checkpoint(config, network, workdir, len(dataset.train), mesh)
     if trained.policy is None or trained.phase.evaluation.weights != "quantized":

@@ -33,7 +33,7 @@ class Network:
     label: str
     image_shape: tuple[int, int, int]
     costs: LayerCosts
-    budget: Budget | None  # None if no bits are chosen
+    budget: Budget | None  # None if no bits are chosen any more
     further_budgets: Mapping[str, Budget]  # searched alongside, by the keys of their states
 
     @property
@@ -42,12 +42,14 @@ class Network:
         return self.budget and knapsack.most_gbops(self.costs, self.budget)
 
 
-def make_network(config: ConfigDict, model: Any = None) -> Network:
+def make_network(config: ConfigDict, model: Any = None, *, searches: bool = True) -> Network:
     """Builds the network and its budget without data or computation.
 
     Args:
       config: of the run.
       model: the Linen or NNX module itself, where a Python program hands it over.
+      searches: whether bits will be chosen; what only reads a policy needs no budget, nor the files
+        that one may depend on.
 
     Raises:
       UserError: invalid configuration or a budget that cannot be met.
@@ -56,13 +58,12 @@ def make_network(config: ConfigDict, model: Any = None) -> Network:
     check_searcher(config)
     model, costs = make_model(config, model)
     searcher = SEARCHERS[config.search.searcher]
-    budget = None
-    if searcher.choose is not None:
+    budget, further = None, further_searches(config) if searches else {}
+    if searches and searcher.choose is not None:
         budget = budget_of(costs, config.budget)
         searcher.check_network(config, costs, budget)
     further_budgets = {
-        key: budget_of(costs, config.budget, value)
-        for key, value in further_searches(config).items()
+        key: budget_of(costs, config.budget, value) for key, value in further.items()
     }
     label = registry.label(config.model)
     return Network(model, label, image_shape(config.data), costs, budget, further_budgets)

@@ -46,6 +46,11 @@ def test_the_table_is_a_budget(config, profile, capsys, tmp_path):
     network = setup.make_network(own)
     (limit,) = network.budget.further
     assert limit.cost_model.unit == "ms" and limit.limit == limit.cost_model.most
+    own.budget.latencies = str(tmp_path / "gone.csv")
+    with pytest.raises(UserError, match="budget.latencies=.*gone.csv.*cannot be read"):
+        setup.make_network(own)
+    assert setup.make_network(own, searches=False).budget is None  # to read a finished run
+    own.budget.latencies = profile["table"]
     own.budget.limits = ("milliseconds=0.0000001",)
     with pytest.raises(UserError, match="budget.limits=1e-07 .milliseconds. .*nearest feasible"):
         setup.make_network(own)

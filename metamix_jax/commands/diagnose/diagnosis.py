@@ -31,7 +31,7 @@ def measure(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: no weights to diagnose, or config.diagnose.layer is not usable.
     """
-    network = setup.make_network(config)
+    network = setup.make_network(config, searches=False)
     layer = probes.pick_layer(config.diagnose.layer, network.costs)
     norm = probes.norm_after(layer, setup.abstract_variables(network)["batch_stats"])
     if norm is None:
