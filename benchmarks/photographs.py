@@ -1,12 +1,14 @@
 """Top-1 of the files for integer kernels on 1,000 photographs, calibrated, next to JAX.
 
-    python -m benchmarks.photographs NETWORK WEIGHTS DATA_DIR DIRECTORY [--bits=8]
+    python -m benchmarks.photographs NETWORK WEIGHTS DATA_DIR DIRECTORY [--bits=8] [FIELD=VALUE ...]
 
 The photographs are in two splits: each is evaluated with files whose step sizes and ranges come
-from the other. Prints a row for each split and one line of JSON.
+from the other. Prints a row for each split and one line of JSON. FIELDs are of the configuration,
+such as model.padding=tf.
 """
 
 import argparse
+import ast
 import json
 from pathlib import Path
 
@@ -24,7 +26,12 @@ def main() -> None:
     for name in ("network", "weights", "data_dir", "directory"):
         parser.add_argument(name)
     parser.add_argument("--bits", default=8, type=int)
-    options, rows = parser.parse_args(), []
+    parser.add_argument("fields", nargs="*")
+    options, rows = parser.parse_intermixed_args(), []
+    more = dict(text.split("=", 1) for text in options.fields)
+    more = {
+        key: value if value.isalpha() else ast.literal_eval(value) for key, value in more.items()
+    }
     for calibrated, evaluated in (SPLITS, SPLITS[::-1]):
         fields = {
             "pretrained": options.weights, "data.data_dir": options.data_dir,
@@ -33,7 +40,7 @@ def main() -> None:
             "eval.bn_reestimate_batches": 0, "budget.unit": "fraction", "budget.value": 4.0,
             "export.litert": True, "loss": "cross_entropy", "teacher.path": "",
         }  # fmt: skip
-        config = metamix_jax.load_config(options.network, **fields)
+        config = metamix_jax.load_config(options.network, **fields, **more)
         _, costs = setup.make_model(config)
         bits = cost.uniform_bits(costs, options.bits)
         facts = {"model": options.network, "image_size": 224, "searcher": "uniform", "seed": 0}
