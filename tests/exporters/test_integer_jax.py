@@ -1,6 +1,7 @@
 """A bundle on integers in JAX: the same sums as the reference executor's."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import metamix_jax
 from metamix_jax.errors import UserError
 from metamix_jax.exporters import bundle, executor, integer_jax
-from metamix_jax.exporters.graph import normalise
+from metamix_jax.exporters.graph import Node, Quantizer, normalise
 from metamix_jax.exporters.integer_jax import IntegerNetwork
 from metamix_jax.networks.precision import QuantSettings
 from tests.helpers.export_networks import (
@@ -78,6 +79,19 @@ def test_scores_are_those_of_the_reference(graph):
     np.testing.assert_allclose(found, wanted, atol=2e-3 * np.abs(wanted).max())
     near = np.abs(np.asarray(found) - wanted).max(axis=1) < 1e-4
     assert near.mean() >= 0.6  # of the others, a value was on a rounding boundary
+
+
+@pytest.mark.parametrize("signed", list(itertools.product([False, True], repeat=2)))
+def test_products_of_levels_that_int8_does_not_hold(signed):
+    one, other = (Quantizer(8, each, 0.01, 0.0) for each in signed)
+    node = Node("product", "product", ("x", "y"), (3, 5), quantizer=one, other=other)
+    generator = np.random.default_rng(0)
+    x, y = (
+        generator.uniform(-1 * s, 2.6, shape).astype(np.float32)
+        for s, shape in zip(signed, [(2, 3, 4), (2, 4, 5)], strict=True)
+    )
+    found = integer_jax.matrix_product(node, jnp.asarray(x), jnp.asarray(y))
+    np.testing.assert_allclose(found, executor.matrix_product(node, x, y), rtol=1e-6)
 
 
 def test_layers_multiply_bytes(graph):

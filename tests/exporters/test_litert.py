@@ -95,6 +95,17 @@ def test_everything_is_on_integers(exported):
     assert len(layers) == len(graph.layers)
 
 
+def test_kernels_are_multiples_of_their_levels(exported):
+    """Biases have the steps of input and kernel, which would be too coarse at few bits."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(exported[2]))
+    details = [each for each in interpreter.get_tensor_details() if "/kernel" in each["name"]]
+    assert len(details) == len(exported[1].layers)
+    for each in details:
+        assert 63 < np.abs(interpreter.get_tensor(each["index"]).astype(int)).max() < 128
+
+
 def test_one_image_and_many(exported):
     network = litert_reader.read(exported[2])
     together = network.scores(PIXELS[:3])

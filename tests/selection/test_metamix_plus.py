@@ -81,8 +81,12 @@ def trained():
     logits = {
         path: np.zeros(3, np.float32) for path, layer in network.costs.items() if layer.searched
     }
+    # Weights' steps are those of a network whose weights were not quantized yet.
+    flat = flatten_dict(state.quant, sep="/")
+    flat = {path: 1 + 0 * leaf if "weight_step" in path else leaf for path, leaf in flat.items()}
+    variables = dict(state.variables) | {"quant": unflatten_dict(flat, sep="/")}
     return SearchContext(
-        network.model, network.costs, network.budget, config, state.variables, logits,
+        network.model, network.costs, network.budget, config, variables, logits,
         lambda count: iter(images[:count]),
     )  # fmt: skip
 
