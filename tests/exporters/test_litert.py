@@ -114,10 +114,9 @@ def test_one_image_and_many(exported):
     assert network.milliseconds() > 0
 
 
-def test_damaged_and_foreign_files_are_refused(exported, tmp_path):
-    name, graph, path = exported
-    if name != "pieces":
-        pytest.skip("one network is enough")
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    graph, path = graph_of(NETWORKS["pieces"]()), tmp_path / "whole.tflite"
+    path.write_bytes(integer_runtime.litert_file(graph, PIXELS))
     content, generator = path.read_bytes(), np.random.default_rng(0)
     network = litert_reader.read(path)
     assert (network.image_shape, network.num_classes) == (SHAPE, graph.num_classes)
