@@ -158,7 +158,8 @@ MUTATIONS = (
     *_rows(
         "metamix_jax/selection/searchers/metamix_plus.py", "tests/selection/test_metamix_plus.py",
         ("if best >= now:", "if best > now + 1:"),
-        ("if budget.admits(bits_at(costs, choice | moves[place])):", "if True:"),
+        (">= least and budget.admits(bits_at(costs, moved)):", ">= least:"),
+        ("if model.cost_of(moved) >= least and", "if"),
     ),
     *_rows(
         "metamix_jax/selection/policy_loss.py", "tests/selection/test_metamix_plus.py",

@@ -41,7 +41,7 @@ def choose(context: SearchContext) -> dict[str, Bits]:
 def improved(
     choice: Choice, loss: PolicyLoss, costs: LayerCosts, budget: Budget, rounds: int
 ) -> dict[str, int]:
-    """Returns a choice within the budget whose loss is at most that of the given one.
+    """Returns a choice that costs about the same, and whose loss is at most that of the given one.
 
     In each round every layer's change of loss at every width is measured, alone. Of the moves that
     look best by their sum (the best policy of all, one layer, two layers) some are tried; the best
@@ -55,7 +55,9 @@ def improved(
       rounds: at most.
     """
     choice, now = dict(choice), loss(choice)
-    first = now
+    first, model = now, budget.cost_model
+    # Fewer bits may seem better by chance; without them the budget is not spent.
+    least = LEAST_SPENT * model.cost_of(choice) if model.worth_spending else 0.0
     for number in range(rounds):
         change = {
             path: np.array([
@@ -64,7 +66,7 @@ def improved(
             ])
             for path in choice
         }  # fmt: skip
-        moves = itertools.islice(_moves(choice, change, costs, budget), TRIES)
+        moves = itertools.islice(_moves(choice, change, costs, budget, least), TRIES)
         tried = [(loss(choice | move), move) for move in moves]
         best, move = min(tried, key=lambda pair: pair[0], default=(now, {}))
         if best >= now:
@@ -85,13 +87,17 @@ def _name(bits: Bits) -> str:
 
 
 def _moves(
-    choice: Choice, change: Mapping[str, np.ndarray], costs: LayerCosts, budget: Budget
+    choice: Choice,
+    change: Mapping[str, np.ndarray],
+    costs: LayerCosts,
+    budget: Budget,
+    least: float,
 ) -> Iterator[dict[str, int]]:
-    """Yields moves that the budget admits, those of the least sum of changes first."""
-    values = {path: -row for path, row in change.items()}
+    """Yields moves to choices that cost from `least` to the budget, best sum of changes first."""
+    values, model = {path: -row for path, row in change.items()}, budget.cost_model
     if any(np.ptp(row) for row in values.values()):
-        best = knapsack.maximise(
-            values, budget.cost_model.branch_costs, budget.room, budget.further_rooms
+        best = knapsack.spend(
+            values, model.branch_costs, budget.room, least - model.fixed_cost, budget.further_rooms
         )
         yield {path: k for path, k in best.items() if k != choice[path]}
     single = [
@@ -107,7 +113,8 @@ def _moves(
     for place in np.argsort(sums, kind="stable"):
         if sums[place] >= 0:
             return
-        if budget.admits(bits_at(costs, choice | moves[place])):
+        moved = choice | moves[place]
+        if model.cost_of(moved) >= least and budget.admits(bits_at(costs, moved)):
             yield moves[place]
 
 
