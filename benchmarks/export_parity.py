@@ -33,6 +33,7 @@ from benchmarks.export_forms import (
 from metamix_jax import recipes
 from metamix_jax.data import batching, datasets
 from metamix_jax.exporters import bundle, card, quantized_network
+from metamix_jax.exporters.exported import EXPORT_DIRECTORY
 from metamix_jax.exporters.graph import normalise
 from metamix_jax.networks.precision import FULL, Bits
 from metamix_jax.runtime import sharding
@@ -195,7 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "run":
         network = quantized_network.restore(recipes.from_workdir(options.workdir), options.workdir)
-        directory = options.workdir / quantized_network.EXPORT_DIRECTORY
+        directory = options.workdir / EXPORT_DIRECTORY
     else:
         network, directory = calibrated(options), options.directory
     report(network, directory, options.examples, options.qonnx)

@@ -27,6 +27,7 @@ import metamix_jax
 from metamix_jax import recipes
 from metamix_jax.data import batching, datasets
 from metamix_jax.exporters import bundle, card, executor, quantized_network
+from metamix_jax.exporters.exported import EXPORT_DIRECTORY
 from metamix_jax.networks.registry import ARCHITECTURES
 from metamix_jax.selection import cost
 
@@ -74,7 +75,7 @@ def _text(workdir: Path) -> str:
 def compare_forms(workdir: Path) -> dict[str, object]:
     """Exports a finished run and returns, for each form, how its scores differ from JAX's."""
     network = quantized_network.restore(recipes.from_workdir(workdir), workdir)
-    directory = workdir / quantized_network.EXPORT_DIRECTORY
+    directory = workdir / EXPORT_DIRECTORY
     network.config.export.examples = IMAGES
     exported = metamix_jax.export(network, directory)
     options = network.config.data

@@ -18,8 +18,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from metamix_jax import commands
+from metamix_jax.exporters.exported import export
 from metamix_jax.exporters.integer_jax import load_integer
-from metamix_jax.exporters.quantized_network import evaluate, export, load_policy, quantize
+from metamix_jax.exporters.quantized_network import evaluate, load_policy, quantize
 from metamix_jax.recipes import load_config
 from metamix_jax.runtime import cpu
 from metamix_jax.training.given import Given

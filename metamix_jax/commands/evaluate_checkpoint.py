@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax.exporters.quantized_network import LITERT_SUFFIX, ONNX_SUFFIX, evaluate_exported
+from metamix_jax.exporters.exported import LITERT_SUFFIX, ONNX_SUFFIX, evaluate_exported
 from metamix_jax.runtime import sharding
 from metamix_jax.runtime.progress import waiting
 from metamix_jax.selection import cost

@@ -1,11 +1,11 @@
-"""--mode=export: a quantized checkpoint as an integer bundle, ONNX and StableHLO."""
+"""--mode=export: a quantized checkpoint as an integer bundle, ONNX, LiteRT and StableHLO."""
 
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax.exporters import quantized_network
+from metamix_jax.exporters import exported, onnx_files, quantized_network
 from metamix_jax.runtime.progress import waiting
 from metamix_jax.workdir import bucket
 
@@ -14,13 +14,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Exports a quantized checkpoint to WORKDIR/export; returns the RESULT line's content."""
 
     if config.export.onnx:
-        quantized_network.onnx_files.require_onnx()  # before any work
+        onnx_files.require_onnx()  # before any work
     network, directory = (
         quantized_network.restore(config, workdir),
-        workdir / quantized_network.EXPORT_DIRECTORY,
+        workdir / exported.EXPORT_DIRECTORY,
     )
     with waiting("exporting"):
-        found = quantized_network.export(network, directory)
+        found = exported.export(network, directory)
     gbops = network.policy.gbops
     facts = {
         "mode": "export",

@@ -11,7 +11,7 @@ import numpy as np
 
 from metamix_jax.errors import UserError
 from metamix_jax.exporters.graph import normalise
-from metamix_jax.exporters.litert import is_undamaged, require_litert
+from metamix_jax.exporters.litert_writer import is_undamaged, require_litert
 
 DAMAGED = "damaged, or not written by --mode=export; export the network again"
 REPEATS = 15  # of a timed call

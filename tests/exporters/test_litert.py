@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters import executor, integer_runtime, litert, litert_reader
+from metamix_jax.exporters import executor, integer_runtime, litert, litert_reader, litert_writer
 from metamix_jax.exporters.graph import IMAGE, normalise
 from metamix_jax.networks.precision import QuantSettings
 from tests.helpers import zoo
@@ -140,4 +140,4 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
     with pytest.raises(
         UserError, match=r"needs ai-edge-litert: pip install 'metamix_jax\[litert\]'"
     ):
-        litert.require_litert()
+        litert_writer.require_litert()

@@ -17,6 +17,7 @@ from metamix_jax import command_line, commands, recipes
 from metamix_jax.data import datasets
 from metamix_jax.errors import UserError
 from metamix_jax.exporters import bundle, card, integer_runtime, onnx_reader, quantized_network
+from metamix_jax.exporters import exported as exported_files
 from metamix_jax.selection import policy
 from metamix_jax.training import setup
 from metamix_jax.training.checkpoints import DIRECTORY, Checkpoints
@@ -31,7 +32,10 @@ EXAMPLES = 70  # of 360; not a multiple of the executor's batch
 def run(tmp_path_factory):
     """Returns a configuration, its network and a workdir with the last checkpoint of a run."""
     pytest.importorskip("onnx")
-    config = make_config(**{"export.examples": EXAMPLES, "eval.bn_reestimate_batches": 1})
+    pytest.importorskip("ai_edge_litert")
+    config = make_config(
+        **{"export.examples": EXAMPLES, "eval.bn_reestimate_batches": 1, "export.litert": True}
+    )
     network = setup.make_network(config)
     found = quantized(network.model, network.image_shape)
     state = TrainState(step=jnp.int32(0), rng=jax.random.key(0), **found.variables)
@@ -53,9 +57,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(run):
     config, _, workdir = run
-    return commands.run_mode(
-        "export", config, workdir
-    ), workdir / quantized_network.EXPORT_DIRECTORY
+    return commands.run_mode("export", config, workdir), workdir / exported_files.EXPORT_DIRECTORY
 
 
 def test_mode_export(run, exported):
@@ -65,7 +67,9 @@ def test_mode_export(run, exported):
     assert result["mode"] == "export" and result["model"] == network.label
     assert result["examples"] == EXAMPLES and result["differing"] == 0
     assert result["correct"] == result["reference_correct"]
-    names = {*bundle.FILES, card.QCDQ, card.QONNX, card.INT8, card.INT4, card.STABLEHLO}
+    names = {
+        *bundle.FILES, card.QCDQ, card.QONNX, card.INT8, card.INT4, card.LITERT, card.STABLEHLO,
+    }  # fmt: skip
     assert result["files"].keys() == names
     assert {path.name for path in directory.iterdir()} == names | {"README.md"}
     for name, size in result["files"].items():
@@ -75,6 +79,9 @@ def test_mode_export(run, exported):
     integer = result["integer"]
     assert integer["examples"] == EXAMPLES and integer["in_float"] == {}
     assert f"({integer['correct']} of {EXAMPLES})" in text and f"| `{card.INT4}` |" in text
+    mobile = result["litert"]
+    assert mobile["examples"] == EXAMPLES and mobile["milliseconds"] > 0
+    assert f"({mobile['correct']} of {EXAMPLES})" in text
     assert integer["milliseconds"].keys() == {"float32", card.QCDQ, card.INT8, card.INT4}
 
 
@@ -85,7 +92,7 @@ def test_mode_evaluate_accepts_a_bundle(run, exported):
     assert found["mode"] == "evaluate" and found["correct"] == exported[0]["correct"]
     config.data.channels = 3
     with pytest.raises(UserError, match="takes images of"):
-        quantized_network.evaluate_exported(config, exported[1])
+        exported_files.evaluate_exported(config, exported[1])
 
 
 def test_ranges_are_those_of_training_images(run, tmp_path, monkeypatch):
@@ -103,7 +110,7 @@ def test_ranges_are_those_of_training_images(run, tmp_path, monkeypatch):
     found = quantized(network.model, network.image_shape)
     found = dataclasses.replace(found, config=config, network=network, policy=chosen)
     with pytest.raises(UserError, match="damaged"):  # no file at all
-        quantized_network.export(found, tmp_path)
+        exported_files.export(found, tmp_path)
     (pixels,) = seen
     known = [{each.tobytes() for each in split.gather(np.arange(len(split)))[0]}
              for split in (dataset.train, dataset.evaluation)]  # fmt: skip
@@ -114,17 +121,19 @@ def test_ranges_are_those_of_training_images(run, tmp_path, monkeypatch):
     assert len(given & first) < 64
 
 
-@pytest.mark.parametrize("name", [card.INT8, card.INT4, card.QCDQ])
-def test_mode_evaluate_accepts_an_onnx_file(name, run, exported):
+@pytest.mark.parametrize("name", [card.INT8, card.INT4, card.QCDQ, card.LITERT])
+def test_mode_evaluate_accepts_a_single_file(name, run, exported):
     config = run[0].copy_and_resolve_references()
     config.checkpoint = str(exported[1] / name)
     found = commands.run_mode("evaluate", config, run[2])
-    counts = exported[0] if name == card.QCDQ else exported[0]["integer"]
-    assert found["onnx"] == config.checkpoint and found["examples"] == EXAMPLES
+    forms = {card.QCDQ: exported[0], card.LITERT: exported[0]["litert"]}
+    counts, kind = forms.get(name, exported[0]["integer"]), name.rpartition(".")[2]
+    assert found[{"onnx": "onnx", "tflite": "litert"}[kind]] == config.checkpoint
+    assert found["examples"] == EXAMPLES
     assert found["correct"] == counts["correct"]
     config.data.num_classes = 11
     with pytest.raises(UserError, match="takes images of"):
-        quantized_network.evaluate_exported(config, exported[1] / name)
+        exported_files.evaluate_exported(config, exported[1] / name)
 
 
 def test_damaged_and_foreign_onnx_files_are_refused(exported, tmp_path):
@@ -194,7 +203,7 @@ def test_weights_and_a_policy_from_a_notebook(run, tmp_path, monkeypatch):
     network = metamix_jax.quantize(config, chosen)
     counts = metamix_jax.evaluate(network)
     found = metamix_jax.export(network, tmp_path)
-    assert found["files"].keys() == {*bundle.FILES, card.STABLEHLO}
+    assert found["files"].keys() == {*bundle.FILES, card.LITERT, card.STABLEHLO}
     assert found["reference_correct"] == counts["correct"] and counts["examples"] == 360
 
 
