@@ -7,7 +7,8 @@ metamix --config=RECIPE --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE ...]
            default: digits. Modes that read a run (evaluate, diagnose, export, report) take its own
            configuration, which --config.FIELD=VALUE overrides
 --workdir  folder or gs://BUCKET/FOLDER for all files of the run; the same command resumes it
---mode     train (default), search, cost, evaluate, calibrate, diagnose, compare, export, report
+--mode     train (default), search, cost, evaluate, calibrate, diagnose, compare, export, profile,
+           report
 
 In a checkout, python main.py and python -m metamix_jax are equivalent. docs/CONFIG.md lists the
 fields, docs/USAGE.md explains the modes.

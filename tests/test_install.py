@@ -44,7 +44,7 @@ def pins():
 
 def test_requirements_files_agree_with_the_project():
     assert PROJECT["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": "requirements.txt"}
-    assert EXTRAS.keys() == {"gpu", "tpu", "export", "gcs", "torch"}
+    assert EXTRAS.keys() == {"gpu", "tpu", "export", "litert", "gcs", "torch"}
     assert EXTRAS["gpu"] == requirements("requirements-gpu.txt")
     assert EXTRAS["tpu"] == requirements("requirements-tpu.txt")
     assert EXTRAS["gcs"] <= requirements("requirements-dev.txt") & EXTRAS["tpu"]
@@ -139,7 +139,8 @@ def test_the_wheel_runs_recipes_by_name(installed):
 
 
 def test_the_package_names_what_it_has():
-    names = {"evaluate", "export", "load_config", "load_policy", "quantize", "search", "train"}
+    names = {"evaluate", "export", "load_config", "load_integer", "load_policy", "quantize",
+             "search", "train"}  # fmt: skip
     assert {*dir(metamix_jax)} == names | {"__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", metamix_jax.__version__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

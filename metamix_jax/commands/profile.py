@@ -50,6 +50,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         graphs = _graphs(model, costs, shape)
         if reason := integer_runtime.obstacle(next(iter(graphs.values()))):
             raise UserError(f"--mode=profile measures network.int8.onnx, but {reason}")
+        make_workdir(workdir)
         pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, *shape), np.uint8)
         files = {
             name: integer_runtime.integer_files(graph, pixels)[0] for name, graph in graphs.items()
@@ -59,7 +60,6 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         rounds=options.rounds, batch_size=options.batch_size, threads=options.threads,
     )  # fmt: skip
     rows = _rows(costs, times)
-    make_workdir(workdir)
     write_text_atomic(workdir / TABLE, _csv(rows))
     whole = {name: found.whole for name, found in times.items()}
     print(tables.latency_table(rows, whole))
