@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from benchmarks import export_forms
 from metamix_jax.data import batching
 from metamix_jax.exporters import executor, onnx_files
-from metamix_jax.exporters.graph import Kernel, Node, Quantizer, normalise
+from metamix_jax.exporters.graph import IMAGE, Graph, Kernel, Node, Quantizer, normalise
 from metamix_jax.exporters.lowering import lower
 from metamix_jax.exporters.packing import pack, packed_size, unpack
 from metamix_jax.exporters.recognise import recognised
@@ -149,6 +149,21 @@ def test_recognised_operations_compute_the_same(name):
     assert graph.general == (name in ("Net", "Everything")) and len(found) < len(raw)
     whole, steps = (dataclasses.replace(graph, nodes=nodes) for nodes in (found, raw))
     np.testing.assert_allclose(executor.run(whole, images), executor.run(steps, images), atol=1e-5)
+
+
+def test_a_chain_that_is_used_in_the_middle_stays_in_pieces():
+    shape, scale = (3, 2, 2), {"shape": (2,)}
+    nodes = (
+        Node("constant", "c", (), (2,), scale, {"value": np.float32([2, 3])}),
+        Node("multiply", "a", (IMAGE, "c"), shape),
+        Node("multiply", "b", ("a", "c"), shape),
+        Node("add", "sum", ("a", "b"), shape),
+    )
+    graph = Graph("chain", shape, 2, (0.0,), (1.0,), {}, nodes)
+    found = dataclasses.replace(graph, nodes=recognised(nodes))
+    assert [node.op for node in found.nodes] == ["affine", "affine", "add"]
+    images = random_images(shape)
+    np.testing.assert_allclose(executor.run(found, images), executor.run(graph, images), rtol=1e-6)
 
 
 def test_weights_on_rounding_boundaries_are_rounded_as_in_jax():
