@@ -391,7 +391,7 @@ MUTATIONS = (
         ("and _is(moved, 1.0, 3.0)", "and _is(moved, 1.0, 0.0)"),
         ('node.op != "slice" or node.shape == wanted', "True"),
         ('+ second.arrays["offset"]\n', "\n"),
-        ("uses[before.name] != 1", "False"),
+        ("if before and uses[before.name] == 1", "if before"),
         ("alone = len(after) != 1 or", "alone = True or"),
     ),
     *_rows(

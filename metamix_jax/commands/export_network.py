@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from metamix_jax.exporters import exported, onnx_files, quantized_network
+from metamix_jax.exporters import exported, litert_writer, onnx_files, quantized_network
 from metamix_jax.runtime.progress import waiting
 from metamix_jax.workdir import bucket
 
@@ -15,6 +15,8 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     if config.export.onnx:
         onnx_files.require_onnx()  # before any work
+    if config.export.litert:
+        litert_writer.require_litert()
     network, directory = (
         quantized_network.restore(config, workdir),
         workdir / exported.EXPORT_DIRECTORY,

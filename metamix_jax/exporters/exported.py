@@ -18,7 +18,6 @@ from metamix_jax.exporters import (
     card,
     integer_runtime,
     litert_reader,
-    litert_writer,
     onnx_files,
     onnx_reader,
 )
@@ -62,8 +61,6 @@ def export(
     graph, config = found.graph(), found.config
     dataset = setup.load_dataset(config, sharding.make_mesh(), found.given.data)
     contents = bundle.encode(graph)
-    if config.export.litert:
-        litert_writer.require_litert()
     if config.export.onnx:
         contents[card.QCDQ] = onnx_files.qcdq_model(graph)
         contents[card.QONNX] = onnx_files.qonnx_model(graph)

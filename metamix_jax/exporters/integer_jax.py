@@ -81,7 +81,7 @@ def integer_product(node: Node, levels: jax.Array, kernel: jax.Array) -> jax.Arr
 
 def _less(quantizer: Quantizer) -> int:
     """Returns what is subtracted from levels that int8 does not hold."""
-    return HALF if quantizer.bounds[1] > 127 else 0  # noqa: PLR2004  of int8
+    return HALF if quantizer.bounds[1] > 127 else 0
 
 
 def _product(node: Node, x: jax.Array, kernel: jax.Array, fill: int) -> jax.Array:

@@ -75,7 +75,7 @@ def _layer(writer: LitertWriter, step: Step) -> None:
         options.depthMultiplier = 1
     else:
         op, options = "CONV_2D", writer.options("Conv2D", **fields)
-    wanted = node.shape if len(node.shape) == 3 else (1, 1, *node.shape)  # noqa: PLR2004  images
+    wanted = node.shape if len(node.shape) == 3 else (1, 1, *node.shape)
     found = writer.clipped(
         name, wanted, lambda out: writer.add(op, [x, kernel, bias], out, options)
     )

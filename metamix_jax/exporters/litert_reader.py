@@ -11,10 +11,9 @@ import numpy as np
 
 from metamix_jax.errors import UserError
 from metamix_jax.exporters.graph import normalise
+from metamix_jax.exporters.integer_runtime import REPEATS
 from metamix_jax.exporters.litert_writer import is_undamaged, require_litert
-
-DAMAGED = "damaged, or not written by --mode=export; export the network again"
-REPEATS = 15  # of a timed call
+from metamix_jax.exporters.onnx_reader import DAMAGED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ _AFFINE: Mapping[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "multiply": lambda c: (c, np.zeros_like(c)),
     "divide": lambda c: (1 / c, np.zeros_like(c)),
 }
+LAYERS = ("conv", "dense")
 _CLOSE = 1e-6
 Pair = tuple[int, int]
 
@@ -137,18 +138,17 @@ def _joined(nodes: Sequence[Node]) -> tuple[Node, ...]:
         node = dataclasses.replace(node, inputs=tuple(names.get(x, x) for x in node.inputs))
         before = found.get(node.inputs[0]) if node.inputs else None
         name = node.name
-        if before is None or uses[before.name] != 1:
-            pass
-        elif node.op == "affine" and before.kernel is not None and _only_adds(node, nodes):
+        op = before.op if before and uses[before.name] == 1 else ""  # "": nothing joins it
+        if op in LAYERS and node.op == "affine" and _only_adds(node, nodes):
             arrays = {"bias": node.arrays["offset"]}
             node = dataclasses.replace(before, arrays=arrays)
-        elif node.op == before.op == "affine":
+        elif node.op == op == "affine":
             del found[before.name]
             node = dataclasses.replace(node, inputs=before.inputs, arrays=_chained(before, node))
             module = name.rpartition(":")[0]
             if module and module not in given | found.keys():
                 node = dataclasses.replace(node, name=module)
-        elif node.op == before.op == "subsample" and before.options["channels"] == (0, 0):
+        elif node.op == op == "subsample" and before.options["channels"] == (0, 0):
             del found[before.name]
             stride = before.options["stride"] * node.options["stride"]
             options = {**node.options, "stride": stride}

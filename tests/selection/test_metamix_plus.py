@@ -99,7 +99,7 @@ def trained():
 
 
 def test_the_loss_is_the_networks_at_its_bits(trained):
-    context = trained
+    context, before = trained, jax.tree.map(np.array, dict(trained.variables))
     loss = policy_loss(context, 2)
     choices = [dict.fromkeys(context.logits, branch) for branch in range(3)]
     choices.append({path: i % 3 for i, path in enumerate(context.logits)})
@@ -118,7 +118,7 @@ def test_the_loss_is_the_networks_at_its_bits(trained):
             expected.append(optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean())
         assert loss(choice) == pytest.approx(float(np.mean(expected)), rel=1e-4)
     assert loss(choices[0]) != loss(choices[2])
-    jax.tree.map(np.testing.assert_array_equal, context.variables, trained.variables)
+    jax.tree.map(np.testing.assert_array_equal, dict(context.variables), before)
 
 
 def test_the_policy_is_no_worse_than_that_of_the_logits(trained):
