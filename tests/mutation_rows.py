@@ -149,9 +149,7 @@ MUTATIONS = (
     ),
     *_rows(
         "metamix_jax/exporters/litert.py", "tests/exporters/test_litert.py",
-        ("bias = step.bias - shift", "bias = step.bias + shift"),
         ("margins, storage, storage.zero)\n    kernel", "margins, storage, 0)\n    kernel"),
-        ("factor = MOST_INT8 // largest", "factor = 1"),
         ("(1, stride, stride, 1)", "(1, 1, stride, 1)"),
     ),
     Mutation(
@@ -413,11 +411,15 @@ MUTATIONS = (
     ),
     *_rows(
         "metamix_jax/exporters/integer_onnx.py", "tests/exporters/test_integer_onnx.py",
+        ("pairs[::2] | pairs[1::2] << 4", "pairs[1::2] | pairs[::2] << 4"),
+    ),
+    *_rows(
+        "metamix_jax/exporters/integer_layers.py", "tests/exporters/test_integer_onnx.py",
         ("bias = step.bias - shift", "bias = step.bias + shift"),
         ("        shift -= storage.zero * storage.step\n", ""),
-        ("MOST_INT16 // (2 * x.high)", "MOST_INT16 // x.high"),
-        ("pairs[::2] | pairs[1::2] << 4", "pairs[1::2] | pairs[::2] << 4"),
+        ("most_product // (2 * storage.high)", "most_product // storage.high"),
         ("np.maximum(step.step / factor, least)", "step.step / factor"),
+        ("factor = max(1, most // largest)", "factor = 1", "tests/exporters/test_litert.py"),
     ),
     *_rows("configs/mbv3.py", _RECIPES, ("4 * 3.786988544", "1 * 3.786988544")),
     *_rows("configs/mbv2.py", _RECIPES, ("1 * 5.39405312", "4 * 5.39405312")),

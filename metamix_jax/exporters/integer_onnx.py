@@ -11,20 +11,12 @@ from typing import Any
 import numpy as np
 
 from metamix_jax.exporters.graph import IMAGE, Graph, Node
-from metamix_jax.exporters.integer_plan import (
-    GATE,
-    GATE_FROM,
-    HIGHEST,
-    Plan,
-    Step,
-    Storage,
-    levels_of,
-)
+from metamix_jax.exporters.integer_layers import Integers, Reading, gate_read, integers, reading
+from metamix_jax.exporters.integer_plan import GATE, HIGHEST, Plan, Step, Storage
 from metamix_jax.exporters.onnx_files import SCORES, finish
 from metamix_jax.exporters.onnx_writers import Writer, require_onnx
 
-MOST_BIAS = 2.0**30  # of int32
-MOST_INT4, MOST_INT8, MOST_INT16 = 7, 127, 2**15 - 1
+MOST_INT4, MOST_INT16 = 7, 2**15 - 1
 
 
 def integer_model(graph: Graph, plan: Plan, packed: bool = False) -> bytes:
@@ -46,7 +38,7 @@ class _IntegerWriter(Writer):
 
     def __init__(self, plan: Plan, packed: bool):
         super().__init__()
-        self.storage, self._streams, self._packed = plan.storage, plan.streams, packed
+        self.plan, self.storage, self._packed = plan, plan.storage, packed
 
     def scale(self, name: str, storage: Storage) -> list[str]:
         """Returns the constants of a (de)quantization."""
@@ -85,16 +77,12 @@ class _IntegerWriter(Writer):
         same = self.add("LeakyRelu", real, f"{name}/same", alpha=1.0)  # has an integer kernel
         return self.quantize(same, name, write)
 
-    def layer_levels(self, node: Node) -> tuple[str, Storage, float]:
-        """Returns the levels of a layer's input, and a shift added before they were taken."""
-        (name,), quantizer = node.inputs, node.quantizer
-        stored = self.storage[name]
-        if quantizer is None or name not in self._streams:  # None: an image at full precision
-            return f"{name}/levels", stored, 0.0
-        own = levels_of(quantizer)
-        read = stored._replace(zero=stored.zero - round(quantizer.shift / stored.step))
-        levels = self.mapped(f"{name}/levels", f"{node.name}/input", read, own)
-        return levels, own, quantizer.shift
+    def layer_levels(self, node: Node, found: Reading) -> str:
+        """Returns the levels that a layer multiplies."""
+        (name,) = node.inputs
+        if found.read is None:
+            return f"{name}/levels"
+        return self.mapped(f"{name}/levels", f"{node.name}/input", found.read, found.storage)
 
     def integers(self, name: str, levels: np.ndarray, factor: int) -> str:
         """Adds a kernel's levels times a factor."""
@@ -114,59 +102,43 @@ class _IntegerWriter(Writer):
 
 
 def _layer(writer: _IntegerWriter, step: Step) -> None:
-    node = step.node
-    levels, storage, shift = writer.layer_levels(node)
-    if shift and node.op == "conv" and np.any(node.options["padding"]):
-        # Padding represents 0, which only a level can; inside, the bias corrects the rest.
-        storage = storage._replace(zero=round(shift / storage.step))
-        shift -= storage.zero * storage.step
-    sums = step.levels.reshape(-1, step.levels.shape[-1]).sum(axis=0, dtype=np.int64)
-    bias = step.bias - shift * sums * step.step
+    node, found = step.node, reading(step.node, writer.plan)
+    levels = writer.layer_levels(node, found)
+    whole, storage = integers(step, found, MOST_INT16)  # AVX2 adds two products in 16 bits
     x = writer.real(levels, f"{node.name}/x", storage)
-    kernel, bias = _integers(writer, node, step, bias, storage)
+    inputs = [x, _kernel(writer, node, whole), _bias(writer, node, whole)]
     if node.op == "dense":
-        writer.add("Gemm", [x, kernel, bias], f"{step.output}/real")
+        writer.add("Gemm", inputs, f"{step.output}/real")
     else:
         options, ((top, bottom), (left, right)) = node.options, node.options["padding"]
         writer.add(
-            "Conv", [x, kernel, bias], f"{step.output}/real",
+            "Conv", inputs, f"{step.output}/real",
             kernel_shape=node.kernel.levels.shape[:2], strides=[options["stride"]] * 2,
             pads=[top, left, bottom, right], group=options["groups"],
         )  # fmt: skip
     writer.store(step.output, f"{step.output}/real")
 
 
-def _integers(
-    writer: _IntegerWriter, node: Node, step: Step, bias: np.ndarray, x: Storage
-) -> tuple[str, str]:
-    """Adds a kernel and a bias in integers.
-
-    The bias is in units of both steps, too coarse at few bits. So kernels are stored as multiples
-    of their levels, up to what int8 holds and sums of two products in 16 bits, as AVX2 has them.
-    """
-    largest = max(int(np.abs(step.levels).max(initial=0)), 1)
-    factor = max(1, min(MOST_INT8, MOST_INT16 // (2 * x.high)) // largest)
-    least = np.maximum(np.abs(bias) / (MOST_BIAS * x.step), np.finfo(np.float32).tiny)
-    own = np.float32(np.maximum(step.step / factor, least))
-    # Only channels that are nearly constant have other steps than their own.
-    levels = np.rint(step.levels * (step.step / factor / own)).astype(np.int8)
-    kernel_step = writer.constant(f"{node.name}/kernel/step", own)
-    axis = 1
+def _kernel(writer: _IntegerWriter, node: Node, whole: Integers) -> str:
+    name, levels, axis = f"{node.name}/kernel", whole.levels, 1
+    kernel_step = writer.constant(f"{name}/step", whole.step)
     if node.op == "conv":
         levels, axis = levels.transpose(3, 2, 0, 1), 0
-    kernel = writer.add(
-        "DequantizeLinear",
-        [writer.integers(f"{node.name}/kernel/levels", levels, factor), kernel_step,
-         writer.constant(f"{node.name}/kernel/zeros", np.zeros(own.shape), np.int8)],
-        f"{node.name}/kernel", axis=axis,
-    )  # fmt: skip
-    product = own * np.float32(x.step)
+    zeros = np.zeros(whole.step.shape)
+    inputs = [
+        writer.integers(f"{name}/levels", levels, whole.factor), kernel_step,
+        writer.constant(f"{name}/zeros", zeros, np.int8),
+    ]  # fmt: skip
+    return writer.add("DequantizeLinear", inputs, name, axis=axis)
+
+
+def _bias(writer: _IntegerWriter, node: Node, whole: Integers) -> str:
     name = f"{node.name}/bias"
     inputs = [
-        writer.constant(f"{name}/levels", np.rint(bias / product), np.int32),
-        writer.constant(f"{name}/step", product),
+        writer.constant(f"{name}/levels", whole.bias, np.int32),
+        writer.constant(f"{name}/step", whole.product),
     ]
-    return kernel, writer.add("DequantizeLinear", inputs, name, axis=0)
+    return writer.add("DequantizeLinear", inputs, name, axis=0)
 
 
 def _between(op: str):
@@ -201,9 +173,7 @@ def _rectifier(writer: _IntegerWriter, step: Step) -> None:
 def _gate(writer: _IntegerWriter, step: Step, name: str, write: Storage) -> str:
     """Adds clip(x / 6 + 1 / 2, 0, 1): reading levels in another way, and the ends of uint8."""
     (x,) = step.node.inputs
-    stored = writer.storage[x]
-    read = Storage(stored.step / (2 * GATE_FROM), stored.zero - round(GATE_FROM / stored.step))
-    return writer.mapped(f"{x}/levels", name, read, write)
+    return writer.mapped(f"{x}/levels", name, gate_read(writer.storage[x]), write)
 
 
 def _hard_sigmoid(writer: _IntegerWriter, step: Step) -> None:

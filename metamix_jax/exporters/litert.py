@@ -9,19 +9,10 @@ from collections.abc import Callable
 import numpy as np
 
 from metamix_jax.exporters.graph import IMAGE, Graph, Node
-from metamix_jax.exporters.integer_plan import (
-    GATE,
-    GATE_FROM,
-    HIGHEST,
-    Plan,
-    Step,
-    Storage,
-    levels_of,
-)
+from metamix_jax.exporters.integer_layers import Integers, gate_read, integers, reading
+from metamix_jax.exporters.integer_plan import GATE, HIGHEST, Plan, Step, Storage
 from metamix_jax.exporters.litert_writer import LitertWriter
 
-MOST_BIAS = 2.0**30  # of int32
-MOST_INT8 = 127
 SIGMOID = Storage(1 / 256, 0)  # what LiteRT's kernel writes
 SCORES_MARGIN = 1.25  # of the range of scores on calibration images
 
@@ -50,23 +41,21 @@ def litert_model(graph: Graph, plan: Plan, scores: tuple[float, float]) -> bytes
 
 
 def _layer(writer: LitertWriter, step: Step) -> None:
-    node, name = step.node, step.output
-    x, storage, shift = _layer_input(writer, node)
-    shape = writer.shapes[node.inputs[0]]
-    padding = node.options["padding"] if node.op == "conv" else ((0, 0), (0, 0))
-    if shift and np.any(padding):
-        # Padding represents 0, which only a level can; inside, the bias corrects the rest.
-        storage = storage._replace(zero=round(shift / storage.step))
-        shift -= storage.zero * storage.step
+    node, name, found = step.node, step.output, reading(step.node, writer.plan)
+    (taken,) = node.inputs
+    x, shape = writer.levels[taken], writer.shapes[taken]
+    if found.read is not None:
+        x = writer.mapped(x, f"{node.name}/input", shape, found.read, found.storage)
+    whole, storage = integers(step, found)
+    if storage != found.storage:
         x = writer.reshaped(x, f"{node.name}/x", shape, storage)
-    sums = step.levels.reshape(-1, step.levels.shape[-1]).sum(axis=0, dtype=np.int64)
-    bias = step.bias - shift * sums * step.step
+    padding = node.options["padding"] if node.op == "conv" else ((0, 0), (0, 0))
     if node.op == "dense":  # as a convolution, whose kernels may have a step per feature
         x, shape = writer.reshaped(x, f"{node.name}/features", (1, 1, *shape)), (1, 1, *shape)
     if np.any(padding):
         margins = (*padding, (0, 0))
         x, shape = writer.padded(x, f"{node.name}/pad", shape, margins, storage, storage.zero)
-    kernel, bias, depthwise = _integers(writer, node, step, bias, storage)
+    kernel, bias, depthwise = _constants(writer, node, whole)
     stride = node.options.get("stride", 1)
     fields = {"strideH": stride, "strideW": stride, "padding": writer.schema.Padding.VALID,
               "dilationHFactor": 1, "dilationWFactor": 1}  # fmt: skip
@@ -84,37 +73,17 @@ def _layer(writer: LitertWriter, step: Step) -> None:
         writer.shapes[name] = node.shape
 
 
-def _layer_input(writer: LitertWriter, node: Node) -> tuple[int, Storage, float]:
-    """Returns the levels of a layer's input, and a shift added before they were taken."""
-    (name,), quantizer = node.inputs, node.quantizer
-    stored = writer.storage[name]
-    if quantizer is None or name not in writer.streams:
-        return writer.levels[name], stored, 0.0
-    own = levels_of(quantizer)
-    read = stored._replace(zero=stored.zero - round(quantizer.shift / stored.step))
-    shape = writer.shapes[name]
-    found = writer.mapped(writer.levels[name], f"{node.name}/input", shape, read, own)
-    return found, own, quantizer.shift
-
-
-def _integers(
-    writer: LitertWriter, node: Node, step: Step, bias: np.ndarray, x: Storage
-) -> tuple[int, int, bool]:
+def _constants(writer: LitertWriter, node: Node, whole: Integers) -> tuple[int, int, bool]:
     """Adds a kernel and a bias; also returns whether the layer is depthwise."""
-    largest = max(int(np.abs(step.levels).max(initial=0)), 1)
-    factor = MOST_INT8 // largest
-    least = np.maximum(np.abs(bias) / (MOST_BIAS * x.step), np.finfo(np.float32).tiny)
-    own = np.float32(np.maximum(step.step / factor, least))
-    levels = np.rint(step.levels * (step.step / own)).astype(np.int8)
+    levels = whole.levels * np.int8(whole.factor)
     if node.op == "dense":
         levels = levels[None, None]
     depthwise = levels.shape[2] == 1 and node.options.get("groups", 1) == levels.shape[3] > 1
     levels = levels.transpose(2, 0, 1, 3) if depthwise else levels.transpose(3, 0, 1, 2)
-    zeros, axis = np.zeros(own.size, int), 3 if depthwise else 0
-    kernel = writer.constant(f"{node.name}/kernel", levels, own, zeros, axis)
-    product = np.float64(own) * np.float32(x.step)
-    content = np.rint(bias / product).astype(np.int32)
-    return kernel, writer.constant(f"{node.name}/bias", content, product, zeros), depthwise
+    zeros, axis = np.zeros(whole.step.size, int), 3 if depthwise else 0
+    kernel = writer.constant(f"{node.name}/kernel", levels, whole.step, zeros, axis)
+    bias = writer.constant(f"{node.name}/bias", whole.bias, whole.product, zeros)
+    return kernel, bias, depthwise
 
 
 def _between(op: str, options: str) -> Callable[[LitertWriter, Step], None]:
@@ -153,8 +122,7 @@ def _sigmoid(writer: LitertWriter, step: Step) -> None:
 def _gate(writer: LitertWriter, step: Step, name: str, write: Storage) -> int:
     """Adds clip(x / 6 + 1 / 2, 0, 1): reading levels in another way, and the ends of the levels."""
     (x,) = step.node.inputs
-    stored = writer.storage[x]
-    read = Storage(stored.step / (2 * GATE_FROM), stored.zero - round(GATE_FROM / stored.step))
+    read = gate_read(writer.storage[x])
     return writer.mapped(writer.levels[x], name, writer.shapes[x], read, write)
 
 

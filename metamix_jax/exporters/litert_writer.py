@@ -46,7 +46,7 @@ class LitertWriter:
 
     def __init__(self, plan: Plan, graph: Graph):
         self.schema = require_litert()
-        self.storage, self.streams = dict(plan.storage), plan.streams
+        self.plan, self.storage = plan, dict(plan.storage)
         self.shapes = {IMAGE: graph.image_shape}
         self.levels: dict[str, int] = {}
         self._tensors, self._operators = [], []
