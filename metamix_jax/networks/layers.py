@@ -35,47 +35,6 @@ class QuantLayer(nn.Module):
     signed: bool = False  # whether the input can be negative
     shift: float = 0.0  # minus the least input, such as 3/8 of hswish's output
 
-    def _product(
-        self,
-        x: jax.Array,
-        kernel: jax.Array,
-        precision: Precision,
-        multiply: Callable[..., jax.Array],
-    ) -> jax.Array:
-        """Returns multiply(input, kernel), both quantized as `precision` says.
-
-        As `multiply` is linear, a mixture over pairs costs one product per weight width, not one
-        per pair: sum_aw p_aw Q_a(x) * Q_w(kernel) = sum_w (sum_a p_aw Q_a(x)) * Q_w(kernel).
-        """
-
-        def product(x: Operand, kernel: Operand) -> jax.Array:
-            if self.settings.compute_dtype == "bfloat16":
-                return bfloat16.product(multiply, x, kernel)
-            return multiply(x.real, kernel.real)
-
-        widths = len(self.settings.act_bits), len(self.settings.weight_bits)
-        mode, searched = precision.activations, math.prod(widths) > 1
-        quantized_input = self._input_quantizer(x, precision)
-        quantized_kernel = self._kernel_quantizer(kernel, precision)
-        if searched and (mode == "mixture" or self.is_initializing()):
-            logits = self.variable("quant", "logits", self._init_logits)
-        if searched and mode == "mixture":
-            shares = jax.nn.softmax(logits.value).reshape(widths)
-            if precision.weights != "quantized":
-                shares = shares.sum(axis=1, keepdims=True)
-            inputs = [quantized_input(i).real for i in range(widths[0])]
-            mixtures = (
-                sum(shares[i, j] * x for i, x in enumerate(inputs)) for j in range(shares.shape[1])
-            )
-            products = (product(Operand(x), quantized_kernel(j)) for j, x in enumerate(mixtures))
-            return functools.reduce(operator.add, products)
-        branch = 0
-        if searched and mode == "chosen":
-            branch = precision.branches["/".join(self.path)]
-        elif searched and isinstance(mode, int):
-            branch = mode
-        return product(quantized_input(branch // widths[1]), quantized_kernel(branch % widths[1]))
-
     def _input_quantizer(
         self, x: jax.Array, precision: Precision
     ) -> Callable[[jax.Array | int], Operand]:
@@ -150,21 +109,6 @@ class QuantLayer(nn.Module):
             self.put_variable("errors", name, jnp.stack([jnp.mean((q - x) ** 2) for q in levels]))
         return self.perturb(name, x)
 
-    def _init_logits(self) -> jax.Array:
-        branches = len(self.settings.act_bits) * len(self.settings.weight_bits)
-        return LOGIT_INIT_SCALE * jax.random.normal(self.make_rng("quant"), (branches,))
-
-    def _record_cost(self, macs: int, act_elements: int, weight_elements: int) -> None:
-        if self.is_initializing():
-            cost = LayerCost(
-                macs=macs,
-                act_elements=act_elements,
-                weight_elements=weight_elements,
-                act_bits=self.settings.act_bits,
-                weight_bits=self.settings.weight_bits,
-            )
-            self.variable("costs", "cost", lambda: cost)
-
 
 def _pick(
     steps: jax.Array, bits: tuple[int, ...], index: jax.Array | int
@@ -193,13 +137,58 @@ class QuantProduct(QuantLayer):
         precision: Precision,
         multiply: Callable[..., jax.Array],
     ) -> jax.Array:
-        """Returns multiply(input, kernel [..., features]), both quantized."""
-        y = self._product(x, kernel, precision, multiply)
-        self._record_cost(self.macs, self.act_elements, self._weight_elements(kernel))
-        return y
+        """Returns multiply(input, kernel [..., features]), both quantized as `precision` says.
+
+        As `multiply` is linear, a mixture over pairs costs one product per weight width, not one
+        per pair: sum_aw p_aw Q_a(x) * Q_w(kernel) = sum_w (sum_a p_aw Q_a(x)) * Q_w(kernel).
+        """
+        self._record_cost(kernel)
+
+        def product(x: Operand, kernel: Operand) -> jax.Array:
+            if self.settings.compute_dtype == "bfloat16":
+                return bfloat16.product(multiply, x, kernel)
+            return multiply(x.real, kernel.real)
+
+        widths = len(self.settings.act_bits), len(self.settings.weight_bits)
+        mode, searched = precision.activations, math.prod(widths) > 1
+        quantized_input = self._input_quantizer(x, precision)
+        quantized_kernel = self._kernel_quantizer(kernel, precision)
+        if searched and (mode == "mixture" or self.is_initializing()):
+            logits = self.variable("quant", "logits", self._init_logits)
+        if searched and mode == "mixture":
+            shares = jax.nn.softmax(logits.value).reshape(widths)
+            if precision.weights != "quantized":
+                shares = shares.sum(axis=1, keepdims=True)
+            inputs = [quantized_input(i).real for i in range(widths[0])]
+            mixtures = (
+                sum(shares[i, j] * x for i, x in enumerate(inputs)) for j in range(shares.shape[1])
+            )
+            products = (product(Operand(x), quantized_kernel(j)) for j, x in enumerate(mixtures))
+            return functools.reduce(operator.add, products)
+        branch = 0
+        if searched and mode == "chosen":
+            branch = precision.branches["/".join(self.path)]
+        elif searched and isinstance(mode, int):
+            branch = mode
+        return product(quantized_input(branch // widths[1]), quantized_kernel(branch % widths[1]))
 
     def _weight_elements(self, kernel: jax.Array) -> int:
         return kernel.size
+
+    def _init_logits(self) -> jax.Array:
+        branches = len(self.settings.act_bits) * len(self.settings.weight_bits)
+        return LOGIT_INIT_SCALE * jax.random.normal(self.make_rng("quant"), (branches,))
+
+    def _record_cost(self, kernel: jax.Array) -> None:
+        if self.is_initializing():
+            cost = LayerCost(
+                macs=self.macs,
+                act_elements=self.act_elements,
+                weight_elements=self._weight_elements(kernel),
+                act_bits=self.settings.act_bits,
+                weight_bits=self.settings.weight_bits,
+            )
+            self.variable("costs", "cost", lambda: cost)
 
 
 class QuantPair(QuantProduct):
