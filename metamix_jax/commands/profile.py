@@ -41,14 +41,14 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Writes latencies.csv, for config.budget.latencies; returns the RESULT line's content.
 
     Raises:
-      UserError: the network has no file for integer kernels.
+      UserError: onnxruntime is not installed, or the network cannot be exported.
     """
     validate(config)
     model, costs = setup.make_model(config)
     shape, options = setup.image_shape(config.data), config.profile
     with waiting("exporting the network at every candidate"):
         graphs = _graphs(model, costs, shape)
-        if reason := integer_runtime.obstacle(next(iter(graphs.values()))):
+        if reason := integer_runtime.obstacle():
             raise UserError(f"--mode=profile measures network.int8.onnx, but {reason}")
         make_workdir(workdir)
         pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, *shape), np.uint8)

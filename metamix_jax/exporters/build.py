@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters.graph import Graph, Node, is_general
+from metamix_jax.exporters.graph import Graph
 from metamix_jax.exporters.lowering import lower
 from metamix_jax.exporters.recognise import recognised
 from metamix_jax.networks.intercepted import InterceptedNetwork
@@ -46,14 +46,8 @@ def build_graph(
         mean=tuple(mean),
         std=tuple(std),
         policy=policy.to_json(),
-        nodes=_in_few_kinds(nodes),
+        nodes=recognised(nodes, image_shape),
     )
-
-
-def _in_few_kinds(nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """Returns the nodes of a convolutional network, if it is one; otherwise the same nodes."""
-    found = recognised(nodes)
-    return tuple(nodes) if is_general(found) else found
 
 
 def obstacle(

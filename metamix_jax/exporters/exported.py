@@ -107,19 +107,28 @@ def export(
 
 def _integer_files(graph: Graph, train: Split, config: ConfigDict) -> dict[str, bytes]:
     """Returns the files for integer kernels, if there can be any."""
-    reason = integer_runtime.obstacle(graph)
-    if reason:
-        wanted = {card.INT8: config.export.onnx, card.LITERT: config.export.litert}
-        logging.warning("no %s: %s", " or ".join(n for n in wanted if wanted[n]), reason)
+    reasons = {
+        name: reason
+        for name, wanted, reason in (
+            (card.INT8, config.export.onnx, integer_runtime.obstacle()),
+            (card.LITERT, config.export.litert, integer_runtime.litert_obstacle(graph)),
+        )
+        if wanted
+    }
+    for name, reason in reasons.items():
+        if reason:
+            logging.warning("no %s: %s", name, reason)
+    possible = {name for name, reason in reasons.items() if not reason}
+    if not possible:
         return {}
     # Of all classes: a folder's images are sorted by class.
     count = min(config.export.calibration_images, len(train))
     chosen = np.sort(np.random.default_rng(0).choice(len(train), count, replace=False))
     pixels, files = train.gather(chosen)[0], {}
-    if config.export.onnx:
+    if card.INT8 in possible:
         pair = integer_runtime.integer_files(graph, pixels)
         files |= dict(zip((card.INT8, card.INT4), pair, strict=True))
-    if config.export.litert:
+    if card.LITERT in possible:
         files[card.LITERT] = integer_runtime.litert_file(graph, pixels)
     return files
 

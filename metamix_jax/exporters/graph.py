@@ -113,27 +113,22 @@ class Graph:
 
     @property
     def general(self) -> bool:
-        """See `is_general`."""
-        return is_general(self.nodes)
+        """Whether it needs more than the operations of a convolutional network.
+
+        Those take images, [height, width, channels], and features, [channels].
+        """
+        both = {"add", "multiply", "sigmoid"}
+        return any(
+            node.op in OPERATIONS.keys() - both or node.op == "product"
+            or len(node.shape) not in (1, 3) or (node.op == "dense" and len(node.shape) == 3)
+            for node in self.nodes
+        )  # fmt: skip
 
     def shape_of(self, tensor: str) -> tuple[int, ...]:
         """Returns a tensor's shape without the batch."""
         if tensor == IMAGE:
             return self.image_shape
         return next(node.shape for node in self.nodes if node.name == tensor)
-
-
-def is_general(nodes: Sequence[Node]) -> bool:
-    """Returns whether nodes need more than the operations of a convolutional network.
-
-    Those take images, [height, width, channels], and features, [channels].
-    """
-    both = {"add", "multiply", "sigmoid"}
-    return any(
-        node.op in OPERATIONS.keys() - both or node.op == "product" or len(node.shape) not in (1, 3)
-        or (node.op == "dense" and len(node.shape) == 3)
-        for node in nodes
-    )  # fmt: skip
 
 
 def normalise(pixels: np.ndarray, graph: Graph) -> np.ndarray:

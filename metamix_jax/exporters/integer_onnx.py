@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 
 from metamix_jax.exporters.graph import IMAGE, Graph, Node
-from metamix_jax.exporters.integer_layers import Integers, Reading, gate_read, integers, reading
-from metamix_jax.exporters.integer_plan import GATE, HIGHEST, Plan, Step, Storage
+from metamix_jax.exporters.integer_layers import Reading, gate_read, integers, reading
+from metamix_jax.exporters.integer_plan import GATE, Plan, Step, Storage
 from metamix_jax.exporters.onnx_files import SCORES, finish
-from metamix_jax.exporters.onnx_writers import Writer, require_onnx
-
-MOST_INT4, MOST_INT16 = 7, 2**15 - 1
+from metamix_jax.exporters.onnx_levels import MOST_INT16, LevelsWriter
 
 
 def integer_model(graph: Graph, plan: Plan, packed: bool = False) -> bytes:
@@ -30,42 +28,20 @@ def integer_model(graph: Graph, plan: Plan, packed: bool = False) -> bytes:
     for step in plan.steps:
         _EMIT[step.node.op](writer, step)
     writer.add("Identity", f"{plan.steps[-1].output}/real", SCORES)
-    return finish(graph, writer, batch="batch", packed=packed)
+    return finish(graph, writer, batch="batch")
 
 
-class _IntegerWriter(Writer):
+class _IntegerWriter(LevelsWriter):
     """Tensor NAME is NAME/real while it is computed and NAME/levels as it is stored."""
 
     def __init__(self, plan: Plan, packed: bool):
-        super().__init__()
-        self.plan, self.storage, self._packed = plan, plan.storage, packed
-
-    def scale(self, name: str, storage: Storage) -> list[str]:
-        """Returns the constants of a (de)quantization."""
-        step = self.constant(f"{name}/step", storage.step)
-        return [step, self.constant(f"{name}/zero", storage.zero, np.uint8)]
+        super().__init__(packed)
+        self.plan, self.storage = plan, plan.storage
 
     def store(self, name: str, real: str) -> None:
         """Adds the levels of a tensor, if anything takes it."""
         if name in self.storage:
             self.quantize(real, f"{name}/levels", self.storage[name])
-
-    def quantize(self, real: str, name: str, storage: Storage) -> str:
-        """Adds the levels of real values."""
-        clipped = (storage.low, storage.high) != (0, HIGHEST)
-        inside = f"{name}/wide" if clipped else name
-        self.add("QuantizeLinear", [real, *self.scale(name, storage)], inside)
-        if clipped:
-            low, high = (
-                self.constant(f"{name}/{end}", value, np.uint8)
-                for end, value in (("low", storage.low), ("high", storage.high))
-            )
-            self.add("Clip", [inside, low, high], name)
-        return name
-
-    def real(self, levels: str, name: str, storage: Storage) -> str:
-        """Adds the real values of levels."""
-        return self.add("DequantizeLinear", [levels, *self.scale(name, storage)], name)
 
     def taken(self, name: str, taker: str) -> str:
         """Adds the real values of a stored tensor, for one taker."""
@@ -84,61 +60,19 @@ class _IntegerWriter(Writer):
             return f"{name}/levels"
         return self.mapped(f"{name}/levels", f"{node.name}/input", found.read, found.storage)
 
-    def integers(self, name: str, levels: np.ndarray, factor: int) -> str:
-        """Adds a kernel's levels times a factor."""
-        if not self._packed or np.abs(levels).max(initial=0) > MOST_INT4:
-            return self.constant(name, levels * factor, np.int8)
-        onnx = require_onnx()
-        pairs = np.append(levels.ravel(), [0] * (levels.size % 2)).astype(np.uint8) & 15
-        content = (pairs[::2] | pairs[1::2] << 4).astype(np.uint8).tobytes()  # the first one low
-        types = onnx.TensorProto
-        self.constants.append(
-            onnx.helper.make_tensor(f"{name}/int4", types.INT4, levels.shape, content, raw=True)
-        )
-        real = self.add("Cast", f"{name}/int4", f"{name}/real", to=types.FLOAT)
-        times = self.constant(f"{name}/factor", factor)
-        product = self.add("Mul", [real, times], f"{name}/product")
-        return self.add("Cast", product, name, to=types.INT8)
-
 
 def _layer(writer: _IntegerWriter, step: Step) -> None:
     node, found = step.node, reading(step.node, writer.plan)
     levels = writer.layer_levels(node, found)
     whole, storage = integers(step, found, MOST_INT16)  # AVX2 adds two products in 16 bits
     x = writer.real(levels, f"{node.name}/x", storage)
-    inputs = [x, _kernel(writer, node, whole), _bias(writer, node, whole)]
+    real = f"{step.output}/real"
     if node.op == "dense":
-        writer.add("Gemm", inputs, f"{step.output}/real")
+        inputs = [x, writer.kernel(node, whole), writer.bias(node, whole)]
+        writer.add("Gemm", inputs, real)
     else:
-        options, ((top, bottom), (left, right)) = node.options, node.options["padding"]
-        writer.add(
-            "Conv", inputs, f"{step.output}/real",
-            kernel_shape=node.kernel.levels.shape[:2], strides=[options["stride"]] * 2,
-            pads=[top, left, bottom, right], group=options["groups"],
-        )  # fmt: skip
-    writer.store(step.output, f"{step.output}/real")
-
-
-def _kernel(writer: _IntegerWriter, node: Node, whole: Integers) -> str:
-    name, levels, axis = f"{node.name}/kernel", whole.levels, 1
-    kernel_step = writer.constant(f"{name}/step", whole.step)
-    if node.op == "conv":
-        levels, axis = levels.transpose(3, 2, 0, 1), 0
-    zeros = np.zeros(whole.step.shape)
-    inputs = [
-        writer.integers(f"{name}/levels", levels, whole.factor), kernel_step,
-        writer.constant(f"{name}/zeros", zeros, np.int8),
-    ]  # fmt: skip
-    return writer.add("DequantizeLinear", inputs, name, axis=axis)
-
-
-def _bias(writer: _IntegerWriter, node: Node, whole: Integers) -> str:
-    name = f"{node.name}/bias"
-    inputs = [
-        writer.constant(f"{name}/levels", whole.bias, np.int32),
-        writer.constant(f"{name}/step", whole.product),
-    ]
-    return writer.add("DequantizeLinear", inputs, name, axis=0)
+        writer.conv(node, x, whole, real)
+    writer.store(step.output, real)
 
 
 def _between(op: str):

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from metamix_jax.exporters.graph import IMAGE, Graph, Node, Quantizer
-from metamix_jax.exporters.recognise import recognised
 
 CONTAINER_BITS = 8
 HIGHEST = 255
@@ -72,8 +71,7 @@ class Plan:
 
 def unsupported(graph: Graph) -> str:
     """Returns an operation without an integer kernel; "" if there is none."""
-    nodes = recognised(graph.nodes) if graph.general else graph.nodes
-    for node in (step.node for step in fold(nodes)):
+    for node in (step.node for step in fold(graph.nodes)):
         if node.op == "affine":
             return "a constant scale or offset that follows no layer"
         if node.op == "dense" and len(node.shape) > 1:

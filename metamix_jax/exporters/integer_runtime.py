@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from metamix_jax.exporters import integer_onnx, integer_plan, litert, onnx_files
+from metamix_jax.exporters import (
+    integer_onnx,
+    integer_plan,
+    integer_products,
+    litert,
+    onnx_files,
+)
 from metamix_jax.exporters.graph import IMAGE, Graph, normalise
 from metamix_jax.exporters.integer_plan import Plan
 
@@ -19,16 +25,14 @@ BATCH = 8  # images per call
 REPEATS = 15  # of every timed call
 # Of an optimized model: on integers, or on the bytes as they are.
 INTEGER_OPS = frozenset({
-    "Cast", "Clip", "DequantizeLinear", "Flatten", "Identity", "MaxPool", "NhwcMaxPool", "Pad",
-    "QGemm", "QuantizeLinear", "Reshape", "Slice", "Transpose",
+    "Cast", "Clip", "Concat", "DequantizeLinear", "Expand", "Flatten", "Identity",
+    "MatMulIntegerToFloat", "MaxPool", "NhwcMaxPool", "Pad", "QGemm", "QuantizeLinear", "Reshape",
+    "Shape", "Slice", "Transpose",
 })  # fmt: skip
 
 
-def obstacle(graph: Graph) -> str:
-    """Returns why there is no file for integer kernels, "" if there is one."""
-    op = integer_plan.unsupported(graph)
-    if op:
-        return f"{op} has no integer kernel here yet"
+def obstacle() -> str:
+    """Returns why there are no files for integer kernels, "" if there are."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "its ranges need onnxruntime: pip install 'metamix_jax[export]'"
     return ""
@@ -41,8 +45,19 @@ def integer_files(graph: Graph, pixels: np.ndarray) -> tuple[bytes, bytes]:
       graph: without an `obstacle`.
       pixels: training images, uint8 [n, h, w, c], for the ranges.
     """
+    if integer_plan.unsupported(graph):
+        ranges = _ranges(graph, integer_products.convolutions(graph), normalise(pixels, graph))
+        return tuple(
+            integer_products.products_model(graph, ranges, packed) for packed in (False, True)
+        )
     plan, _ = _planned(graph, pixels)
     return tuple(integer_onnx.integer_model(graph, plan, packed) for packed in (False, True))
+
+
+def litert_obstacle(graph: Graph) -> str:
+    """Returns why there is no file for LiteRT, "" if there is one."""
+    op = integer_plan.unsupported(graph)
+    return f"{op} has no integer kernel here yet" if op else obstacle()
 
 
 def litert_file(graph: Graph, pixels: np.ndarray) -> bytes:

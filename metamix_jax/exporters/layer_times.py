@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from metamix_jax.exporters import integer_plan
-from metamix_jax.exporters.graph import IMAGE, Graph
+from metamix_jax.exporters.graph import IMAGE, Graph, Node
 from metamix_jax.exporters.integer_plan import Step
 from metamix_jax.exporters.integer_runtime import channels_first, session
+from metamix_jax.exporters.nodes import REPEATED
 from metamix_jax.runtime.progress import Progress
 
 WARM_UP = 2  # rounds that do not count
@@ -106,7 +107,7 @@ def _attributed(
     sums = {
         layer: scale * (np.sum(rows, axis=0) - clock * len(rows)) for layer, rows in own.items()
     }
-    layers = [step.node.name for step in steps if step.node.kernel is not None]
+    layers = dict.fromkeys(filter(None, (_layer(step.node) for step in steps)))
     quartiles = {
         layer: np.percentile(sums[layer], (25, 50, 75)) / 1e3 if layer in sums else np.zeros(3)
         for layer in layers
@@ -124,15 +125,20 @@ def _owners(steps: Sequence[Step]) -> dict[str, str]:
             takers[name].append(step.node)
     found = {IMAGE: ""}
     for step in steps:
-        layer = step.node.name if step.node.kernel is not None else ""
+        layer = _layer(step.node)
         found[step.output] = layer
         if layer:
-            found[f"{layer}/"] = layer  # its input and kernel
+            found[f"{step.node.name}/"] = layer  # its input and kernel
     for name, nodes in takers.items():
         # Clipped to the width of the one layer that takes it.
-        if len(nodes) == 1 and nodes[0].kernel is not None:
-            found[f"{name}/levels"] = nodes[0].name
+        if len(nodes) == 1 and _layer(nodes[0]):
+            found[f"{name}/levels"] = _layer(nodes[0])
     return found
+
+
+def _layer(node: Node) -> str:
+    """Returns the layer that a node is a run of; "" for other nodes."""
+    return node.name.partition(REPEATED)[0] if node.kernel or node.op == "product" else ""
 
 
 def owner(kernel: str, owners: Mapping[str, str]) -> str:

@@ -8,6 +8,8 @@ import numpy as np
 
 from metamix_jax.exporters.graph import IMAGE, Node, result_shape
 
+REPEATED = "@"  # NAME@2 is the second run of layer NAME
+
 
 class NodeList:
     """Nodes with unique names and known shapes.
@@ -61,7 +63,7 @@ class NodeList:
         name = name if layer else f"{self.place}:{name}".lstrip(":")
         if name not in self.shapes and (layer or name not in self._layers):
             return name
-        mark, number = "@" if layer else "_", 2
+        mark, number = REPEATED if layer else "_", 2
         while f"{name}{mark}{number}" in self.shapes:
             number += 1
         return f"{name}{mark}{number}"

@@ -6,20 +6,19 @@ first, are transposed there and back; runtimes move these transpositions and can
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
-from metamix_jax.exporters.executor import ones_product
 from metamix_jax.exporters.graph import IMAGE, Graph, Node
-from metamix_jax.exporters.onnx_writers import ExactWriter
+from metamix_jax.exporters.onnx_elementwise import ELEMENTWISE, Lowering, named
+from metamix_jax.exporters.onnx_writers import ExactWriter, Writer, layer_constant
 
-Lowering = Callable[[ExactWriter, Node, Graph], None]
 CHANNELS_LAST_IMAGE = f"{IMAGE}/channels_last"
 _TO_FIRST, _TO_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
-def add_image(writer: ExactWriter) -> None:
+def add_image(writer: Writer) -> None:
     """Adds the transposed image."""
     writer.add("Transpose", IMAGE, CHANNELS_LAST_IMAGE, perm=_TO_LAST)
 
@@ -30,34 +29,36 @@ def with_image(node: Node) -> Node:
     return dataclasses.replace(node, inputs=inputs)
 
 
+def _to_first(writer: Writer, x: str, node: Node) -> str:
+    return writer.add("Transpose", x, f"{node.name}/channels_first", perm=_TO_FIRST)
+
+
 def _conv(writer: ExactWriter, node: Node, graph: Graph) -> None:
     options, name = node.options, node.name
     (top, bottom), (left, right) = options["padding"]
     x = writer.layer_input(node, node.inputs[0])
-    first = writer.add("Transpose", x, f"{name}/channels_first", perm=_TO_FIRST)
     product = writer.add(
-        "Conv", [first, writer.kernel(node, axis=0)], f"{name}/product",
+        "Conv", [_to_first(writer, x, node), writer.kernel(node, axis=0)], f"{name}/product",
         kernel_shape=node.kernel.levels.shape[:2], strides=[options["stride"]] * 2,
         pads=[top, left, bottom, right], dilations=[1, 1], group=options["groups"],
     )  # fmt: skip
-    _minus_shift(writer, node, graph, writer.add("Transpose", product, f"{name}/last",
-                                                 perm=_TO_LAST))  # fmt: skip
+    last = writer.add("Transpose", product, f"{name}/last", perm=_TO_LAST)
+    _add_constant(writer, node, graph, last)
 
 
 def _dense(writer: ExactWriter, node: Node, graph: Graph) -> None:
     inputs = [writer.layer_input(node, node.inputs[0]), writer.kernel(node, axis=1)]
-    _minus_shift(writer, node, graph, writer.add("MatMul", inputs, f"{node.name}/product"))
+    _add_constant(writer, node, graph, writer.add("MatMul", inputs, f"{node.name}/product"))
 
 
-def _minus_shift(writer: ExactWriter, node: Node, graph: Graph, product: str) -> None:
-    """Subtracts the contribution of the input's shift, as in `onnx_files`."""
-    if node.quantizer is None or not node.quantizer.shift:
-        writer.add("Identity", product, node.name)
-        return
+def _add_constant(writer: ExactWriter, node: Node, graph: Graph, product: str) -> None:
+    """Adds a layer's bias minus the contribution of its input's shift."""
     name = IMAGE if node.inputs[0] == CHANNELS_LAST_IMAGE else node.inputs[0]
-    share = ones_product(node, graph.shape_of(name)) * node.kernel.step
-    constant = np.float32(node.quantizer.shift) * share
-    writer.add("Sub", [product, writer.constant(f"{node.name}/constant", constant)], node.name)
+    constant = layer_constant(dataclasses.replace(node, inputs=(name,)), graph)
+    if constant.any():
+        writer.add("Add", [product, writer.constant(f"{node.name}/constant", constant)], node.name)
+    else:
+        writer.add("Identity", product, node.name)
 
 
 def _product(writer: ExactWriter, node: Node, graph: Graph) -> None:
@@ -72,61 +73,57 @@ def _product(writer: ExactWriter, node: Node, graph: Graph) -> None:
     writer.add("MatMul", operands, node.name)
 
 
-def _named(op: str, **attributes: int) -> Lowering:
-    def lower(writer: ExactWriter, node: Node, graph: Graph) -> None:
-        writer.add(op, node.inputs, node.name, **attributes)
-
-    return lower
-
-
-def _rsqrt(writer: ExactWriter, node: Node, graph: Graph) -> None:
-    root = writer.add("Sqrt", node.inputs, f"{node.name}/root")
-    writer.add("Reciprocal", root, node.name)
+def _layer_norm(writer: Writer, node: Node, graph: Graph) -> None:
+    arrays = [writer.constant(f"{node.name}/{name}", node.arrays[name])
+              for name in ("scale", "offset")]  # fmt: skip
+    epsilon = node.options["epsilon"]
+    writer.add("LayerNormalization", [*node.inputs, *arrays], node.name, axis=-1, epsilon=epsilon)
 
 
-def _comparison(op: str) -> Lowering:
-    def lower(writer: ExactWriter, node: Node, graph: Graph) -> None:
-        found = writer.add(op, node.inputs, f"{node.name}/bool")
-        writer.add("Cast", found, node.name, to=1)  # float32
-
-    return lower
-
-
-def _where(writer: ExactWriter, node: Node, graph: Graph) -> None:
-    condition, *values = node.inputs
-    true = writer.add("Greater", [condition, writer.constant("0", 0)], f"{node.name}/condition")
-    writer.add("Where", [true, *values], node.name)
+def _affine(writer: Writer, node: Node, graph: Graph) -> None:
+    scale, offset = (
+        writer.constant(f"{node.name}/{name}", node.arrays[name]) for name in ("scale", "offset")
+    )
+    scaled = writer.add("Mul", [*node.inputs, scale], f"{node.name}/scaled")
+    writer.add("Add", [scaled, offset], node.name)
 
 
-def _sum(writer: ExactWriter, node: Node, graph: Graph) -> None:
+def _sum(writer: Writer, node: Node, graph: Graph) -> None:
     axes = [axis + 1 for axis in node.options["axes"]]
     inputs = [*node.inputs, writer.constant(f"{node.name}/axes", axes, np.int64)]
     writer.add("ReduceSum", inputs, node.name, keepdims=0)
 
 
+def _reduced(writer: Writer, op: str, node: Node, axes: Sequence[int], keepdims: int) -> None:
+    if writer.opset < 18:
+        writer.add(op, node.inputs, node.name, axes=axes, keepdims=keepdims)
+        return
+    inputs = [*node.inputs, writer.constant(f"{node.name}/axes", axes, np.int64)]
+    writer.add(op, inputs, node.name, keepdims=keepdims)
+
+
 def _extreme(op: str) -> Lowering:
-    def lower(writer: ExactWriter, node: Node, graph: Graph) -> None:
-        axes = [axis + 1 for axis in node.options["axes"]]
-        writer.add(op, node.inputs, node.name, axes=axes, keepdims=0)
+    def lower(writer: Writer, node: Node, graph: Graph) -> None:
+        _reduced(writer, op, node, [axis + 1 for axis in node.options["axes"]], keepdims=0)
 
     return lower
 
 
-def _reshape(writer: ExactWriter, node: Node, graph: Graph) -> None:
+def _reshape(writer: Writer, node: Node, graph: Graph) -> None:
     shape = writer.constant(f"{node.name}/shape", [-1, *node.options["shape"]], np.int64)
     writer.add("Reshape", [*node.inputs, shape], node.name)
 
 
-def _expand(writer: ExactWriter, node: Node, graph: Graph) -> None:
+def _expand(writer: Writer, node: Node, graph: Graph) -> None:
     shape = writer.constant(f"{node.name}/shape", [1, *node.options["shape"]], np.int64)
     writer.add("Expand", [*node.inputs, shape], node.name)
 
 
-def _transpose(writer: ExactWriter, node: Node, graph: Graph) -> None:
+def _transpose(writer: Writer, node: Node, graph: Graph) -> None:
     writer.add("Transpose", node.inputs, node.name, perm=[0, *node.options["order"]])
 
 
-def _slice(writer: ExactWriter, node: Node, graph: Graph) -> None:
+def _slice(writer: Writer, node: Node, graph: Graph) -> None:
     starts, ends, steps = zip(*node.options["bounds"], strict=True)
     axes = range(1, len(starts) + 1)
     numbers = {"starts": starts, "ends": ends, "axes": axes, "steps": steps}
@@ -137,7 +134,7 @@ def _slice(writer: ExactWriter, node: Node, graph: Graph) -> None:
     writer.add("Slice", [*node.inputs, *inputs], node.name)
 
 
-def _concatenate(writer: ExactWriter, node: Node, graph: Graph) -> None:
+def _concatenate(writer: Writer, node: Node, graph: Graph) -> None:
     constants = {each.name for each in graph.nodes if each.op == "constant"}
     inputs = []
     for number, x in enumerate(node.inputs):
@@ -150,7 +147,7 @@ def _concatenate(writer: ExactWriter, node: Node, graph: Graph) -> None:
     writer.add("Concat", inputs, node.name, axis=node.options["axis"] + 1)
 
 
-def _pad(writer: ExactWriter, node: Node, graph: Graph) -> None:
+def _pad(writer: Writer, node: Node, graph: Graph) -> None:
     before, after = zip(*node.options["margins"], strict=True)
     margins = writer.constant(f"{node.name}/margins", [0, *before, 0, *after], np.int64)
     value = writer.constant(f"{node.name}/value", node.options["value"])
@@ -158,10 +155,10 @@ def _pad(writer: ExactWriter, node: Node, graph: Graph) -> None:
 
 
 def _window(op: str, **attributes: int) -> Lowering:
-    def lower(writer: ExactWriter, node: Node, graph: Graph) -> None:
+    def lower(writer: Writer, node: Node, graph: Graph) -> None:
         options, name = node.options, node.name
         (top, bottom), (left, right) = options["padding"]
-        first = writer.add("Transpose", node.inputs, f"{name}/channels_first", perm=_TO_FIRST)
+        first = _to_first(writer, node.inputs[0], node)
         found = writer.add(
             op, first, f"{name}/windows", kernel_shape=options["size"], strides=options["strides"],
             pads=[top, left, bottom, right], **attributes,
@@ -174,42 +171,47 @@ def _window(op: str, **attributes: int) -> Lowering:
     return lower
 
 
-def _constant(writer: ExactWriter, node: Node, graph: Graph) -> None:
+def _constant(writer: Writer, node: Node, graph: Graph) -> None:
     writer.constant(node.name, node.arrays["value"].reshape(1, *node.options["shape"]))
 
 
-LOWERINGS: dict[str, Lowering] = {
+def _mean(writer: Writer, node: Node, graph: Graph) -> None:
+    _reduced(writer, "ReduceMean", node, [1, 2], keepdims=1)
+
+
+def _max_pool(writer: Writer, node: Node, graph: Graph) -> None:
+    size, stride, padding = (node.options[key] for key in ("size", "stride", "padding"))
+    options = {"size": (size, size), "strides": (stride, stride), "padding": padding}
+    _window("MaxPool")(writer, dataclasses.replace(node, options=options), graph)
+
+
+def _subsample(writer: Writer, node: Node, graph: Graph) -> None:
+    stride, margins = node.options["stride"], ((0, 0), (0, 0), node.options["channels"])
+    bounds = [(0, side, stride) for side in graph.shape_of(node.inputs[0])[:2]]
+    taken = f"{node.name}/taken"
+    bounds.append((0, graph.shape_of(node.inputs[0])[2], 1))
+    _slice(writer, dataclasses.replace(node, name=taken, options={"bounds": bounds}), graph)
+    options = {"margins": margins, "value": 0.0}
+    _pad(writer, dataclasses.replace(node, inputs=(taken,), options=options), graph)
+
+
+LOWERINGS: dict[str, Lowering] = ELEMENTWISE | {
     "conv": _conv,
     "dense": _dense,
     "product": _product,
-    "abs": _named("Abs"),
-    "erf": _named("Erf"),
-    "exp": _named("Exp"),
-    "floor": _named("Floor"),
-    "log": _named("Log"),
-    "negate": _named("Neg"),
-    "rsqrt": _rsqrt,
-    "sigmoid": _named("Sigmoid"),
-    "sign": _named("Sign"),
-    "sqrt": _named("Sqrt"),
-    "tanh": _named("Tanh"),
-    "add": _named("Add"),
-    "subtract": _named("Sub"),
-    "multiply": _named("Mul"),
-    "divide": _named("Div"),
-    "maximum": _named("Max"),
-    "minimum": _named("Min"),
-    "greater": _comparison("Greater"),
-    "greater_equal": _comparison("GreaterOrEqual"),
-    "less": _comparison("Less"),
-    "less_equal": _comparison("LessOrEqual"),
-    "where": _where,
+    "affine": _affine,
+    "softmax": named("Softmax", axis=-1),
+    "layer_norm": _layer_norm,
     "sum": _sum,
+    "mean": _mean,
     "greatest": _extreme("ReduceMax"),
     "least": _extreme("ReduceMin"),
     "max_window": _window("MaxPool"),
     "sum_window": _window("AveragePool", count_include_pad=1),
+    "max_pool": _max_pool,
+    "subsample": _subsample,
     "reshape": _reshape,
+    "flatten": named("Flatten"),
     "expand": _expand,
     "transpose": _transpose,
     "slice": _slice,

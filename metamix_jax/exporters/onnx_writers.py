@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters.graph import Node
+from metamix_jax.exporters.executor import ones_product
+from metamix_jax.exporters.graph import Graph, Node
 
 QONNX_DOMAIN = "qonnx.custom_op.general"
 
@@ -30,21 +31,37 @@ def kernel_levels(node: Node) -> np.ndarray:
     return levels.transpose(3, 2, 0, 1) if node.op == "conv" else levels
 
 
+def layer_constant(node: Node, graph: Graph) -> np.ndarray:
+    """Returns a layer's bias minus the contribution of its input's shift.
+
+    [1, features]; [1, height, width, features] where padding makes it differ between places.
+    """
+    constant = np.zeros((1,) * (1 + len(node.shape)), np.float32)
+    if "bias" in node.arrays:
+        constant = constant + node.arrays["bias"]
+    if node.quantizer is not None and node.quantizer.shift:
+        share = ones_product(node, graph.shape_of(node.inputs[0])) * node.kernel.step
+        constant = constant - np.float32(node.quantizer.shift) * share
+    places = constant.reshape(-1, constant.shape[-1])
+    return places[:1] if (places == places[0]).all() else constant
+
+
 class Writer:
     """Collects ONNX nodes and constants."""
 
     domain = ""
+    opset = 17
 
     def __init__(self) -> None:
         self.nodes, self.constants = [], []
         self._known: set[str] = set()
-        self._onnx = require_onnx()
+        self.onnx = require_onnx()
 
     def add(self, op: str, inputs: str | Sequence[str], output: str, **attributes: Any) -> str:
         """Adds an ONNX node with one output and returns the output's name."""
         inputs = [inputs] if isinstance(inputs, str) else list(inputs)
         name = f"{output}/{op}"
-        node = self._onnx.helper.make_node(op, inputs, [output], name=name, **attributes)
+        node = self.onnx.helper.make_node(op, inputs, [output], name=name, **attributes)
         self.nodes.append(node)
         return output
 
@@ -52,9 +69,7 @@ class Writer:
         """Adds a constant, unless already present, and returns its name."""
         if name not in self._known:
             self._known.add(name)
-            self.constants.append(
-                self._onnx.numpy_helper.from_array(np.asarray(value, dtype), name)
-            )
+            self.constants.append(self.onnx.numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
 
 

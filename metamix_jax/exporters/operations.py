@@ -57,6 +57,33 @@ def _sigmoid(arrays: Arrays, x: Any) -> Any:
     return np.float32(1) / (np.float32(1) + arrays.exp(-x))
 
 
+def _gelu(arrays: Arrays, node: Any, x: Any) -> Any:
+    half, one = np.float32(0.5), np.float32(1)
+    if node.options["approximate"]:
+        cubic = x + np.float32(0.044715) * (x * x * x)
+        return x * (half * (one + arrays.tanh(np.float32(math.sqrt(2 / math.pi)) * cubic)))
+    return half * x * (one - _erf(arrays, -x * np.float32(math.sqrt(0.5))))
+
+
+def _softmax(arrays: Arrays, node: Any, x: Any) -> Any:
+    powers = arrays.exp(x - arrays.max(x, axis=-1, keepdims=True))
+    return powers / arrays.sum(powers, axis=-1, keepdims=True)
+
+
+def _layer_norm(arrays: Arrays, node: Any, x: Any) -> Any:
+    mean = arrays.mean(x, axis=-1, keepdims=True)
+    variance = arrays.mean(x * x, axis=-1, keepdims=True) - mean * mean
+    variance = arrays.maximum(variance, np.float32(0))
+    scale = node.arrays["scale"] / arrays.sqrt(variance + np.float32(node.options["epsilon"]))
+    return (x - mean) * scale + node.arrays["offset"]
+
+
+def _normed(node: Any, shapes: Sequence[Shape]) -> Shape:
+    require(node.arrays.keys() == {"scale", "offset"} and node.options["epsilon"] >= 0)
+    require(all(array.shape == shapes[0][-1:] for array in node.arrays.values()))
+    return shapes[0]
+
+
 def _reduction(function: str) -> Operation:
     def run(arrays: Arrays, node: Any, x: Any) -> Any:
         return getattr(arrays, function)(x, axis=tuple(axis + 1 for axis in node.options["axes"]))
@@ -174,6 +201,10 @@ OPERATIONS = {
     "less": _elementwise("less", 2),
     "less_equal": _elementwise("less_equal", 2),
     "where": _elementwise(lambda arrays, condition, *both: arrays.where(condition > 0, *both), 3),
+    # Over the last axis; scale and offset have its size.
+    "layer_norm": Operation(_layer_norm, _normed),
+    "softmax": Operation(_softmax, lambda node, shapes: shapes[0]),
+    "gelu": Operation(_gelu, lambda node, shapes: shapes[0]),
     "sum": _reduction("sum"),
     "greatest": _reduction("max"),
     "least": _reduction("min"),

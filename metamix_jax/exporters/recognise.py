@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from metamix_jax.exporters.graph import Node
+from metamix_jax.exporters.graph import IMAGE, Node
+from metamix_jax.exporters.patterns import with_patterns
 
 _AFFINE: Mapping[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "add": lambda c: (np.ones_like(c), c),
@@ -24,10 +25,10 @@ _CLOSE = 1e-6
 Pair = tuple[int, int]
 
 
-def recognised(nodes: Sequence[Node]) -> tuple[Node, ...]:
+def recognised(nodes: Sequence[Node], image_shape: tuple[int, ...]) -> tuple[Node, ...]:
     """Returns nodes that compute the same, of as few kinds of operations as it can tell."""
-    finder = _Finder()
-    for node in nodes:
+    finder = _Finder(image_shape)
+    for node in with_patterns(nodes):
         finder.visit(node)
     return _named(_joined(_needed(list(finder.found.values()))))
 
@@ -35,8 +36,9 @@ def recognised(nodes: Sequence[Node]) -> tuple[Node, ...]:
 class _Finder:
     """Rewrites nodes one by one; `found` holds them by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, image_shape: tuple[int, ...]):
         self.found: dict[str, Node] = {}
+        self._image_shape = tuple(image_shape)
         self._constants: dict[str, np.ndarray] = {}
 
     def visit(self, node: Node) -> None:
@@ -49,7 +51,7 @@ class _Finder:
             node = self._with_constant(node, values)
         elif node.op == "multiply" and (x := self._gated(node)):
             node = dataclasses.replace(node, op="hswish", inputs=(x,))
-        elif node.op == "reshape" and node.shape == self._shape(node)[-1:]:
+        elif node.op == "reshape" and node.shape == self._shape(node.inputs[0])[-1:]:
             node = dataclasses.replace(node, op="flatten", options={})
         elif node.op in _WINDOWS:
             options = _WINDOWS[node.op](**node.options)
@@ -73,7 +75,8 @@ class _Finder:
                 moved = self.found[before.inputs[0]]
                 if moved.op == "affine" and _is(moved, 1.0, 3.0):
                     return dataclasses.replace(node, op="hsigmoid", inputs=moved.inputs)
-        if node.op not in _AFFINE or constant.size not in (1, node.shape[-1]):
+        per_channel = bool(node.shape) and constant.size in (1, node.shape[-1])
+        if node.op not in _AFFINE or not per_channel or node.shape != self._shape(x):
             return node
         if constant.size > 1 and constant.shape[-1] != constant.size:
             return node  # along another axis
@@ -83,7 +86,7 @@ class _Finder:
         if not first and node.op == "subtract":
             scale, offset = -scale, -offset
         total = self._sum_of_positions(x)
-        if total and np.allclose(scale * np.prod(self._shape(total)[:2]), 1, atol=_CLOSE):
+        if total and np.allclose(scale * np.prod(self._shape(total.inputs[0])[:2]), 1, atol=_CLOSE):
             return self._mean(node, total)
         arrays = {"scale": np.float32(scale), "offset": np.float32(offset)}
         return dataclasses.replace(node, op="affine", inputs=(x,), arrays=arrays)
@@ -103,7 +106,7 @@ class _Finder:
         if node and node.op == "reshape" and node.shape[:-1] == (1, 1):
             node = self.found.get(node.inputs[0])
         whole = node and node.op == "sum" and tuple(node.options["axes"]) == (0, 1)
-        return node if whole and len(self._shape(node)) == 3 else None
+        return node if whole and len(self._shape(node.inputs[0])) == 3 else None
 
     def _gated(self, node: Node) -> str:
         """Returns x, if a node is x times its own hard sigmoid."""
@@ -115,14 +118,13 @@ class _Finder:
 
     def _is_whole(self, node: Node, options: Mapping[str, Any]) -> bool:
         """Returns whether a slice takes every k-th position of all, and all channels."""
-        height, width, channels = self._shape(node)
+        height, width, channels = self._shape(node.inputs[0])
         stride = options["stride"]
         wanted = -(-height // stride), -(-width // stride), channels
         return node.op != "slice" or node.shape == wanted
 
-    def _shape(self, node: Node) -> tuple[int, ...]:
-        found = self.found.get(node.inputs[0])
-        return found.shape if found else ()
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._image_shape if name == IMAGE else self.found[name].shape
 
 
 def _joined(nodes: Sequence[Node]) -> tuple[Node, ...]:
@@ -167,7 +169,7 @@ def _only_adds(node: Node, nodes: Sequence[Node]) -> bool:
 
 def _named(nodes: Sequence[Node]) -> tuple[Node, ...]:
     """Returns nodes whose names say what they are, in the module that they come from."""
-    taken = {node.name for node in nodes if node.kernel is not None or node.op == "affine"}
+    taken = {node.name for node in nodes if node.op in (*LAYERS, "product", "affine")}
     names = {name: name for name in taken}
     named = []
     for node in nodes:

@@ -145,7 +145,7 @@ def test_recognised_operations_compute_the_same(name):
     model = pieces(settings, SHAPE) if name == "pieces" else intercepted(name, settings, SHAPE)
     network, images = calibrated(model, random_images(SHAPE)), random_images(SHAPE, seed=2)
     raw = lower(model, network.variables, network.policy.bits, SHAPE)
-    graph, found = graph_of(network), recognised(raw)
+    graph, found = graph_of(network), recognised(raw, SHAPE)
     assert graph.general == (name in ("Net", "Everything")) and len(found) < len(raw)
     whole, steps = (dataclasses.replace(graph, nodes=nodes) for nodes in (found, raw))
     np.testing.assert_allclose(executor.run(whole, images), executor.run(steps, images), atol=1e-5)
@@ -160,7 +160,7 @@ def test_a_chain_that_is_used_in_the_middle_stays_in_pieces():
         Node("add", "sum", ("a", "b"), shape),
     )
     graph = Graph("chain", shape, 2, (0.0,), (1.0,), {}, nodes)
-    found = dataclasses.replace(graph, nodes=recognised(nodes))
+    found = dataclasses.replace(graph, nodes=recognised(nodes, shape))
     assert [node.op for node in found.nodes] == ["affine", "affine", "add"]
     images = random_images(shape)
     np.testing.assert_allclose(executor.run(found, images), executor.run(graph, images), rtol=1e-6)

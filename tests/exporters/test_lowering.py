@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from metamix_jax.errors import UserError
-from metamix_jax.exporters import bundle, executor, lowering, onnx_channels_last, onnx_files
+from metamix_jax.exporters import (
+    bundle,
+    executor,
+    lowering,
+    onnx_channels_first,
+    onnx_channels_last,
+    onnx_files,
+)
 from metamix_jax.exporters.build import obstacle
 from metamix_jax.exporters.graph import IMAGE, OPS, result_shape
 from metamix_jax.exporters.operations import OPERATIONS
@@ -113,6 +120,8 @@ def test_every_tensor_has_the_shape_that_its_node_states(exported):
             found = executor.real_output(node, sums, inputs[0].shape[1:])
         elif node.op in OPERATIONS:
             found = OPERATIONS[node.op].run(np, node, *inputs)
+        elif node.op in executor.CONVOLUTIONAL:
+            found = executor.CONVOLUTIONAL[node.op](np, node, *inputs)
         else:
             assert node.op == "product"
             found = executor.matrix_product(node, *inputs)
@@ -163,13 +172,16 @@ def test_code_that_counts_images_gets_a_stablehlo_for_one(caplog):
 
 
 def test_every_operation_is_exported_once():
-    graph = graph_of(quantized(intercepted("Everything")))
+    network = quantized(intercepted("Everything"))
+    nodes = lowering.lower(network.network.model, network.variables, network.policy.bits, SHAPE)
     classic = OPS.keys() - OPERATIONS.keys() - {"conv", "dense", "product"}
-    used = {node.op for node in graph.nodes}
+    used = {node.op for node in nodes}
     # erf and rsqrt are folded or absent on some versions of JAX; the rest is there.
     assert OPS.keys() - classic - used <= {"rsqrt", "negate", "less", "less_equal", "erf",
-                                           "greater_equal", "abs", "least"}  # fmt: skip
-    assert onnx_channels_last.LOWERINGS.keys() == OPS.keys() - classic
+                                           "greater_equal", "abs", "least", "layer_norm",
+                                           "softmax", "gelu"}  # fmt: skip
+    assert onnx_channels_last.LOWERINGS.keys() == OPS.keys()
+    assert onnx_channels_first.LOWERINGS.keys() >= classic
     made = {*lowering.UNARY.values(), *lowering.BINARY.values(), *lowering.REDUCTIONS.values(),
             *lowering.WINDOWS.values()}  # fmt: skip
     assert made <= OPERATIONS.keys()
