@@ -2,7 +2,8 @@
 
     graph.json    nodes, policy, activation step sizes, digests of all three files
     weights.bin   MAGIC, then the levels of every layer at its true bit-width (packing.py), in graph
-                  order, each layer starting at a byte boundary, laid out as in graph.Kernel
+                  order, each layer starting at a byte boundary, laid out as in graph.Kernel;
+                  what runs again is stored once
     scales.bin    little-endian float32: weight step sizes, biases, batch norm scales and offsets
 
 Reading needs only NumPy and validates everything it reads.
@@ -29,14 +30,14 @@ GRAPH, WEIGHTS, SCALES = FILES = ("graph.json", "weights.bin", "scales.bin")
 
 def encode(graph: Graph) -> dict[str, bytes]:
     """Returns file name -> content of the bundle."""
-    weights, scales = bytearray(MAGIC), _Floats()
+    weights, scales = _Content(MAGIC), _Content()
     nodes = []
     for node in graph.nodes:
         row = {"op": node.op, "name": node.name, "inputs": node.inputs, "shape": node.shape}
         if node.options:
             row["options"] = dict(node.options)
         if node.arrays:
-            row["arrays"] = {name: scales.add(array) for name, array in node.arrays.items()}
+            row["arrays"] = {name: _place(scales, array) for name, array in node.arrays.items()}
         if node.quantizer is not None:
             row["quantizer"] = node.quantizer._asdict()
         if node.other is not None:
@@ -46,12 +47,11 @@ def encode(graph: Graph) -> dict[str, bytes]:
             row["kernel"] = {
                 "bits": kernel.bits,
                 "shape": kernel.levels.shape,
-                "offset": len(weights),  # in bytes, into weights.bin
-                "step": scales.add(kernel.step),
+                "offset": weights.add(pack(kernel.levels, kernel.bits)),  # in bytes
+                "step": _place(scales, kernel.step),
             }
-            weights += pack(kernel.levels, kernel.bits)
         nodes.append(row)
-    binary = {WEIGHTS: bytes(weights), SCALES: bytes(scales.content)}
+    binary = {WEIGHTS: bytes(weights.content), SCALES: bytes(scales.content)}
     facts = {field.name: getattr(graph, field.name) for field in dataclasses.fields(graph)}
     content = {
         "format": FORMAT,
@@ -65,13 +65,6 @@ def encode(graph: Graph) -> dict[str, bytes]:
     }
     text = json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n"
     return {GRAPH: text.encode(), **binary}
-
-
-def weights_size(graph: Graph) -> int:
-    """Returns the size of weights.bin in bytes: header plus every layer's bits, in whole bytes."""
-    return len(MAGIC) + sum(
-        packed_size(node.kernel.levels.size, node.kernel.bits) for node in graph.layers
-    )
 
 
 def read_bundle(directory: Path) -> Graph:
@@ -190,17 +183,23 @@ def _quantizer(row: dict[str, Any], key: str) -> Quantizer | None:
     return quantizer
 
 
-class _Floats:
-    """The content of scales.bin so far."""
+class _Content:
+    """The content of a binary file so far."""
 
-    def __init__(self) -> None:
-        self.content = bytearray()
+    def __init__(self, header: bytes = b""):
+        self.content, self._places = bytearray(header), {}
 
-    def add(self, array: np.ndarray) -> dict[str, int]:
-        """Appends an array; returns its offset in bytes and its number of float32."""
-        place = {"offset": len(self.content), "count": array.size}
-        self.content += array.astype("<f4").tobytes()
+    def add(self, part: bytes) -> int:
+        """Appends a part, unless it is there already; returns its offset in bytes."""
+        place = self._places.setdefault(part, len(self.content))
+        if place == len(self.content):
+            self.content += part
         return place
+
+
+def _place(scales: _Content, array: np.ndarray) -> dict[str, int]:
+    """Appends an array; returns its offset in bytes and its number of float32."""
+    return {"offset": scales.add(array.astype("<f4").tobytes()), "count": array.size}
 
 
 def _floats(place: dict[str, int], contents: dict[str, bytes]) -> np.ndarray:

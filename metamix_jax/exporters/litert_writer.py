@@ -51,6 +51,7 @@ class LitertWriter:
         self.levels: dict[str, int] = {}
         self._tensors, self._operators = [], []
         self._buffers, self._codes = [self.schema.BufferT()], {}
+        self._contents: dict[bytes, int] = {}  # of buffers -> their numbers
         self._graph = graph
 
     # Tensors --------------------------------------------------------------------------------------
@@ -67,11 +68,14 @@ class LitertWriter:
         self, name: str, value: np.ndarray, steps: Any = None, zeros: Any = None, axis: int = 0
     ) -> int:
         """Adds a constant, quantized if there are steps; returns its number."""
-        buffer = self.schema.BufferT()
-        buffer.data = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
-        self._buffers.append(buffer)
+        content = np.ascontiguousarray(value).tobytes()
+        number = self._contents.setdefault(content, len(self._buffers))
+        if number == len(self._buffers):
+            buffer = self.schema.BufferT()
+            buffer.data = np.frombuffer(content, np.uint8)
+            self._buffers.append(buffer)
         kind = {"int8": "INT8", "int32": "INT32"}[value.dtype.name]
-        found = self._tensor(name, value.shape, kind, len(self._buffers) - 1)
+        found = self._tensor(name, value.shape, kind, number)
         if steps is not None:
             found.quantization = self._scale(steps, zeros)
             found.quantization.quantizedDimension = axis

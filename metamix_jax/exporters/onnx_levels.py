@@ -20,7 +20,7 @@ class LevelsWriter(Writer):
 
     def __init__(self, packed: bool):
         super().__init__()
-        self._packed = packed
+        self._packed, self._packed_kernels = packed, {}
         self.opset = INT4_OPSET if packed else self.opset
 
     def scale(self, name: str, storage: Storage) -> list[str]:
@@ -48,7 +48,10 @@ class LevelsWriter(Writer):
     def integers(self, name: str, levels: np.ndarray, factor: int) -> str:
         """Adds a kernel's levels times a factor."""
         if not self._packed or np.abs(levels).max(initial=0) > MOST_INT4:
-            return self.constant(name, levels * factor, np.int8)
+            return self.kernel_constant(name, (levels * factor).astype(np.int8))
+        known = levels.shape, factor, levels.tobytes()
+        if known in self._packed_kernels:
+            return self._packed_kernels[known]
         onnx = self.onnx
         pairs = np.append(levels.ravel(), [0] * (levels.size % 2)).astype(np.uint8) & 15
         content = (pairs[::2] | pairs[1::2] << 4).astype(np.uint8).tobytes()  # the first one low
@@ -60,7 +63,8 @@ class LevelsWriter(Writer):
         if factor != 1:
             times = self.constant(f"{name}/factor", factor)
             real = self.add("Mul", [real, times], f"{name}/product")
-        return self.add("Cast", real, name, to=types.INT8)
+        self._packed_kernels[known] = self.add("Cast", real, name, to=types.INT8)
+        return name
 
     def kernel(self, node: Node, whole: Integers) -> str:
         """Adds the real values of a convolution's or dense layer's kernel."""

@@ -55,6 +55,7 @@ class Writer:
     def __init__(self) -> None:
         self.nodes, self.constants = [], []
         self._known: set[str] = set()
+        self._kernels: dict[tuple, str] = {}  # shape, type and content -> name
         self.onnx = require_onnx()
 
     def add(self, op: str, inputs: str | Sequence[str], output: str, **attributes: Any) -> str:
@@ -71,6 +72,13 @@ class Writer:
             self._known.add(name)
             self.constants.append(self.onnx.numpy_helper.from_array(np.asarray(value, dtype), name))
         return name
+
+    def kernel_constant(self, name: str, value: np.ndarray) -> str:
+        """Adds a kernel, unless it is there already by the name of a layer's first run."""
+        content = value.shape, value.dtype.name, value.tobytes()
+        if content not in self._kernels:
+            self._kernels[content] = self.constant(name, value, value.dtype)
+        return self._kernels[content]
 
 
 class ExactWriter(Writer, abc.ABC):
@@ -120,7 +128,7 @@ class QcdqWriter(ExactWriter):
         """See `ExactWriter`."""
         name = f"{node.name}/kernel"
         inputs = [
-            self.constant(f"{name}/levels", kernel_levels(node), np.int8),
+            self.kernel_constant(f"{name}/levels", kernel_levels(node)),
             self.constant(f"{name}/step", node.kernel.step),
             self.constant(f"{name}/zeros", np.zeros(node.kernel.step.shape), np.int8),
         ]
@@ -142,7 +150,7 @@ class QonnxWriter(ExactWriter):
         """See `ExactWriter`."""
         name, levels = f"{node.name}/kernel", kernel_levels(node)
         step = np.moveaxis(node.kernel.step.reshape(-1, *[1] * (levels.ndim - 1)), 0, axis)
-        real = self.constant(f"{name}/real", levels * step)
+        real = self.kernel_constant(f"{name}/real", levels * step)
         return self._quant(real, name, step, node.kernel.bits, signed=True)
 
     def _quant(self, x: str, name: str, step: np.ndarray, bits: int, signed: bool) -> str:

@@ -11,6 +11,7 @@ from metamix_jax.errors import UserError
 from metamix_jax.exporters import (
     bundle,
     executor,
+    integer_runtime,
     lowering,
     onnx_channels_first,
     onnx_channels_last,
@@ -221,3 +222,23 @@ def test_integers_are_multiplied_where_nothing_is_shifted():
         scale = np.float32(node.quantizer.step) * np.float32(node.other.step)
         wanted = (left.astype(np.int64) @ right.astype(np.int64)).astype(np.float32) * scale
         np.testing.assert_array_equal(executor.matrix_product(node, x, y), wanted)
+
+
+def test_a_shared_layer_is_stored_once():
+    graph = graph_of(quantized(intercepted("Net")))
+    runs = [node for node in graph.layers if node.name.startswith("Block_0/Conv_1")]
+    assert len(runs) == 2
+    rest = [node for node in graph.layers if "@" not in node.name]
+    sizes = [-(-node.kernel.levels.size * node.kernel.bits // 8) for node in rest]
+    assert len(bundle.encode(graph)[bundle.WEIGHTS]) == len(bundle.MAGIC) + sum(sizes)
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pixels = np.zeros((2, *SHAPE), np.uint8)
+    models = [onnx_files.qcdq_model(graph), onnx_files.qonnx_model(graph)]
+    models += integer_runtime.integer_files(graph, pixels)
+    for content in models:
+        model = onnx.load_from_string(content)
+        names = {each.name for each in model.graph.initializer}
+        kernels = {name.rpartition("/kernel/")[0] for name in names if name.endswith(
+            ("/kernel/levels", "/kernel/real", "/kernel/levels/int4"))}  # fmt: skip
+        assert kernels == {node.name for node in rest}

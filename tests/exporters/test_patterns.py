@@ -52,11 +52,20 @@ def norm(**fields):
     return lambda x: nn.LayerNorm(**fields).apply({"params": params}, x)
 
 
+def normed(x, count, epsilon, scale=None):
+    """Layer norm as Flax computes it, with its constants."""
+    mean, squares = (jax.lax.reduce_sum(y, (3,)) / count for y in (x, jax.lax.square(x)))
+    variance = jnp.maximum(0.0, squares - jax.lax.square(mean))
+    factor = jax.lax.rsqrt(variance[..., None] + epsilon)
+    return (x - mean[..., None]) * (factor if scale is None else factor * scale)
+
+
 LAYER_NORMS = [
     norm(), norm(use_bias=False), norm(use_scale=False), norm(use_scale=False, use_bias=False),
     norm(use_fast_variance=False), norm(use_fast_variance=False, use_bias=False), norm(epsilon=0.5),
     lambda x: norm()(x.mean((1, 2))),  # of features
     lambda x: norm(count=4)(jnp.swapaxes(x, 2, 3)),
+    lambda x: normed(x, 6, 1.0),
 ]  # fmt: skip
 FOUND = [
     *((function, "layer_norm") for function in LAYER_NORMS),
@@ -64,6 +73,7 @@ FOUND = [
     (lambda x: nn.softmax(x.mean((1, 2))), "softmax"),
     (nn.gelu, "gelu"),
     (lambda x: nn.gelu(x, approximate=False), "gelu"),
+    (lambda x: (1 - jax.lax.erf(np.float32(0.5**0.5) * -x)) * (x * 0.5), "gelu"),
 ]
 
 
@@ -88,9 +98,9 @@ NOT_FOUND = [
     lambda x: (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(
         jnp.square(x).mean((1, 3), keepdims=True) + 1
     ),
-    lambda x: (x - x.sum(-1, keepdims=True) / 5) * jax.lax.rsqrt(
-        (x * x).sum(-1, keepdims=True) / 6 + 1
-    ),
+    lambda x: normed(x, 5, 1.0),  # divides by another number than that of the channels
+    lambda x: normed(x, 6, jnp.linspace(0.5, 1, 4).reshape(1, 1, 4, 1)),  # epsilon differs
+    lambda x: normed(x, 6, 1.0, scale=2.0),  # the same for all channels
     lambda x: nn.GroupNorm(2).apply({"params": {"scale": jnp.ones(6), "bias": jnp.ones(6)}}, x),
 ]  # fmt: skip
 
