@@ -1,10 +1,13 @@
 """How much can be gained by choosing bits?
 
-    python benchmarks/policy_ceiling.py CONFIG OUT [--policies=30] [--budget=0.7] [overrides ...]
+    python benchmarks/policy_ceiling.py CONFIG OUT [--policies=30] [--budget=0.7]
+        [--meta_state=WORKDIR] [overrides ...]
 
 Draws random policies of equal cost, fine-tunes each from the same weights with the same data order,
 and prints the spread of their accuracies: best minus median is the most that a searcher can gain
-over a random choice. Each run has a workdir in OUT, so an interrupted benchmark can be resumed.
+over a random choice. With a meta-state, the workdir of a finished `--mode=search`, also the loss of
+each policy there (selection/policy_loss.py), which takes seconds, and its rank correlation with
+the accuracy. Each run has a workdir in OUT, so an interrupted benchmark can be resumed.
 OUT/ceiling.json contains the table. CONFIG is a recipe; overrides are --config.FIELD=VALUE without
 `--config.`, such as pretrained=runs/fp.
 """
@@ -17,7 +20,11 @@ import statistics
 import sys
 from pathlib import Path
 
+from scipy import stats
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+BATCHES = 16  # for the loss
 
 
 def main() -> None:
@@ -26,6 +33,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--policies", type=int, default=30)
     parser.add_argument("--budget", type=float, default=0.7)
+    parser.add_argument("--meta_state", type=Path)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING)
@@ -46,6 +54,7 @@ def main() -> None:
     })  # fmt: skip
     config.search.searcher = "random"
     network = setup.make_network(config)
+    loss_at = _loss_on(options.meta_state) if options.meta_state else None
     rows = []
     for number in range(options.policies):
         branches = random.draw(network.budget, np.random.default_rng(number))
@@ -61,6 +70,8 @@ def main() -> None:
         own.search.searcher, own.search.policy = "file", str(path)
         result = train_and_evaluate(own, options.out / f"run_{number}")
         rows.append({"policy": number, "top1": result["top1"], "gbops": result["gbops"]})
+        if loss_at:
+            rows[-1]["loss"] = loss_at(branches)
         top1 = [row["top1"] for row in rows]
         table = {
             "rows": rows,
@@ -69,10 +80,46 @@ def main() -> None:
             "worst": min(top1),
             "deviation": statistics.stdev(top1) if len(top1) > 1 else 0.0,
         }
+        if loss_at and len(rows) > 2:
+            found = stats.spearmanr([row["loss"] for row in rows], top1)
+            table["rank correlation"] = float(found.statistic)
+            table["p value"] = float(found.pvalue)
         (options.out / "ceiling.json").write_text(json.dumps(table, indent=1) + "\n")
         print(f"{number + 1} of {options.policies}: top-1 {result['top1']:.2f}, best "
               f"{table['best']:.2f}, median {table['median']:.2f}, deviation "
-              f"{table['deviation']:.2f}", flush=True)  # fmt: skip
+              f"{table['deviation']:.2f}, rank correlation "
+              f"{table.get('rank correlation', float('nan')):.2f}", flush=True)  # fmt: skip
+
+
+def _loss_on(workdir: Path):
+    """Returns the loss of a policy on a meta-state."""
+    import numpy as np
+
+    from metamix_jax import recipes
+    from metamix_jax.data import batching
+    from metamix_jax.runtime import sharding
+    from metamix_jax.selection.context import SearchContext
+    from metamix_jax.selection.policy_loss import policy_loss
+    from metamix_jax.training import setup
+    from metamix_jax.training.start_weights import load_checkpoint
+
+    config, mesh = recipes.from_workdir(workdir), sharding.make_mesh()
+    network = setup.make_network(config)
+    dataset = setup.load_dataset(config, mesh)
+    state = load_checkpoint(config, network, workdir, len(dataset.train), mesh)
+    order = np.random.default_rng(0).permutation(len(dataset.train))
+
+    def batches(count: int):
+        for number in range(count):
+            rows = np.sort(order[number * config.batch_size :][: config.batch_size])
+            pixels, labels = dataset.train.gather(rows)
+            yield batching.preprocess(pixels, mean=config.data.mean, std=config.data.std), labels
+
+    context = SearchContext(
+        model=network.model, costs=network.costs, budget=network.budget, config=config,
+        variables=state.variables, logits={}, batches=batches,
+    )  # fmt: skip
+    return policy_loss(context, BATCHES)
 
 
 def _literal(text: str):
