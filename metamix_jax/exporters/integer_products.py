@@ -129,16 +129,15 @@ def _conv(writer: LevelsWriter, step: Step, bounds: tuple[float, float]) -> None
         whole, storage = integers(step, _reading(quantizer), MOST_INT16)
         x = writer.real(levels, f"{node.name}/x", storage)
     product = writer.conv(node, x, whole, f"{node.name}/product")
-    stored = _stored(step, bounds)
+    stored = _stored(bounds)
     levels = writer.quantize(product, f"{node.name}/output", stored)
     levels = writer.add("Transpose", levels, f"{node.name}/channels_last", perm=last)
     writer.real(levels, step.output, stored)
 
 
-def _stored(step: Step, bounds: tuple[float, float]) -> Storage:
-    """Returns 256 levels over the range of a convolution's output, which has 0."""
-    least, most = (min(max(bound, step.least), step.most) for bound in bounds)
-    least, most = min(least, 0.0), max(most, 0.0)
+def _stored(bounds: tuple[float, float]) -> Storage:
+    """Returns 256 levels over a range and 0; a ReLU's range starts there, which makes it one."""
+    least, most = min(bounds[0], 0.0), max(bounds[1], 0.0)
     size = (most - least) / HIGHEST or 1.0
     return Storage(size, round(-least / size))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from metamix_jax.exporters import executor
+from metamix_jax.exporters import executor, onnx_files
 from metamix_jax.exporters.graph import Graph
 from metamix_jax.exporters.lowering import lower
 from metamix_jax.exporters.patterns import with_patterns
@@ -40,8 +40,12 @@ def nodes_of(function):
     return lower(made, network.variables, network.policy.bits, SHAPE)
 
 
+def graph_of(nodes):
+    return Graph("applied", SHAPE, 5, (0.0,), (1.0,), {}, tuple(nodes))
+
+
 def run(nodes):
-    return executor.run(Graph("applied", SHAPE, 5, (0.0,), (1.0,), {}, tuple(nodes)), IMAGES)
+    return executor.run(graph_of(nodes), IMAGES)
 
 
 def norm(**fields):
@@ -87,6 +91,16 @@ def test_what_is_found_computes_the_same(function, op):
     (node,) = (node for node in found if node.op == op)
     wanted = np.asarray(jax.jit(function)(IMAGES))
     np.testing.assert_allclose(run(found[: found.index(node) + 1]), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [function for function, _ in FOUND])
+def test_what_is_found_is_the_same_in_onnx(function):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    graph = graph_of(recognised(nodes_of(function), SHAPE))
+    session = onnxruntime.InferenceSession(onnx_files.qcdq_model(graph))
+    (scores,) = session.run(None, {"image": IMAGES.transpose(0, 3, 1, 2)})
+    np.testing.assert_allclose(scores, executor.run(graph, IMAGES), atol=2e-5)
 
 
 NOT_FOUND = [
