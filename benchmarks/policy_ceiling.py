@@ -119,7 +119,8 @@ def _loss_on(workdir: Path):
         model=network.model, costs=network.costs, budget=network.budget, config=config,
         variables=state.variables, logits={}, batches=batches,
     )  # fmt: skip
-    return policy_loss(context, BATCHES)
+    trained = state.phase.evaluation.weights == "quantized"
+    return policy_loss(context, BATCHES, weight_steps=trained)
 
 
 def _literal(text: str):

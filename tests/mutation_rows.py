@@ -160,6 +160,9 @@ MUTATIONS = (
     *_rows(
         "metamix_jax/selection/searchers/metamix_plus.py", "tests/selection/test_metamix_plus.py",
         ("if best >= now:", "if best > now + 1:"),
+        ("epochs=phase.epochs + more", "epochs=phase.epochs"),
+        ("phases.WEIGHT_STEPS if update.trains & phases.WEIGHTS else set()", "set()"),
+        ("phases.WEIGHT_STEPS if update.trains & phases.WEIGHTS else set()", "phases.WEIGHT_STEPS"),
         (">= least and budget.admits(bits_at(costs, moved)):", ">= least:"),
         ("if model.cost_of(moved) >= least and", "if"),
     ),
@@ -167,7 +170,7 @@ MUTATIONS = (
         "metamix_jax/selection/policy_loss.py", "tests/selection/test_metamix_plus.py",
         ("variables |= moved", "pass"),
         ("train=True, precision", "train=False, precision"),
-        ("if len(context.config.quant.weight_bits) == 1:", "if True:"),
+        ("if not weight_steps:", "if True:"),
     ),
     *_rows(
         "metamix_jax/commands/compare.py", "tests/commands/test_compare.py -k pair_by_pair",

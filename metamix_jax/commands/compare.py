@@ -1,5 +1,6 @@
 """--mode=compare: methods side by side, on the same network, weights, budgets and seeds."""
 
+import hashlib
 import itertools
 import json
 import logging
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
-from metamix_jax.config import default, validate
+from metamix_jax.config import default, may_change, validate
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.report import charts, tables
 from metamix_jax.selection.limits import budget_of
@@ -23,6 +25,7 @@ from metamix_jax.workdir import bucket
 from metamix_jax.workdir.files import write_json
 
 CONFIDENCE = 0.95
+COMPARISON = "comparison.json"
 # Method -> the fields in which its configuration differs.
 METHODS = {
     name: fields for searcher in SEARCHERS.values() for name, fields in searcher.methods.items()
@@ -32,7 +35,8 @@ METHODS = {
 def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains every method at every budget with every seed, each in its own workdir.
 
-    Finished runs are not repeated. Writes comparison.json and comparison.png.
+    Finished runs are not repeated, even if only comparison.json is left of them. Writes that and
+    comparison.png.
 
     Args:
       config: compare.methods, compare.budgets (in budget.unit) and compare.seeds; all other fields
@@ -45,8 +49,12 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     options = config.compare
     plan = list(itertools.product(options.methods, options.budgets, options.seeds))
     configs = {key: run_config(config, *key) for key in plan}  # checked before any training
-    runs = []
+    runs, recorded = [], _recorded(workdir / COMPARISON)
     for number, ((method, budget, seed), own) in enumerate(configs.items()):
+        identity = fingerprint(own)
+        if identity in recorded:
+            runs.append(recorded[identity])
+            continue
         logging.info("run %d of %d: %s, budget %g, seed %d", number + 1, len(plan), method, budget,
                      seed)  # fmt: skip
         path = workdir / f"{method}_{budget:g}_{seed}"
@@ -55,13 +63,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         summary = json.loads((path / "results.json").read_text(encoding="utf-8"))
         policy = load_policy(path / "policy.json")
         runs.append(
-            {"method": method, "budget": budget, "seed": seed}
+            {"method": method, "budget": budget, "seed": seed, "config": identity}
             | {name: result[name] for name in ("top1", "gbops", "budget_gbops", "seconds")}
             | {"search_cost": summary["search_cost"]}
             | {"bits": {path: list(pair) for path, pair in policy.bits.items()}}
         )
-        rows, pairs = summarise(runs), differences(runs)
-        write_json(workdir / "comparison.json", {"rows": rows, "pairs": pairs, "runs": runs})
+        _write(workdir, runs, recorded)
+    rows, pairs = _write(workdir, runs, recorded)
     print(tables.comparison_table(rows))
     if pairs:
         print(tables.differences_table(pairs))
@@ -73,6 +81,46 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "pairs": pairs,
         "workdir": str(bucket.origin(workdir)),
     }
+
+
+def _recorded(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the runs of a comparison.json, each by its `fingerprint`."""
+    if not path.exists():
+        return {}
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        return {run["config"]: run for run in runs if "config" in run}
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a comparison ({type(error).__name__}); expected one written by "
+            "--mode=compare: delete it, and what its runs left is read again"
+        ) from error
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """Returns the same text for configurations whose runs give the same results.
+
+    A digest of the fields that differ from their defaults, so that a new field changes nothing.
+    """
+    usual = flatten_dict(json.loads(default().to_json()), sep=".")
+    own = flatten_dict(json.loads(config.to_json()), sep=".")
+    skipped = may_change()
+    differing = {
+        path: value for path, value in own.items()
+        if path not in skipped and (path not in usual or value != usual[path])
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
+
+
+def _write(
+    workdir: Path, runs: Sequence[Mapping[str, Any]], recorded: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Writes comparison.json and returns its rows; recorded runs of other comparisons stay."""
+    rows, pairs = summarise(runs), differences(runs)
+    known = {run["config"] for run in runs}
+    others = [run for identity, run in recorded.items() if identity not in known]
+    write_json(workdir / COMPARISON, {"rows": rows, "pairs": pairs, "runs": [*runs, *others]})
+    return rows, pairs
 
 
 def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> ConfigDict:

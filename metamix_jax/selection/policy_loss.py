@@ -1,8 +1,7 @@
 """What a policy is worth, in seconds and without training: the loss of the network at its bits.
 
 Batch norm takes the statistics of each batch, since running statistics fit no single width. Weights
-are quantized, as they will be; if the search left them in full precision, their step sizes are
-initialized first.
+are quantized, as they will be.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,17 +16,19 @@ from metamix_jax.selection.context import SearchContext
 PolicyLoss = Callable[[Mapping[str, int]], float]  # of the branch of every searched layer
 
 
-def policy_loss(context: SearchContext, batches: int) -> PolicyLoss:
+def policy_loss(context: SearchContext, batches: int, *, weight_steps: bool) -> PolicyLoss:
     """Returns the mean cross-entropy on training batches, as a function of the chosen branches.
 
     Args:
       context: the network after the search.
       batches: how many; the first ones.
+      weight_steps: whether the search trained the step sizes of weights; they are initialized here
+        if it did not.
     """
     model, data = context.model, list(context.batches(batches))
     variables = dict(context.variables)
     dropout = {"dropout": jax.random.key(0)}
-    if len(context.config.quant.weight_bits) == 1:
+    if not weight_steps:
         calibrate = Precision(weights="calibrate")
         _, moved = jax.jit(
             lambda variables, images: model.apply(

@@ -1,6 +1,7 @@
 """Comparisons: the runs' configurations, the summary over seeds, a small one through main.py."""
 
 import json
+import shutil
 
 import pytest
 
@@ -125,9 +126,31 @@ def test_comparison_through_main_and_again(processes, tmp_path):
         assert run["gbops"] <= run["budget_gbops"] * (1 + 1e-9)
         folder = workdir / f"{run['method']}_{run['budget']:g}_{run['seed']}"
         assert json.loads((folder / "results.json").read_text())["top1"] == run["top1"]
-    # A deleted run is repeated, the others are not.
+    # What is finished is not repeated: known from the runs' folders alone, or from the file alone.
     metrics = workdir / "random_0.9_3" / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
     (workdir / "comparison.json").unlink()
     again = processes.result(arguments)
     assert again["rows"] == result["rows"] and metrics.stat().st_mtime_ns == before
+    for name in ("random_0.9_3", "uniform_0.9_3"):
+        shutil.rmtree(workdir / name)
+    written["runs"].append(written["runs"][0] | {"config": "of another comparison"})
+    (workdir / "comparison.json").write_text(json.dumps(written))
+    again = processes.result(arguments)
+    assert again["rows"] == result["rows"] and not metrics.exists()
+    assert json.loads((workdir / "comparison.json").read_text())["runs"] == written["runs"]
+
+
+def test_a_fingerprint_is_of_what_changes_results():
+    first = compare.fingerprint(config_of())
+    assert compare.fingerprint(config_of(**{"data.data_dir": "elsewhere"})) == first
+    for change in ({"seed": 1}, {"budget.value": 0.7}, {"model.width": 8}, {"pretrained": "x.npz"}):
+        assert compare.fingerprint(config_of(**change)) != first
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"runs": 3}', '{"rows": []}'])
+def test_a_file_that_is_no_comparison_is_refused(content, tmp_path):
+    path = tmp_path / "comparison.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"comparison.json: not a comparison .*delete it"):
+        compare._recorded(path)

@@ -17,6 +17,7 @@ from metamix_jax.selection.cost_models import BUDGET_UNITS
 from metamix_jax.selection.policy_loss import policy_loss
 from metamix_jax.selection.searchers import metamix, metamix_plus
 from metamix_jax.training import setup
+from metamix_jax.training.schedule import make_spans
 from metamix_jax.training.step.batch_step import training_images
 from tests.helpers.hand_made_costs import PAIR_COSTS
 from tests.helpers.tiny_network import calibrated_state, make_batch, make_config
@@ -80,7 +81,8 @@ def test_nothing_changes_where_nothing_differs():
 
 @pytest.fixture(scope="module")
 def trained():
-    config = make_config(**{"quant.act_bits": (8, 4, 2), "search.searcher": "metamix_plus"})
+    config = make_config(**{"quant.act_bits": (8, 4, 2), "search.searcher": "metamix_plus",
+                            "search.quantized_weights": False})  # fmt: skip
     network = setup.make_network(config)
     batches = [make_batch(seed) for seed in range(2)]
     state = calibrated_state(config, network, batches[0])
@@ -100,7 +102,7 @@ def trained():
 
 def test_the_loss_is_the_networks_at_its_bits(trained):
     context, before = trained, jax.tree.map(np.array, dict(trained.variables))
-    loss = policy_loss(context, 2)
+    loss = policy_loss(context, 2, weight_steps=False)
     choices = [dict.fromkeys(context.logits, branch) for branch in range(3)]
     choices.append({path: i % 3 for i, path in enumerate(context.logits)})
     _, moved = context.model.apply(
@@ -126,7 +128,7 @@ def test_the_policy_is_no_worse_than_that_of_the_logits(trained):
     context.config.search.exchange_batches = 2
     found = metamix_plus.choose(context)
     assert context.budget.admits(found)
-    loss = policy_loss(context, 2)
+    loss = policy_loss(context, 2, weight_steps=False)
     start = metamix.choose(context, least_spent=metamix_plus.LEAST_SPENT)
 
     def of(bits):
@@ -138,7 +140,7 @@ def test_the_policy_is_no_worse_than_that_of_the_logits(trained):
     context.config.search.exchange_rounds = 8
 
 
-def test_weights_that_are_searched_keep_their_steps():
+def test_steps_that_the_search_trained_are_kept():
     fields = {"quant.act_bits": (4,), "quant.weight_bits": (8, 4), "budget.value": 1.5}
     config, batch = make_config(**fields), make_batch()
     network = setup.make_network(config)
@@ -153,5 +155,39 @@ def test_weights_that_are_searched_keep_their_steps():
             network.model, network.costs, network.budget, config, variables, {},
             lambda count: iter(images),
         )  # fmt: skip
-        losses.append(policy_loss(context, 1)(choice))
+        losses.append(policy_loss(context, 1, weight_steps=True)(choice))
     assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+
+
+def phases_of(**fields):
+    config = make_config(**{"search.searcher": "metamix_plus", **fields})
+    return [row(config) for row in metamix_plus.SEARCHER.phases], [
+        row(config) for row in metamix.SEARCHER.phases
+    ]
+
+
+def test_weights_have_their_bits_from_the_beginning():
+    own, paper = phases_of(**{"weight_training.act_epochs": 0.5, "weight_training.epochs": 2.0})
+    assert [phase.name for phase in own] == [phase.name for phase in paper]
+    assert [phase.evaluation.weights for phase in own[:2]] == ["quantized"] * 2
+    for phase, before in zip(own[:2], paper[:2], strict=True):
+        for update, given in zip(phase.updates, before.updates, strict=True):
+            assert update.precision.weights == "quantized" != given.precision.weights
+            assert update.precision.activations == given.precision.activations
+            steps = {"weight_steps"} if "kernels" in given.trains else set()
+            assert update.trains == given.trains | steps
+    assert (own[2].epochs, own[3].epochs) == (0.0, 2.5)
+    assert sum(phase.epochs for phase in own) == sum(phase.epochs for phase in paper)
+
+
+def test_without_that_its_training_is_metamixs():
+    own, paper = phases_of(**{"search.quantized_weights": False})
+    assert own == paper
+
+
+def test_steps_of_weights_are_initialized_once():
+    fields = {"bit_meta.epochs": 1.0, "bit_search.epochs": 1.0, "weight_training.act_epochs": 1.0}
+    config = make_config(**{"search.searcher": "metamix_plus", **fields})
+    phases = [row(config) for row in metamix_plus.SEARCHER.phases]
+    spans = make_spans(phases, steps_per_epoch=2.0)
+    assert [span.calibrates_weights for span in spans] == [True, False, False]
