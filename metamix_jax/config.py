@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from metamix_jax.defaults import FIELDS, SECTIONS
 from metamix_jax.errors import UserError, require, suggestion
 from metamix_jax.fields import document, is_finite
-from metamix_jax.selection.cost_models import BUDGET_UNITS
+from metamix_jax.selection.cost_models import BUDGET_UNITS, PEAK
 from metamix_jax.selection.limits import units_of
 
 INTRODUCTION = """\
@@ -149,6 +149,12 @@ def _several_candidates(config: ConfigDict) -> None:
 
 def _candidates_change_the_cost(config: ConfigDict) -> None:
     for unit in units_of(config.budget):
+        if unit == PEAK:
+            _require(
+                config, "quant.act_bits", len(config.quant.act_bits) > 1,
+                f"two or more with a limit on {PEAK}",
+            )  # fmt: skip
+            continue
         _require(
             config, "quant.weight_bits",
             len(config.quant.weight_bits) > 1 or not BUDGET_UNITS[unit].needs_weight_bits,

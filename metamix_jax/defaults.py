@@ -161,7 +161,8 @@ FIELDS = (
           "weights, if `quant.weight_bits` has several candidates; `milliseconds` an image, from "
           "the table `budget.latencies`.", one_of(*BUDGET_UNITS)),
     Field("budget.limits", (), "Further limits that the policy keeps as well: UNIT=VALUE, such as "
-          "`('mebibytes=0.25',)`.", Check(EXPECTED_LIMITS, are_limits)),
+          "`('mebibytes=0.25',)`; also `activation_mebibytes`, the peak.",
+          Check(EXPECTED_LIMITS, are_limits)),
     Field("budget.latencies", "", "A CSV with the milliseconds of every layer at every width, as "
           "`--mode=profile` writes it."),
 

@@ -167,6 +167,21 @@ MUTATIONS = (
         ("if model.cost_of(moved) >= least and", "if"),
     ),
     *_rows(
+        "metamix_jax/networks/lifetimes.py", "tests/selection/test_activations.py",
+        ("if made[tensor] <= number <= last", "if made[tensor] <= number < last"),
+        ("operation.layer, operation.first = site.layer, inputs[0]",
+         "operation.layer, operation.first = site.layer, inputs[-1]"),
+        ("and taken == set(operation.inputs):", "and True:"),
+        ("return takers.pop() if len(takers) == 1 else", "return takers.pop() if takers else"),
+        ("if name in RENAMED and sizes ==", "if False and sizes =="),
+        ("operation.inputs.count(operation.first) == 1", "True"),
+    ),
+    *_rows(
+        "metamix_jax/selection/cost_models.py", "tests/selection/test_activations.py",
+        ("if not any(other != need and", "if not any("),
+        ("fixed += count * costs[path].act_bits[0]", "fixed += count * 4"),
+    ),
+    *_rows(
         "metamix_jax/selection/policy_loss.py", "tests/selection/test_metamix_plus.py",
         ("variables |= moved", "pass"),
         ("train=True, precision", "train=False, precision"),

@@ -1,5 +1,6 @@
 """--mode=compare: methods side by side, on the same network, weights, budgets and seeds."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from metamix_jax.config import default, may_change, validate
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.report import charts, tables
+from metamix_jax.selection import cost
 from metamix_jax.selection.limits import budget_of
 from metamix_jax.selection.policy import load_policy
 from metamix_jax.selection.searchers import SEARCHERS
@@ -133,8 +135,9 @@ def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> Con
     searcher = SEARCHERS[own.search.searcher]
     if searcher.fit is not None:
         validate(own)
-        _, costs = setup.make_model(own)
-        budget = budget_of(costs, own.budget)
+        model, costs = setup.make_model(own)
+        moments = functools.partial(cost.live_activations, model, setup.image_shape(own.data))
+        budget = budget_of(costs, own.budget, moments=moments)
         own.update_from_flattened_dict(searcher.fit(own, costs, budget))
     setup.make_network(own)
     return own

@@ -28,9 +28,14 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     make_workdir(workdir)
     table = cost.rows(costs)
     totals = cost.totals(costs) | {
-        "reachable": cost_models.reachable(costs, load_latencies(costs, config.budget))
+        "reachable": cost_models.reachable(
+            costs,
+            load_latencies(costs, config.budget),
+            cost.live_activations(model, setup.image_shape(config.data)),
+        )
     }
     meanings = {name: unit.meaning for name, unit in cost_models.BUDGET_UNITS.items()}
+    meanings[cost_models.PEAK] = cost_models.PEAK_MEANING
     print(tables.cost_table(table, totals) + tables.reachable_table(totals["reachable"], meanings))
     if reason := obstacle(model, costs, setup.image_shape(config.data)):
         print(f"not exportable: {reason}")

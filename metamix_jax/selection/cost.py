@@ -17,7 +17,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from metamix_jax.networks.intercepted import InterceptedNetwork
+from metamix_jax.networks.lifetimes import Moment, moments
 from metamix_jax.networks.precision import FULL_BITS, Bits, LayerCost, Precision
+from metamix_jax.networks.tracing import traced
 
 LayerCosts = Mapping[str, LayerCost]  # layer path -> sizes and candidates, in network order
 LayerBits = Mapping[str, Bits]  # layer path -> its widths, for all layers
@@ -40,6 +43,19 @@ def layer_costs(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str
 
     jax.eval_shape(init)
     return {path.removesuffix("/cost"): cost for path, cost in _flat(recorded[0]).items()}
+
+
+def live_activations(
+    model: InterceptedNetwork, image_shape: tuple[int, int, int]
+) -> tuple[Moment, ...]:
+    """Returns what is kept while each layer of `model` runs, without computing."""
+    keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    shapes = jax.eval_shape(model.init, keys, image)
+    variables = {name: shapes[name] for name in ("params", "batch_stats") if name in shapes}
+    trace = traced(model.network, variables, image, False, None)
+    own = [False] * len(jax.tree.leaves(variables))
+    return moments(trace, [*own, True], math.prod(image_shape))
 
 
 def bops(costs: LayerCosts, bits: LayerBits) -> int:

@@ -5,13 +5,15 @@ To add one, write a function from a network's layers to a `CostModel` and add a 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from metamix_jax.networks.lifetimes import Moment
 from metamix_jax.networks.precision import Bits, LayerCost
 from metamix_jax.selection.cost import GIGA, LayerBits, LayerCosts, uniform_4_4
 
 BOPS, AVERAGE_ACT_BITS, WEIGHTS, LATENCY = "bops", "average_act_bits", "weights", "latency"
+ACTIVATIONS = "activations"
 
 
 class Latencies(NamedTuple):
@@ -129,6 +131,55 @@ def latency_model(costs: LayerCosts, latencies: Latencies) -> CostModel:
     )
 
 
+def activation_models(costs: LayerCosts, moments: Sequence[Moment]) -> tuple[CostModel, ...]:
+    """Returns the cost models of the activations that are kept while each layer runs.
+
+    The greatest of them is the peak. A moment at which every policy keeps less than at another is
+    left out.
+    """
+    needs = []  # the elements of each searched layer, and bits that do not depend on the policy
+    for moment in moments:
+        fixed = 8 * moment.rest
+        elements = {path: 0 for path, cost in costs.items() if cost.searched}
+        for path, count in moment.own.items():
+            if costs[path].searched:
+                elements[path] += count
+            else:
+                fixed += count * costs[path].act_bits[0]
+        needs.append((*elements.values(), fixed))
+    most = [
+        need for need in dict.fromkeys(needs)
+        if not any(other != need and _at_least(other, need) for other in needs)
+    ]  # fmt: skip
+    return tuple(_activations(costs, counts, fixed) for *counts, fixed in most)
+
+
+def peak_range(models: Sequence[CostModel]) -> tuple[float, float]:
+    """Returns the least and the greatest peak of `activation_models`; 0 without any."""
+    return tuple(
+        max((getattr(model, end) for model in models), default=0.0) for end in ("least", "most")
+    )
+
+
+def _at_least(one: Sequence[int], other: Sequence[int]) -> bool:
+    return all(a >= b for a, b in zip(one, other, strict=True))
+
+
+def _activations(costs: LayerCosts, counts: Sequence[int], fixed: int) -> CostModel:
+    searched = {path: cost for path, cost in costs.items() if cost.searched}
+    elements = dict(zip(searched, counts, strict=True))
+    mebibyte = 8 * 2**20  # in bits
+    table = {
+        path: tuple(elements[path] * bits.act / mebibyte for bits in cost.candidates)
+        for path, cost in searched.items()
+    }
+    candidates = {path: cost.candidates for path, cost in searched.items()}
+    reference = (fixed + 4 * sum(counts)) / mebibyte
+    return CostModel(
+        ACTIVATIONS, "MiB of activations", candidates, table, fixed / mebibyte, reference
+    )
+
+
 class BudgetUnit(NamedTuple):
     """A unit of config.budget.value."""
 
@@ -152,9 +203,13 @@ BUDGET_UNITS = {
     "milliseconds": BudgetUnit(latency_model, "ms an image", needs_latencies=True),
 }
 
+# A limit of config.budget.limits alone: not one sum over the layers, but the greatest of several.
+PEAK = "activation_mebibytes"
+PEAK_MEANING = "MiB of activations at the peak; a limit"
+
 
 def reachable(
-    costs: LayerCosts, latencies: Latencies | None = None
+    costs: LayerCosts, latencies: Latencies | None = None, moments: Sequence[Moment] = ()
 ) -> dict[str, tuple[float, float]]:
     """Returns config.budget.unit -> the least and greatest value that a policy can cost."""
     found = {}
@@ -165,6 +220,9 @@ def reachable(
         scale = model.reference if unit.of_reference else 1.0
         if model.least < model.most:  # otherwise nothing that is searched changes it
             found[name] = (model.least / scale, model.most / scale)
+    least, most = peak_range(activation_models(costs, moments))
+    if least < most:
+        found[PEAK] = least, most
     return found
 
 

@@ -1,28 +1,40 @@
 """The budget of a run: config.budget.value, and with it config.budget.limits.
 
 Limits are texts UNIT=VALUE, such as ("mebibytes=0.25", "milliseconds=3.5"); a policy keeps all.
+That on the peak of activations is one on the sum at each of several moments.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from metamix_jax.errors import UserError
 from metamix_jax.fields import is_finite
+from metamix_jax.networks.lifetimes import Moment
 from metamix_jax.selection import knapsack
-from metamix_jax.selection.budget import Budget, make_budget
+from metamix_jax.selection.budget import TOLERANCE, Budget, make_budget
 from metamix_jax.selection.cost import LayerCosts
-from metamix_jax.selection.cost_models import BUDGET_UNITS, Latencies
+from metamix_jax.selection.cost_models import (
+    ACTIVATIONS,
+    BUDGET_UNITS,
+    PEAK,
+    CostModel,
+    Latencies,
+    activation_models,
+    peak_range,
+)
 from metamix_jax.selection.latency import read_latencies
 
-EXPECTED = f"limits UNIT=VALUE, each unit once, of {', '.join(BUDGET_UNITS)}; values above 0"
+UNITS = (*BUDGET_UNITS, PEAK)
+EXPECTED = f"limits UNIT=VALUE, each unit once, of {', '.join(UNITS)}; values above 0"
 
 
 def parse(text: str) -> tuple[str, float]:
     """Returns unit and value of a limit; raises ValueError if it is none."""
     unit, _, value = text.partition("=")
     number = float(value)
-    if unit not in BUDGET_UNITS or not is_finite(number) or number <= 0:
+    if unit not in UNITS or not is_finite(number) or number <= 0:
         raise ValueError(text)
     return unit, number
 
@@ -49,13 +61,20 @@ def load_latencies(costs: LayerCosts, config_budget: ConfigDict) -> Latencies | 
     return read_latencies(path, costs, "config.budget.latencies")
 
 
-def budget_of(costs: LayerCosts, config_budget: ConfigDict, value: float | None = None) -> Budget:
+def budget_of(
+    costs: LayerCosts,
+    config_budget: ConfigDict,
+    value: float | None = None,
+    *,
+    moments: Callable[[], Sequence[Moment]],
+) -> Budget:
     """Returns the budget with all of its limits.
 
     Args:
       costs: the network's layers.
       config_budget: config.budget.
       value: in place of config.budget.value.
+      moments: returns what the network keeps while each layer runs; called if a limit needs it.
 
     Raises:
       UserError: a limit that no policy keeps, or limits that none keeps together.
@@ -63,26 +82,43 @@ def budget_of(costs: LayerCosts, config_budget: ConfigDict, value: float | None 
     latencies = load_latencies(costs, config_budget)
     value = config_budget.value if value is None else value
     budget = make_budget(costs, value, config_budget.unit, latencies)
-    further = tuple(
-        make_budget(costs, most, unit, latencies, "config.budget.limits")
-        for unit, most in map(parse, config_budget.limits)
-    )
-    budget = Budget(budget.cost_model, budget.limit, further)
+    further = []
+    for unit, most in map(parse, config_budget.limits):
+        if unit == PEAK:
+            further += _peak(activation_models(costs, moments()), most)
+        else:
+            further.append(make_budget(costs, most, unit, latencies, "config.budget.limits"))
+    budget = Budget(budget.cost_model, budget.limit, tuple(further))
     if further and _least(budget) is None:
         raise UserError(_infeasible(budget))
     return budget
+
+
+def _peak(models: Sequence[CostModel], most: float) -> list[Budget]:
+    """Returns the budgets that together limit the peak."""
+    least, greatest = peak_range(models)
+    if least > most * (1 + TOLERANCE):
+        raise UserError(
+            f"config.budget.limits={PEAK}={most:g}: this network reaches {least:.6g} to "
+            f"{greatest:.6g} MiB with its candidate bit-widths; nearest feasible value: "
+            f"{least:.12g}"
+        )
+    return [Budget(model, most) for model in models]
 
 
 def _infeasible(budget: Budget) -> str:
     every = (budget, *budget.further)
     reachable = []
     for each in every:
+        if each.cost_model.name == ACTIVATIONS:
+            continue  # one of several moments, whose least says nothing
         free = Budget(each.cost_model, each.cost_model.most, _others(every, each))
         least = _least(free)
         if least is not None:
             reachable.append(f"{least:.6g} {each.cost_model.unit}")
     hint = f"; with the others kept, the least is {' or '.join(reachable)}" if reachable else ""
-    return f"config.budget.limits: no policy keeps {' and '.join(map(str, every))}{hint}"
+    texts = dict.fromkeys(map(str, every))
+    return f"config.budget.limits: no policy keeps {' and '.join(texts)}{hint}"
 
 
 def _others(every: tuple[Budget, ...], each: Budget) -> tuple[Budget, ...]:

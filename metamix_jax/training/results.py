@@ -16,7 +16,7 @@ from metamix_jax.report.html import write_report
 from metamix_jax.selection import cost, limits
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.cost import LayerBits, LayerCosts
-from metamix_jax.selection.cost_models import BUDGET_UNITS
+from metamix_jax.selection.cost_models import ACTIVATIONS, BUDGET_UNITS, PEAK, PEAK_MEANING
 from metamix_jax.selection.policy import Policy
 from metamix_jax.training.schedule import Span
 from metamix_jax.training.setup import Network
@@ -148,9 +148,11 @@ def _budget(config_budget: ConfigDict, budget: Budget, policy: Policy) -> dict[s
     """Returns the budget and the policy's cost, in the budget's own unit."""
     meaning = BUDGET_UNITS[config_budget.unit].meaning
     found = {"asked": f"{config_budget.value} {meaning}", **_spent(budget, policy)}
-    for text, each in zip(config_budget.limits, budget.further, strict=True):
-        unit, most = limits.parse(text)
-        meaning = BUDGET_UNITS[unit].meaning
+    peak = [each for each in budget.further if each.cost_model.name == ACTIVATIONS]
+    others = (each for each in budget.further if each.cost_model.name != ACTIVATIONS)
+    for unit, most in map(limits.parse, config_budget.limits):
+        each = max(peak, key=policy.cost) if unit == PEAK else next(others)
+        meaning = PEAK_MEANING if unit == PEAK else BUDGET_UNITS[unit].meaning
         found.setdefault("limits", []).append(
             {"asked": f"{most:g} {meaning}", **_spent(each, policy)}
         )

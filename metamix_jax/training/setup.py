@@ -1,6 +1,7 @@
 """The components of a run, built and checked before anything is compiled or written."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -58,12 +59,14 @@ def make_network(config: ConfigDict, model: Any = None, *, searches: bool = True
     check_searcher(config)
     model, costs = make_model(config, model)
     searcher = SEARCHERS[config.search.searcher]
+    moments = functools.partial(cost.live_activations, model, image_shape(config.data))
     budget, further = None, further_searches(config) if searches else {}
     if searches and searcher.choose is not None:
-        budget = budget_of(costs, config.budget)
+        budget = budget_of(costs, config.budget, moments=moments)
         searcher.check_network(config, costs, budget)
     further_budgets = {
-        key: budget_of(costs, config.budget, value) for key, value in further.items()
+        key: budget_of(costs, config.budget, value, moments=moments)
+        for key, value in further.items()
     }
     label = registry.label(config.model)
     return Network(model, label, image_shape(config.data), costs, budget, further_budgets)
