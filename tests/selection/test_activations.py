@@ -40,7 +40,8 @@ class Residual(nn.Module):
 
         x = nn.hard_swish(norm()(nn.Conv(6, (3, 3), strides=2, name="stem")(x)))
         y = nn.relu(norm()(nn.Conv(10, (1, 1), name="wide")(x)))
-        x = x + norm()(nn.Conv(6, (1, 1), name="narrow")(y))
+        x = nn.relu(x + norm()(nn.Conv(6, (1, 1), name="narrow")(y)))
+        x = nn.Conv(7, (1, 1), name="after")(x)
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 
 
@@ -50,7 +51,8 @@ def test_a_block_with_a_skip_connection():
         Moment("stem", {"stem": image}, x),  # x is taken by two
         Moment("wide", {"narrow": y}, x),
         Moment("narrow", {"narrow": y}, 2 * x),  # both sides of the addition
-        Moment("head", {"head": 6}, 3),
+        Moment("after", {"after": x}, 2 * 2 * 7),  # the mean takes it
+        Moment("head", {"head": 7}, 3),
     )
 
 
@@ -60,16 +62,17 @@ class Attending(nn.Module):
     @nn.compact
     def __call__(self, x):
         tokens = x.reshape(x.shape[0], -1, 2)
-        queries, keys = nn.Dense(5, name="queries")(tokens), nn.Dense(5, name="keys")(tokens)
+        queries = nn.Dense(5, name="queries")(tokens)
+        keys = nn.Dense(5, name="keys")(tokens[:, :4])
         return nn.Dense(3, name="head")(jax.nn.softmax(attention(queries, keys)).mean(1))
 
 
 def test_the_second_of_two_inputs_has_no_width_of_its_own():
-    image, queries, scores = 32, 16 * 5, 16 * 16
+    queries, keys, scores = 16 * 5, 4 * 5, 16 * 4
     by_layer = {moment.layer: moment for moment in moments_of(Attending())}
     pair = next(name for name in by_layer if "product" in name)
-    assert by_layer["keys"] == Moment("keys", {pair: queries}, image + queries)
-    assert by_layer[pair] == Moment(pair, {pair: queries}, queries + scores)
+    assert by_layer["keys"] == Moment("keys", {pair: queries, "keys": 4 * 2}, keys)
+    assert by_layer[pair] == Moment(pair, {pair: queries}, keys + scores)
 
 
 class Shared(nn.Module):
@@ -78,14 +81,15 @@ class Shared(nn.Module):
     @nn.compact
     def __call__(self, x):
         layer = nn.Conv(2, (1, 1), name="layer")
-        return nn.Dense(3, name="head")(layer(nn.relu(layer(nn.relu(layer(x))))).mean((1, 2)))
+        x = layer(nn.relu(layer(nn.relu(layer(x)))))
+        return nn.Dense(3, name="head")(x.reshape(x.shape[0], -1))
 
 
 def test_a_layer_that_runs_again():
     kinds = [(moment.layer, moment.own, moment.rest) for moment in moments_of(Shared())]
     assert kinds == [
-        ("layer", {"layer": 64}, 0), ("layer", {"layer": 64}, 0), ("layer", {"layer": 32}, 32),
-        ("head", {"head": 2}, 3),
+        ("layer", {"layer": 64}, 0), ("layer", {"layer": 64}, 0),
+        ("layer", {"layer": 32, "head": 32}, 0), ("head", {"head": 32}, 3),
     ]  # fmt: skip
 
 
