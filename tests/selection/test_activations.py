@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -73,6 +74,22 @@ def test_the_second_of_two_inputs_has_no_width_of_its_own():
     pair = next(name for name in by_layer if "product" in name)
     assert by_layer["keys"] == Moment("keys", {pair: queries, "keys": 4 * 2}, keys)
     assert by_layer[pair] == Moment(pair, {pair: queries}, keys + scores)
+
+
+class ToItself(nn.Module):
+    """A product whose two inputs are the same tensor."""
+
+    @nn.compact
+    def __call__(self, x):
+        tokens = nn.Dense(5, name="tokens")(x.reshape(x.shape[0], -1, 2))
+        scores = jnp.einsum("nqd,nkd->nqk", tokens, tokens)
+        return nn.Dense(3, name="head")(jax.nn.softmax(scores).mean(1))
+
+
+def test_what_is_both_inputs_of_a_product():
+    first, pair, _ = moments_of(ToItself())
+    assert first == Moment("tokens", {"tokens": 32}, 80)
+    assert pair[1:] == ({}, 80 + 16 * 16)
 
 
 class Shared(nn.Module):
