@@ -174,6 +174,24 @@ def test_which_convolutions_are_matrices(fields, ranged):
     np.testing.assert_allclose(found, wanted, atol=2e-2 if ranged else 1e-5)
 
 
+@pytest.mark.parametrize("bound", ["relu", "relu6"])
+def test_a_rectified_sum_stays_in_float(bound):
+    nodes = (
+        Node("reshape", "rows", (IMAGE,), (9, 1), {"shape": (9, 1)}),
+        Node("multiply", "squares", ("rows", "rows"), (9, 1)),
+        Node("add", "sum", ("rows", "squares"), (9, 1)),
+        Node(bound, "bounded", ("sum",), (9, 1)),
+        Node("flatten", "flat", ("bounded",), (9,)),
+    )
+    graph = Graph("sum", (3, 3, 1), 9, (0.5,), (0.2,), {}, nodes)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 3, 1), np.uint8)
+    pixels[0] = 100  # where the sum is below 0
+    content = integer_products.products_model(graph, {})
+    wanted = executor.run(graph, normalise(pixels, graph))
+    assert wanted.min() == 0 and (wanted.max() == 6) == (bound == "relu6")
+    np.testing.assert_allclose(scores(content, graph, pixels), wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_a_product_multiplies_levels(shift):
     first, second = Quantizer(4, True, 0.2, 0.0), Quantizer(3, False, 0.3, shift)
