@@ -172,7 +172,7 @@ MUTATIONS = (
         ("operation.layer, operation.first = site.layer, inputs[0]",
          "operation.layer, operation.first = site.layer, inputs[-1]"),
         ("and taken == set(operation.inputs):", "and True:"),
-        ("return takers.pop() if len(takers) == 1 else", "return takers.pop() if takers else"),
+        ("return takers.pop() if len(takers) == 1 else", "return max(takers) if takers else"),
         ("if name in RENAMED and sizes ==", "if False and sizes =="),
         ("operation.inputs.count(operation.first) == 1", "True"),
     ),
