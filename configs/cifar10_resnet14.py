@@ -6,10 +6,10 @@
         --config.data.data_dir=TFDS_DIR
 
 The first command trains the weights that all searches start from: 80 epochs, 100 minutes on one CPU
-core (AVX-512), 81.84 % of the 10,000 test images (JPEG copy). They are in
-benchmarks/cifar10_resnet14.npz, written by `python -m benchmarks.save_weights FP FILE`, so the first
-command can be left out: --config.pretrained=benchmarks/cifar10_resnet14.npz. The second searches and fine-tunes; 2 epochs of weight training take about 4 minutes
-on one core. Results of the methods are in docs/RESULTS.md.
+core (AVX-512), 81.84 % of the 10,000 test images (JPEG copy). `python -m benchmarks.save_weights FP
+FILE` wrote them to benchmarks/cifar10_resnet14.npz, so that --config.pretrained can name this file
+instead. The second command searches and fine-tunes; 2 epochs of weight training take about 4
+minutes on one core. Results of the methods are in docs/RESULTS.md.
 """
 
 from ml_collections import ConfigDict

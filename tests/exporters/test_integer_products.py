@@ -1,6 +1,7 @@
 """The ONNX files of general networks for integer kernels: what runs, and what it computes."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ SHAPE = (9, 9, 1)
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, *SHAPE), np.uint8)
 
 
+@functools.cache
 def network(name, **fields):
     settings = QuantSettings(**({"act_bits": (8, 5), "weight_bits": (8, 4)} | fields))
     return graph_of(calibrated(intercepted(name, settings, SHAPE), random_images(SHAPE)))
