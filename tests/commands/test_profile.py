@@ -72,8 +72,18 @@ def test_mistakes(config, fields, message):
         setup.make_network(own)
 
 
-def test_a_network_without_integer_kernels_is_refused(config, tmp_path):
+def test_attention_is_measured_too(config, tmp_path):
     own = config.copy_and_resolve_references()
-    own.model = {"name": "tests.helpers.own_networks:Net", "width": 4}
-    with pytest.raises(UserError, match="--mode=profile measures network.int8.onnx, but .* has no"):
-        commands.run_mode("profile", own, tmp_path)
+    own.model = {"name": "tests.helpers.own_networks:Attending"}
+    own.quant.act_bits = (8, 4)
+    found = commands.run_mode("profile", own, tmp_path)
+    with pathlib.Path(found["table"]).open(encoding="utf-8", newline="") as file:
+        layers = {row["layer"]: float(row["milliseconds"]) for row in csv.DictReader(file)}
+    assert set(layers) == {"queries", "keys", "product1", "product2", "head", "rest"}
+    assert max(layers["product1"], layers["queries"]) > 0
+
+
+def test_without_onnxruntime_it_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="measures network.int8.onnx, but .*metamix_jax.export"):
+        commands.run_mode("profile", config, tmp_path)
