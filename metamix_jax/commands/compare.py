@@ -1,6 +1,5 @@
 """--mode=compare: methods side by side, on the same network, weights, budgets and seeds."""
 
-import functools
 import hashlib
 import itertools
 import json
@@ -17,8 +16,6 @@ from ml_collections import ConfigDict
 from metamix_jax.config import default, may_change, validate
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.report import charts, tables
-from metamix_jax.selection import cost
-from metamix_jax.selection.limits import budget_of
 from metamix_jax.selection.policy import load_policy
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup
@@ -54,24 +51,17 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     runs, recorded = [], _recorded(workdir / COMPARISON)
     for number, ((method, budget, seed), own) in enumerate(configs.items()):
         identity = fingerprint(own)
-        if identity in recorded:
-            runs.append(recorded[identity])
-            continue
-        logging.info("run %d of %d: %s, budget %g, seed %d", number + 1, len(plan), method, budget,
-                     seed)  # fmt: skip
-        path = workdir / f"{method}_{budget:g}_{seed}"
-        result = train_and_evaluate(own, path)
-        jax.clear_caches()  # otherwise the compiled programs of all runs accumulate
-        summary = json.loads((path / "results.json").read_text(encoding="utf-8"))
-        policy = load_policy(path / "policy.json")
-        runs.append(
-            {"method": method, "budget": budget, "seed": seed, "config": identity}
-            | {name: result[name] for name in ("top1", "gbops", "budget_gbops", "seconds")}
-            | {"search_cost": summary["search_cost"]}
-            | {"bits": {path: list(pair) for path, pair in policy.bits.items()}}
-        )
-        _write(workdir, runs, recorded)
-    rows, pairs = _write(workdir, runs, recorded)
+        if identity not in recorded:
+            logging.info("run %d of %d: %s, budget %g, seed %d", number + 1, len(plan), method,
+                         budget, seed)  # fmt: skip
+            found = _run(own, workdir / f"{method}_{budget:g}_{seed}")
+            key = {"method": method, "budget": budget, "seed": seed, "config": identity}
+            recorded[identity] = key | found
+        runs.append(recorded[identity])
+        rows, pairs = summarise(runs), differences(runs)
+        # Recorded runs of other comparisons stay.
+        others = [run for run in recorded.values() if run not in runs]
+        write_json(workdir / COMPARISON, {"rows": rows, "pairs": pairs, "runs": [*runs, *others]})
     print(tables.comparison_table(rows))
     if pairs:
         print(tables.differences_table(pairs))
@@ -82,6 +72,18 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         "rows": rows,
         "pairs": pairs,
         "workdir": str(bucket.origin(workdir)),
+    }
+
+
+def _run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Returns what a comparison keeps of a run, which is made unless it is finished."""
+    result = train_and_evaluate(config, workdir)
+    jax.clear_caches()  # otherwise the compiled programs of all runs accumulate
+    summary = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+    policy = load_policy(workdir / "policy.json")
+    return {name: result[name] for name in ("top1", "gbops", "budget_gbops", "seconds")} | {
+        "search_cost": summary["search_cost"],
+        "bits": {path: list(pair) for path, pair in policy.bits.items()},
     }
 
 
@@ -114,17 +116,6 @@ def fingerprint(config: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
 
 
-def _write(
-    workdir: Path, runs: Sequence[Mapping[str, Any]], recorded: Mapping[str, Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Writes comparison.json and returns its rows; recorded runs of other comparisons stay."""
-    rows, pairs = summarise(runs), differences(runs)
-    known = {run["config"] for run in runs}
-    others = [run for identity, run in recorded.items() if identity not in known]
-    write_json(workdir / COMPARISON, {"rows": rows, "pairs": pairs, "runs": [*runs, *others]})
-    return rows, pairs
-
-
 def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> ConfigDict:
     """Returns the configuration of one run, checked as far as possible without data."""
     if method not in METHODS:
@@ -136,8 +127,7 @@ def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> Con
     if searcher.fit is not None:
         validate(own)
         model, costs = setup.make_model(own)
-        moments = functools.partial(cost.live_activations, model, setup.image_shape(own.data))
-        budget = budget_of(costs, own.budget, moments=moments)
+        budget = setup.make_budget(own, model, costs)
         own.update_from_flattened_dict(searcher.fit(own, costs, budget))
     setup.make_network(own)
     return own

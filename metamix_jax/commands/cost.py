@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         )
     }
     meanings = {name: unit.meaning for name, unit in cost_models.BUDGET_UNITS.items()}
-    meanings[cost_models.PEAK] = cost_models.PEAK_MEANING
+    meanings[cost_models.PEAK] = f"{cost_models.PEAK_MEANING} (as a limit)"
     print(tables.cost_table(table, totals) + tables.reachable_table(totals["reachable"], meanings))
     if reason := obstacle(model, costs, setup.image_shape(config.data)):
         print(f"not exportable: {reason}")

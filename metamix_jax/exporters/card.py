@@ -14,7 +14,7 @@ _DESCRIPTIONS = {
     "graph.json": "integer bundle: nodes, policy, activation step sizes, digests",
     "weights.bin": "integer bundle: weights at their true bit-widths",
     "scales.bin": "integer bundle: weight step sizes, biases, folded batch norm (float32)",
-    INT8: "ONNX to deploy on CPUs: integer kernels in onnxruntime, activations in 8 bits",
+    INT8: "ONNX to deploy on CPUs: layers are integer kernels in onnxruntime",
     INT4: "the same, with weights of at most 4 bits stored as INT4 (opset 21)",
     LITERT: "LiteRT to deploy on phones and boards: integer kernels, channels last",
     QCDQ: "ONNX, exact: 8-bit containers, clipped to each layer's bits",

@@ -205,7 +205,7 @@ BUDGET_UNITS = {
 
 # A limit of config.budget.limits alone: not one sum over the layers, but the greatest of several.
 PEAK = "activation_mebibytes"
-PEAK_MEANING = "MiB of activations at the peak; a limit"
+PEAK_MEANING = "MiB of activations at the peak"
 
 
 def reachable(

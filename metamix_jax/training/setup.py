@@ -59,14 +59,12 @@ def make_network(config: ConfigDict, model: Any = None, *, searches: bool = True
     check_searcher(config)
     model, costs = make_model(config, model)
     searcher = SEARCHERS[config.search.searcher]
-    moments = functools.partial(cost.live_activations, model, image_shape(config.data))
     budget, further = None, further_searches(config) if searches else {}
     if searches and searcher.choose is not None:
-        budget = budget_of(costs, config.budget, moments=moments)
+        budget = make_budget(config, model, costs)
         searcher.check_network(config, costs, budget)
     further_budgets = {
-        key: budget_of(costs, config.budget, value, moments=moments)
-        for key, value in further.items()
+        key: make_budget(config, model, costs, value) for key, value in further.items()
     }
     label = registry.label(config.model)
     return Network(model, label, image_shape(config.data), costs, budget, further_budgets)
@@ -90,6 +88,14 @@ def make_model(config: ConfigDict, given: Any = None) -> tuple[nn.Module, LayerC
         config.model, config.data.num_classes, settings, image_shape=shape, model=given
     )
     return model, cost.layer_costs(model, shape)
+
+
+def make_budget(
+    config: ConfigDict, model: nn.Module, costs: LayerCosts, value: float | None = None
+) -> Budget:
+    """Returns the budget of `limits.budget_of`, for the network of `make_model`."""
+    moments = functools.partial(cost.live_activations, model, image_shape(config.data))
+    return budget_of(costs, config.budget, value, moments=moments)
 
 
 def image_shape(config_data: ConfigDict) -> tuple[int, int, int]:

@@ -10,7 +10,14 @@ from metamix_jax.exporters import integer_plan, integer_runtime, layer_times
 from metamix_jax.exporters.graph import IMAGE
 from metamix_jax.exporters.layer_times import WARM_UP, _attributed, _kernels, _owners, owner
 from metamix_jax.networks.precision import QuantSettings
-from tests.helpers.export_networks import graph_of, pieces, quantized
+from tests.helpers.export_networks import (
+    calibrated,
+    graph_of,
+    intercepted,
+    pieces,
+    quantized,
+    random_images,
+)
 
 pytest.importorskip("onnxruntime")
 
@@ -39,6 +46,20 @@ def test_whose_a_kernel_is(graph):
         "image/levels/wide/QuantizeLinear": "stem",
     }
     assert {name: owner(name, owners) for name in expected} == expected
+
+
+def test_all_runs_of_a_layer_are_its_own():
+    settings = QuantSettings(act_bits=(8, 4), weight_bits=(4,))
+    shape = (9, 9, 1)
+    network = calibrated(intercepted("Net", settings, shape), random_images(shape))
+    steps = integer_plan.fold(graph_of(network).nodes)
+    owners = _owners(steps)
+    for kernel in ("Block_0/Conv_0@2/product/Conv", "Block_0/Conv_0/input/levels/Clip"):
+        assert owner(kernel, owners) == "Block_0/Conv_0"
+    kernels = {f"Block_0/Conv_0{run}/product/Conv": [20.0] for run in ("", "@2")}
+    found = _attributed(kernels | {"Dense_0/product/Gemm": [10.0]}, steps, 0.05)
+    assert found.layers["Block_0/Conv_0"] == pytest.approx(0.04)
+    assert not any("@" in name for name in found.layers)
 
 
 def test_what_reading_the_clock_takes_is_taken_off(graph):

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from metamix_jax.errors import UserError
 from metamix_jax.exporters import executor, integer_runtime, litert, litert_reader, litert_writer
 from metamix_jax.exporters.graph import IMAGE, normalise
+from metamix_jax.networks import own
 from metamix_jax.networks.precision import QuantSettings
 from tests.helpers import zoo
 from tests.helpers.export_networks import calibrated, graph_of, intercepted, pieces, quantized
@@ -104,6 +106,26 @@ def test_kernels_are_multiples_of_their_levels(exported):
     assert len(details) == len(exported[1].layers)
     for each in details:
         assert 63 < np.abs(interpreter.get_tensor(each["index"]).astype(int)).max() < 128
+
+
+class Twice(nn.Module):
+    """A layer that runs twice."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Conv(3, (3, 3), use_bias=False, name="layer")
+        return nn.Dense(5, name="head")(nn.relu(layer(nn.relu(layer(x)))).mean((1, 2)))
+
+
+def test_a_kernel_that_is_used_again_is_stored_once():
+    made = own.make("twice", {}, 5, WIDE, SHAPE, model=Twice())
+    graph = graph_of(calibrated(made, np.float32(PIXELS) / np.float32(255)))
+    assert [node.name for node in graph.layers] == ["layer", "layer@2", "head"]
+    schema = litert_writer.require_litert()
+    model = schema.ModelT.InitFromPackedBuf(integer_runtime.litert_file(graph, PIXELS))
+    (subgraph,) = model.subgraphs
+    buffers = {tensor.name.decode(): tensor.buffer for tensor in subgraph.tensors}
+    assert buffers["layer/kernel"] == buffers["layer@2/kernel"] != buffers["head/kernel"]
 
 
 def test_one_image_and_many(exported):

@@ -1,7 +1,7 @@
 """MetaMix with weights at their bits from the beginning, and a better choice (ours).
 
-In MetaMix weights are quantized only when the bits are chosen. Here the search runs at their bits
-already: what it trains is not undone afterwards, and the choice hears of both errors.
+In MetaMix weights are quantized only when the bits are chosen. Here the search can run at their
+bits already, so that the choice hears of both errors.
 
 The logits hear little of what single widths cost, because the mixture averages their errors. So the
 policy that they choose is only the start: it spends the budget, and layers then trade bits as long
