@@ -10,10 +10,10 @@ demo: .venv/ready  ## all phases on the embedded digits
 	python main.py --config=digits --workdir=$(WORKDIR)
 
 test: .venv/dev lint  ## what CI runs; three processes, because some wait for others
-	python -m pytest -n 3 --dist worksteal -m "not real and not faults"
+	python -m pytest -n 3 --dist worksteal -m "not real and not slow and not faults"
 
-check-real: .venv/torch  ## checks against PyTorch, and on the data and weights of ../shared
-	python -m pytest -m "(real or torch) and not faults"
+check-real: .venv/torch  ## against PyTorch, on the data and weights of ../shared, further cases
+	python -m pytest -m "(real or torch or slow) and not faults"
 
 check-faults: .venv/dev  ## hundreds of kills and damaged checkpoints, half an hour
 	python -m pytest -m faults -s

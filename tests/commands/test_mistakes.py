@@ -110,14 +110,20 @@ def test_bad_values(overrides, parts, mode, run_here, finished_copy):
     assert files_of(finished_copy) == before
 
 
-@pytest.mark.parametrize("mode", sorted(set(MODES) - {"calibrate", "diagnose"}))
+WRITING = sorted(set(MODES) - {"calibrate", "diagnose"})
+PLACES = ["file", "file/inside", "dangling", "/proc/nowhere", "long" * 100]
+
+
 @pytest.mark.parametrize(
-    "place", ["file", "file/inside", "dangling", "/proc/nowhere", "long" * 100]
+    ("place", "mode"),
+    [(place, "train") for place in PLACES]
+    + [(PLACES[number % len(PLACES)], mode) for number, mode in enumerate(WRITING)],
 )
 def test_unusable_workdirs(place, mode, run_here, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("/nowhere/at/all")
-    code, stderr = run_here(tiny_config(), tmp_path / place, mode)
+    config = tiny_config(**{"compare.methods": ("uniform",)})
+    code, stderr = run_here(config, tmp_path / place, mode)
     assert code == 2
     assert_one_error_line(stderr, place[:20])
     assert "Errno" not in stderr

@@ -69,6 +69,7 @@ def test_search_over_pairs(processes, tmp_path):
         assert found[name] == result[name], name
 
 
+@pytest.mark.slow
 def test_searcher_uniform_with_searched_weights(processes, tmp_path):
     settings = PAIRS | {"search.searcher": "uniform", "search.uniform_bits": 2}
     workdir = tmp_path / "run"

@@ -199,8 +199,8 @@ def test_an_image_that_is_not_quantized():
     ("name", "padding"),
     [
         ("resnet18", "torch"),
-        ("resnet50", "tf"),
-        ("mobilenet_v2", "tf"),
+        pytest.param("resnet50", "tf", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", "tf", marks=pytest.mark.slow),
         ("mobilenet_v3_small", "torch"),  # large has the same code
     ],
 )

@@ -26,7 +26,10 @@ from tests.helpers.tiny_network import compiled
 SHAPE = (8, 8, 3)
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), np.uint8)
 SETTINGS = QuantSettings(act_bits=(8, 5), weight_bits=(8, 4))
-NAMES = ["pieces", "whole image", "Deployed", "Net", "NnxNet", "Everything"]
+NAMES = [
+    "pieces", "whole image", "Deployed", pytest.param("Net", marks=pytest.mark.slow), "NnxNet",
+    "Everything",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -256,7 +256,13 @@ def starts():
 
 
 @pytest.mark.parametrize(
-    "phase", ["full_precision", "bit_search", "act_training", "weight_training"]
+    "phase",
+    [
+        pytest.param("full_precision", marks=pytest.mark.slow),
+        pytest.param("bit_search", marks=pytest.mark.slow),
+        pytest.param("act_training", marks=pytest.mark.slow),
+        "weight_training",
+    ],
 )
 @pytest.mark.usefixtures("optax_arithmetic")
 def test_a_step_of_every_phase_goes_as_in_float32(phase, starts):

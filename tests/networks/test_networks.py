@@ -172,13 +172,24 @@ def test_identity_shortcut_of_odd_width_is_refused_or_pads_zeros(width):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters_wanted"), [("resnet50", 25_557_032), ("resnet101", 44_549_160)]
+    ("name", "parameters_wanted"),
+    [
+        ("resnet50", 25_557_032),
+        pytest.param("resnet101", 44_549_160, marks=pytest.mark.slow),
+    ],
 )
 def test_parameters_of_the_bottleneck_networks(name, parameters_wanted):
     assert parameters(make(1000, name=name), (224, 224, 3)) == parameters_wanted  # torchvision's
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_large"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        pytest.param("mobilenet_v2", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v3_large", marks=pytest.mark.slow),
+    ],
+)
 def test_padding_changes_neither_shapes_nor_cost(name):
     shape = (224, 224, 3)
     torch, tf = (make(1000, name=name, padding=padding) for padding in ("torch", "tf"))

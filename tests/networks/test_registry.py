@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from metamix_jax.errors import UserError
 from metamix_jax.networks import registry
 from metamix_jax.networks.registry import ARCHITECTURES
-from metamix_jax.selection.cost import layer_costs
 from tests.helpers import zoo
 from tests.helpers.config_fields import ROOT
 
@@ -36,7 +35,17 @@ def test_every_network_of_every_file_is_known():
     assert len({architecture.module for architecture in found}) == len(found)
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+# These have the code of others.
+ALIKE = {"resnet34", "resnet50", "resnet101", "mobilenet_v3_large", "deit_tiny"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name
+        for name in sorted(ARCHITECTURES)
+    ],
+)
 def test_what_a_network_offers(name):
     architecture, model = ARCHITECTURES[name], make(name)
     assert type(model.network.module) is architecture.module
@@ -44,7 +53,7 @@ def test_what_a_network_offers(name):
     assert registry.label(ConfigDict({"name": name})) == name
     assert 0 < model.bn_momentum < 1 and architecture.torch_names.modules
     if architecture.shortcut is not None and name != "cifar_resnet":  # its shortcut is optional
-        paths = layer_costs(model, (33, 33, 3))
+        paths = zoo.layer_costs(name, classes=3)
         assert any(path.endswith(f"/{architecture.shortcut}") for path in paths)
 
 

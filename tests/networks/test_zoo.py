@@ -28,7 +28,14 @@ def make(name, **fields):
     return registry.make(config_model, 1000, QuantSettings(), image_shape=SHAPE)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("mobilenet_v3_small", "vit_tiny")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in NETWORKS
+    ],
+)  # fmt: skip
 def test_published_parameters_and_costs(name):
     model, (parameters, layers, products) = make(name), NETWORKS[name]
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}

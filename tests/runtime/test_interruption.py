@@ -51,6 +51,7 @@ def test_second_interrupt_stops_at_once(processes, tmp_path):
     assert done.stderr.endswith("second SIGINT: stopping immediately, nothing saved\n")
 
 
+@pytest.mark.faults
 def test_late_second_sigterm_stops_at_once(processes, tmp_path):
     workdir = tmp_path / "run"
     arguments = command(f"--workdir={workdir}", signal_grace_seconds=0.1)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 def costs_of(name, size, settings=None, classes=10, **fields):
     settings = settings or QuantSettings(act_bits=BITS)
     shape = (size, size, 3)
-    return cost.layer_costs(zoo.make(name, settings, shape, classes, **fields), shape)
+    return zoo.layer_costs(name, settings, shape, classes, **fields)
 
 
 def rounded(value, digits=4):

@@ -362,7 +362,14 @@ def run_three_steps(name, devices, config, network, state, branches):
     return states, rows
 
 
-@pytest.mark.parametrize("name", list(ROWS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("bit_meta", "bit_search", "weight_training")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in ROWS
+    ],
+)  # fmt: skip
 def test_one_and_two_devices_agree_with_one_compilation(name, network, state, branches):
     # Not Adam, which takes a full step along a gradient that is zero up to rounding.
     config = make_config(**{"optimizer.name": "sgd"})

@@ -84,7 +84,9 @@ def network():
 
 CASES = [
     ("bit_search", {}),
-    ("bit_meta", {"bit_meta.loss": "last", "accumulation_steps": 2}),
+    pytest.param(
+        "bit_meta", {"bit_meta.loss": "last", "accumulation_steps": 2}, marks=pytest.mark.slow
+    ),
     ("weight_training", {"max_skipped_steps": 1}),
 ]
 
