@@ -5,9 +5,10 @@
 
 Draws random policies of equal cost, fine-tunes each from the same weights with the same data order,
 and prints the spread of their accuracies: best minus median is the most that a searcher can gain
-over a random choice. With a meta-state, the workdir of a finished `--mode=search`, also the loss of
-each policy there (selection/policy_loss.py), which takes seconds, and its rank correlation with
-the accuracy. Each run has a workdir in OUT, so an interrupted benchmark can be resumed.
+over a random choice. With a meta-state, the workdir of a finished `--mode=search`, also what two
+yardsticks that take seconds say of each policy, and their rank correlations with the accuracy: its
+loss on the meta-state (selection/policy_loss.py), and its sensitivity, the sum of `hessian`'s
+Omegas. Each run has a workdir in OUT, so an interrupted benchmark can be resumed.
 OUT/ceiling.json contains the table. CONFIG is a recipe; overrides are --config.FIELD=VALUE without
 `--config.`, such as pretrained=runs/fp.
 """
@@ -54,7 +55,7 @@ def main() -> None:
     })  # fmt: skip
     config.search.searcher = "random"
     network = setup.make_network(config)
-    loss_at = _loss_on(options.meta_state) if options.meta_state else None
+    yardsticks = _yardsticks(options.meta_state) if options.meta_state else {}
     rows = []
     for number in range(options.policies):
         branches = random.draw(network.budget, np.random.default_rng(number))
@@ -70,8 +71,7 @@ def main() -> None:
         own.search.searcher, own.search.policy = "file", str(path)
         result = train_and_evaluate(own, options.out / f"run_{number}")
         rows.append({"policy": number, "top1": result["top1"], "gbops": result["gbops"]})
-        if loss_at:
-            rows[-1]["loss"] = loss_at(branches)
+        rows[-1] |= {name: float(worth(branches)) for name, worth in yardsticks.items()}
         top1 = [row["top1"] for row in rows]
         table = {
             "rows": rows,
@@ -80,19 +80,21 @@ def main() -> None:
             "worst": min(top1),
             "deviation": statistics.stdev(top1) if len(top1) > 1 else 0.0,
         }
-        if loss_at and len(rows) > 2:
-            found = stats.spearmanr([row["loss"] for row in rows], top1)
-            table["rank correlation"] = float(found.statistic)
-            table["p value"] = float(found.pvalue)
+        for name in yardsticks if len(rows) > 2 else ():
+            found = stats.spearmanr([row[name] for row in rows], top1)
+            table[f"{name}, rank correlation"] = float(found.statistic)
+            table[f"{name}, p value"] = float(found.pvalue)
         (options.out / "ceiling.json").write_text(json.dumps(table, indent=1) + "\n")
+        correlations = [
+            f", {name} {value:.2f}" for name, value in table.items() if "correlation" in name
+        ]
         print(f"{number + 1} of {options.policies}: top-1 {result['top1']:.2f}, best "
               f"{table['best']:.2f}, median {table['median']:.2f}, deviation "
-              f"{table['deviation']:.2f}, rank correlation "
-              f"{table.get('rank correlation', float('nan')):.2f}", flush=True)  # fmt: skip
+              f"{table['deviation']:.2f}" + "".join(correlations), flush=True)  # fmt: skip
 
 
-def _loss_on(workdir: Path):
-    """Returns the loss of a policy on a meta-state."""
+def _yardsticks(workdir: Path):
+    """Returns name -> what it says of a policy (its branches) on a meta-state."""
     import numpy as np
 
     from metamix_jax import recipes
@@ -100,6 +102,7 @@ def _loss_on(workdir: Path):
     from metamix_jax.runtime import sharding
     from metamix_jax.selection.context import SearchContext
     from metamix_jax.selection.policy_loss import policy_loss
+    from metamix_jax.selection.searchers import hessian
     from metamix_jax.training import setup
     from metamix_jax.training.start_weights import load_checkpoint
 
@@ -120,7 +123,13 @@ def _loss_on(workdir: Path):
         variables=state.variables, logits={}, batches=batches,
     )  # fmt: skip
     trained = state.phase.evaluation.weights == "quantized"
-    return policy_loss(context, BATCHES, weight_steps=trained)
+    omegas = hessian.omegas(context)
+
+    def sensitivity(branches) -> float:
+        return sum(omegas[path][branch] for path, branch in branches.items())
+
+    loss = policy_loss(context, BATCHES, weight_steps=trained)
+    return {"loss": loss, "sensitivity": sensitivity}
 
 
 def _literal(text: str):

@@ -39,6 +39,12 @@ KEY = 3  # folded into the seed's key; 0 to 2 are for initialization and dropout
 
 def choose(context: SearchContext) -> dict[str, Bits]:
     """Returns the policy with the smallest total Omega within the budget."""
+    values = {path: -row for path, row in omegas(context).items()}
+    return knapsack.best_policy(values, context.costs, context.budget)
+
+
+def omegas(context: SearchContext) -> dict[str, np.ndarray]:
+    """Returns searched layer -> Omega of each branch, on the first training images."""
     config = context.config
     variables = {name: context.variables[name] for name in ("params", "batch_stats")}
     batches = list(context.batches(-(-IMAGES // config.batch_size)))
@@ -47,9 +53,7 @@ def choose(context: SearchContext) -> dict[str, Bits]:
     for number, kind in enumerate(sorted({name.rsplit("/", 1)[1] for name in errors})):
         key = jax.random.fold_in(jax.random.key(config.seed), KEY + number)
         traces |= mean_traces(context.model, variables, batches, kind, key)
-    omegas = sensitivities(context.costs, traces, errors)
-    values = {path: -omega for path, omega in omegas.items()}
-    return knapsack.best_policy(values, context.costs, context.budget)
+    return sensitivities(context.costs, traces, errors)
 
 
 def sensitivities(
@@ -64,7 +68,7 @@ def sensitivities(
 
     Widths that are not searched would add a constant, and are left out.
     """
-    omegas = {}
+    found = {}
     for path, cost in costs.items():
         if not cost.searched:
             continue
@@ -76,8 +80,8 @@ def sensitivities(
                 # better; with the lower bound, the layer gets the bits that the others leave.
                 least = LEAST * max(traces.values())
                 omega += max(traces[name], least) * errors[name].reshape(shape)
-        omegas[path] = omega.ravel()
-    return omegas
+        found[path] = omega.ravel()
+    return found
 
 
 def mean_errors(
