@@ -160,9 +160,6 @@ MUTATIONS = (
     *_rows(
         "metamix_jax/selection/searchers/metamix_plus.py", "tests/selection/test_metamix_plus.py",
         ("if best >= now:", "if best > now + 1:"),
-        ("epochs=phase.epochs + more", "epochs=phase.epochs"),
-        ("phases.WEIGHT_STEPS if update.trains & phases.WEIGHTS else set()", "set()"),
-        ("phases.WEIGHT_STEPS if update.trains & phases.WEIGHTS else set()", "phases.WEIGHT_STEPS"),
         (">= least and budget.admits(bits_at(costs, moved)):", ">= least:"),
         ("if model.cost_of(moved) >= least and", "if"),
     ),

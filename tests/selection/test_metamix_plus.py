@@ -17,7 +17,6 @@ from metamix_jax.selection.cost_models import BUDGET_UNITS
 from metamix_jax.selection.policy_loss import policy_loss
 from metamix_jax.selection.searchers import metamix, metamix_plus
 from metamix_jax.training import setup
-from metamix_jax.training.schedule import make_spans
 from metamix_jax.training.step.batch_step import training_images
 from tests.helpers.hand_made_costs import PAIR_COSTS
 from tests.helpers.tiny_network import calibrated_state, make_batch, make_config
@@ -81,8 +80,7 @@ def test_nothing_changes_where_nothing_differs():
 
 @pytest.fixture(scope="module")
 def trained():
-    config = make_config(**{"quant.act_bits": (8, 4, 2), "search.searcher": "metamix_plus",
-                            "search.quantized_weights": False})  # fmt: skip
+    config = make_config(**{"quant.act_bits": (8, 4, 2), "search.searcher": "metamix_plus"})
     network = setup.make_network(config)
     batches = [make_batch(seed) for seed in range(2)]
     state = calibrated_state(config, network, batches[0])
@@ -157,37 +155,3 @@ def test_steps_that_the_search_trained_are_kept():
         )  # fmt: skip
         losses.append(policy_loss(context, 1, weight_steps=True)(choice))
     assert losses[0] != pytest.approx(losses[1], rel=1e-6)
-
-
-def phases_of(**fields):
-    config = make_config(**{"search.searcher": "metamix_plus", **fields})
-    return [row(config) for row in metamix_plus.SEARCHER.phases], [
-        row(config) for row in metamix.SEARCHER.phases
-    ]
-
-
-def test_weights_have_their_bits_from_the_beginning():
-    own, paper = phases_of(**{"weight_training.act_epochs": 0.5, "weight_training.epochs": 2.0})
-    assert [phase.name for phase in own] == [phase.name for phase in paper]
-    assert [phase.evaluation.weights for phase in own[:2]] == ["quantized"] * 2
-    for phase, before in zip(own[:2], paper[:2], strict=True):
-        for update, given in zip(phase.updates, before.updates, strict=True):
-            assert update.precision.weights == "quantized" != given.precision.weights
-            assert update.precision.activations == given.precision.activations
-            steps = {"weight_steps"} if "kernels" in given.trains else set()
-            assert update.trains == given.trains | steps
-    assert (own[2].epochs, own[3].epochs) == (0.0, 2.5)
-    assert sum(phase.epochs for phase in own) == sum(phase.epochs for phase in paper)
-
-
-def test_without_that_its_training_is_metamixs():
-    own, paper = phases_of(**{"search.quantized_weights": False})
-    assert own == paper
-
-
-def test_steps_of_weights_are_initialized_once():
-    fields = {"bit_meta.epochs": 1.0, "bit_search.epochs": 1.0, "weight_training.act_epochs": 1.0}
-    config = make_config(**{"search.searcher": "metamix_plus", **fields})
-    phases = [row(config) for row in metamix_plus.SEARCHER.phases]
-    spans = make_spans(phases, steps_per_epoch=2.0)
-    assert [span.calibrates_weights for span in spans] == [True, False, False]

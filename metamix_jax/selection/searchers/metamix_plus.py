@@ -1,24 +1,19 @@
-"""MetaMix with weights at their bits from the beginning, and a better choice (ours).
-
-In MetaMix weights are quantized only when the bits are chosen. Here the search can run at their
-bits already, so that the choice hears of both errors.
+"""MetaMix with a better choice: its budget spent, then exchanges of bits (ours).
 
 The logits hear little of what single widths cost, because the mixture averages their errors. So the
 policy that they choose is only the start: it spends the budget, and layers then trade bits as long
 as the network at the chosen bits gets better on training batches (selection/policy_loss.py).
 """
 
-import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from metamix_jax.fields import Field, at_least
 from metamix_jax.networks.precision import Bits
-from metamix_jax.selection import knapsack, phases
+from metamix_jax.selection import knapsack
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import LayerCosts, bits_at
@@ -31,54 +26,11 @@ TRIES = 12  # moves whose loss is computed, of those that look best
 Choice = Mapping[str, int]
 
 
-def bit_meta(config: ConfigDict) -> phases.Phase:
-    """Bit-meta training, at the weights' bits."""
-    return _at_weight_bits(phases.bit_meta(config), config)
-
-
-def bit_search(config: ConfigDict) -> phases.Phase:
-    """Bit-search training, at the weights' bits."""
-    return _at_weight_bits(phases.bit_search(config), config)
-
-
-def act_training(config: ConfigDict) -> phases.Phase:
-    """The stage with full-precision weights; left out if they are quantized already."""
-    phase = phases.act_training(config)
-    epochs = 0.0 if config.search.quantized_weights else phase.epochs
-    return dataclasses.replace(phase, epochs=epochs)
-
-
-def weight_training(config: ConfigDict) -> phases.Phase:
-    """The last stage, and as long as both where there is one."""
-    phase, options = phases.weight_training(config), config.weight_training
-    more = options.act_epochs if config.search.quantized_weights else 0.0
-    return dataclasses.replace(phase, epochs=phase.epochs + more)
-
-
-def _at_weight_bits(phase: phases.Phase, config: ConfigDict) -> phases.Phase:
-    """Returns a phase in which weights are quantized; what trains them trains their steps too."""
-    if not config.search.quantized_weights:
-        return phase
-    updates = tuple(
-        dataclasses.replace(
-            update,
-            precision=dataclasses.replace(update.precision, weights="quantized"),
-            trains=update.trains
-            | (phases.WEIGHT_STEPS if update.trains & phases.WEIGHTS else set()),
-        )
-        for update in phase.updates
-    )
-    evaluation = dataclasses.replace(phase.evaluation, weights="quantized")
-    return dataclasses.replace(phase, updates=updates, evaluation=evaluation)
-
-
 def choose(context: SearchContext) -> dict[str, Bits]:
     """Returns the improved policy; it costs no more than the budget and its limits."""
     options = context.config.search
     start = metamix.choose(context, least_spent=LEAST_SPENT)
-    if not options.exchange_rounds:
-        return start
-    trained = options.quantized_weights or len(context.config.quant.weight_bits) > 1
+    trained = len(context.config.quant.weight_bits) > 1
     loss = policy_loss(context, options.exchange_batches, weight_steps=trained)
     choice = {path: context.costs[path].candidates.index(start[path]) for path in context.logits}
     found = improved(choice, loss, context.costs, context.budget, options.exchange_rounds)
@@ -167,23 +119,15 @@ def _moves(
 
 SEARCHER = Searcher(
     name="metamix_plus",
-    summary="`metamix` with weights at their bits from the beginning and its budget spent, then "
-    "exchanges of bits between layers while the loss of the meta-state at the chosen bits falls "
-    "(ours)",
-    phases=(bit_meta, bit_search, act_training, weight_training),
+    summary="`metamix` with its budget spent, then exchanges of bits between layers while the loss "
+    "of the meta-state at the chosen bits falls (ours)",
+    phases=metamix.SEARCHER.phases,
     choose=choose,
     fields=(
-        Field("search.quantized_weights", True, "Whether weights have their bits already in the "
-              "search of `metamix_plus`, which then needs no `weight_training.act_epochs` and adds "
-              "them to the rest."),
-        Field("search.exchange_rounds", 8, "Most exchanges of searcher `metamix_plus`. 0: none.",
-              at_least(0)),
+        Field("search.exchange_rounds", 8, "Most exchanges of searcher `metamix_plus`; without "
+              "any it would be `metamix_spent`.", at_least(1)),
         Field("search.exchange_batches", 4, "Training batches on which `metamix_plus` measures the "
               "loss.", at_least(1)),
     ),
     check=metamix.check_epochs,
-    variants={
-        "metamix_plus_late_weights": {"search.quantized_weights": False},
-        "metamix_plus_no_exchange": {"search.exchange_rounds": 0},
-    },
 )  # fmt: skip
