@@ -4,8 +4,8 @@
 #   bash benchmarks/gpu_checks.sh PART DATA OUT [PART ...]
 #
 # Each part prints a table last and leaves JSON in OUT; a later part may run alone. With TINY=1 the
-# same commands run at sizes that a CPU can do, to see that they run: figures mean nothing. It needs a
-# Python with requirements-gpu.txt (and torch, for that column). DATA is used by `rate` and `train`
+# same commands run at sizes that a CPU can do, to see that they run: figures mean nothing. It needs
+# a Python with requirements-gpu.txt (and torch, for that column). DATA is used by `rate` and `train`
 # only. It holds tfds/cifar10 (52 MB) and resnet20-12fca82f.npz: carry those two and nothing else.
 # The weights are the .th file saved again as .npz, so that torch is not needed there:
 #   python -c "import numpy as np; from metamix_jax.networks.torch_weights import read_weights; \
@@ -15,10 +15,11 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/tmp/gpu_checks/ca
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 PYTHONUNBUFFERED=1
 DATA=${2:?usage: gpu_checks.sh PART DATA OUT} OUT=${3:?usage: gpu_checks.sh PART DATA OUT}
 mkdir -p "$OUT" "$JAX_COMPILATION_CACHE_DIR"
-tiny_steps=() tiny_run=() tiny_limits=() tiny_integers=() images=$((4000 * 128))
+limit=240 images=$((4000 * 128)) tiny_steps=() tiny_run=() tiny_limits=() tiny_integers=()
 if [[ ${TINY:-} ]]; then
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0"
-  tiny_steps=(--batch_size=2 --image_size=32 --steps=1 --repetitions=1)
+  # With few positions behind each statistic of batch norm, roundings of bfloat16 tell.
+  tiny_steps=(--batch_size=16 --image_size=32 --steps=1 --repetitions=1 --apart=0.5)
   tiny_run=(--config.batch_size=16 --config.eval.batch_size=16 --config.log_every_steps=1)
   tiny_run+=(--config.data.eval_split='test[:64]' --config.eval.bn_reestimate_batches=1)
   for phase in full_precision bit_meta bit_search weight_training; do
@@ -27,22 +28,24 @@ if [[ ${TINY:-} ]]; then
   tiny_run+=(--config.weight_training.act_epochs=0.001 --config.checkpoint_every_steps=100)
   tiny_limits=(--batch_size=2 --image_size=32 --mebibytes=4 --repetitions=2)
   tiny_integers=(--image_size=32 --batch_size=2 --repetitions=2)
-  images=$((3 * 16))
+  limit=1800 images=$((3 * 16))
 fi
 eager='' compiled=''
 if python -c "import torch" 2> /dev/null; then eager=,torch compiled=,torch_compiled; fi
 
 steps() {  # name of the results, then options of steps.py
   local name=$1; shift
-  timeout --foreground 240 python benchmarks/steps.py --check_images=0 --steps=10 --repetitions=3 \
-    --compile_seconds=180 --json="$OUT/$name.json" "$@" "${tiny_steps[@]}" 2> >(tee "$OUT/$name.log" >&2) \
+  timeout --foreground $limit python benchmarks/steps.py --check_images=0 --steps=10 \
+    --repetitions=3 --compile_seconds=$((limit - 60)) --json="$OUT/$name.json" "$@" \
+    "${tiny_steps[@]}" 2> >(tee "$OUT/$name.log" >&2) \
     | tee "$OUT/$name.txt"
 }
 
 cifar() {  # name, then overrides: a run on CIFAR-10 from the trained weights
   local name=$1; shift
   python main.py --config=cifar10_resnet20 --workdir="/tmp/gpu_checks/$name" \
-    --config.data.data_dir="$DATA/tfds" "$@" "${tiny_run[@]}" 2> >(tee "$OUT/$name.log" >&2) > "$OUT/$name.out"
+    --config.data.data_dir="$DATA/tfds" "$@" "${tiny_run[@]}" \
+    2> >(tee "$OUT/$name.log" >&2) > "$OUT/$name.out"
   tail -n 1 "$OUT/$name.out" | sed "s/^RESULT //" | tee "$OUT/$name.result"
 }
 
