@@ -363,7 +363,7 @@ MUTATIONS = (
         "metamix_jax/selection/searchers/hessian.py", "tests/selection/test_hessian.py",
         ("IMAGES = 512", "IMAGES = 128"),
         ("omega += max(traces[name], least)", "omega += abs(traces[name])"),
-        ("values = {path: -omega for", "values = {path: omega for"),
+        ("values = {path: -row for", "values = {path: row for"),
     ),
     *_rows(
         "metamix_jax/selection/searchers/ompq.py", "tests/selection/test_ompq.py",
