@@ -84,9 +84,7 @@ def network():
 
 CASES = [
     ("bit_search", {}),
-    pytest.param(
-        "bit_meta", {"bit_meta.loss": "last", "accumulation_steps": 2}, marks=pytest.mark.slow
-    ),
+    ("bit_meta", {"bit_meta.loss": "last", "accumulation_steps": 2}),
     ("weight_training", {"max_skipped_steps": 1}),
 ]
 
