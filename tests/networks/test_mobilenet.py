@@ -13,7 +13,7 @@ from metamix_jax.networks import registry
 from metamix_jax.networks.precision import QuantSettings
 from metamix_jax.networks.torch_layers import batch_norm
 from metamix_jax.networks.torch_weights import read_weights, torch_name
-from metamix_jax.networks.zoo.mobilenet import InvertedResidual
+from metamix_jax.networks.zoo.mobilenet import InvertedResidual, MobileNetV2
 from metamix_jax.networks.zoo.mobilenet_v3 import V3_LARGE
 from metamix_jax.selection import cost
 from tests.helpers import zoo
@@ -66,6 +66,40 @@ def test_cost_anchors(name, macs, layers, gbops, gbops_with_32_bit_image):
         totals = cost.totals(costs)
         assert round(totals["macs"] / 1e6, 3) == macs
         assert round(totals["gbops_uniform"]["4"], 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("total_stride", "strided"),
+    [
+        (32, {"stem", "block2", "block4", "block7", "block14"}),
+        (16, {"block2", "block4", "block7", "block14"}),
+        (8, {"block4", "block7", "block14"}),
+        (1, set()),
+    ],
+)
+def test_a_smaller_total_stride_keeps_the_resolution_of_the_first_layers(total_stride, strided):
+    module = MobileNetV2(num_classes=10, total_stride=total_stride)
+    strides = {}
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, nn.Conv) and max(context.module.strides) > 1:
+            strides[context.module.path[0]] = context.module.strides
+        return call(*args, **kwargs)
+
+    images = jnp.zeros((1, 32, 32, 3))
+    with nn.intercept_methods(note):
+        jax.eval_shape(module.init, jax.random.key(0), images)
+    assert strides == dict.fromkeys(strided, (2, 2))
+
+
+# Channels as in torchvision with width_mult=0.35, whose scores test_zoo.py compares.
+def test_width_scales_all_channels_but_the_last():
+    module = MobileNetV2(num_classes=10, width=0.35)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    features = [shapes[f"block{block}"]["project"]["kernel"].shape[-1] for block in range(1, 18)]
+    assert shapes["stem"]["kernel"].shape == (3, 3, 3, 16)
+    assert features == [8, *[8] * 2, *[16] * 3, *[24] * 4, *[32] * 3, *[56] * 3, 112]
+    assert shapes["last_conv"]["kernel"].shape == (1, 1, 112, 1280)
 
 
 @pytest.mark.parametrize(

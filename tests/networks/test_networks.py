@@ -152,6 +152,14 @@ def test_first_and_last_layer_are_fixed():
             {"name": "cifar_resnet", "shortcut": "convs"},
             r"config\.model\.shortcut='convs': expected identity or conv",
         ),
+        (
+            {"name": "mobilenet_v2", "width": 0.0},
+            r"config\.model\.width=0\.0: expected more",
+        ),
+        (
+            {"name": "mobilenet_v2", "total_stride": 12},
+            r"config\.model\.total_stride=12: expected one of 1, 2, 4, 8, 16, 32",
+        ),
     ],
 )
 def test_unknown_networks_fields_and_values(fields, message):

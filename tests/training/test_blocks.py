@@ -19,6 +19,7 @@ from metamix_jax.training.step import blocks
 from metamix_jax.training.step.batch_step import make_train_step
 from tests.helpers.processes import TOTAL, assert_same_run, command, rows_of
 from tests.helpers.tiny_network import (
+    BITS,
     calibrated_state,
     compiled,
     entered,
@@ -128,6 +129,39 @@ def test_a_block_is_its_steps_one_by_one(phase, overrides, network):
         for path in wanted:
             size = max(np.linalg.norm(wanted[path]), 1e-1)
             assert np.linalg.norm(found[path] - wanted[path]) / size < tolerance, path
+
+
+META_UPDATE = ["zeros", *["add_part"] * len(BITS), "descend"]
+OTHER_UPDATE = ["zeros", "add_part", "descend"]
+
+
+@pytest.mark.parametrize(
+    ("phase", "updates"),
+    [
+        ("bit_search", META_UPDATE + OTHER_UPDATE),
+        ("bit_meta", META_UPDATE),
+        ("weight_training", OTHER_UPDATE),
+    ],
+)
+def test_a_block_launches_one_program_and_a_single_step_several(phase, updates, network):
+    config = make_config()
+    state = entered(calibrated_state(config, network, make_batch()), phase, config)
+    step, scanned = (
+        make_train_step(
+            network.model, span_of(phase, config), config, network.budget, None, scan=scan
+        )
+        for scan in (False, True)
+    )
+    batch, branches = make_batch(), make_branches(network)
+    assert launched(step, state, batch, branches, {}) == ["prepare", *updates, "count"]
+    block = {key: np.stack([rows] * STEPS) for key, rows in batch.items()}
+    assert launched(blocks.in_blocks(scanned), state, block, {}, branches, {}) == ["run"]
+
+
+def launched(function, *arguments):
+    """Returns the programs of one call by name: the equations outside any compiled function."""
+    equations = jax.make_jaxpr(function)(*arguments).eqns
+    return [eqn.params.get("name", eqn.primitive.name) for eqn in equations]
 
 
 @pytest.mark.parametrize("resident", [False, True])

@@ -4,13 +4,21 @@ Quantizers come out as in MetaMix's code: linear bottleneck outputs are signed, 
 unsigned, hswish outputs unsigned after a shift of 3/8; squeeze-and-excite layers are searched too.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from metamix_jax.networks.architecture import Architecture, Rules, TorchNames
+from metamix_jax.errors import UserError
+from metamix_jax.networks.architecture import (
+    Architecture,
+    Fields,
+    Rules,
+    TorchNames,
+    check_padding,
+)
 from metamix_jax.networks.torch_layers import batch_norm, conv
 
 DROPOUT = 0.2
@@ -25,6 +33,7 @@ V2_STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+V2_TOTAL_STRIDES = (1, 2, 4, 8, 16, 32)
 
 
 class InvertedResidual(nn.Module):
@@ -69,31 +78,63 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNet-v2 of width 1.0."""
+    """MobileNet-v2.
+
+    width: factor of all channels but the last convolution's, which has at least 1280.
+    total_stride: height of images over that of the last features; below 32, the first strides of 2
+      become 1. Images of 32 pixels need 8 or 16.
+    padding: "torch", or "tf" for TensorFlow's SAME.
+    """
 
     num_classes: int
-    padding: str = "torch"  # "tf": TensorFlow's SAME
+    width: float = 1.0
+    total_stride: int = 32
+    padding: str = "torch"
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Returns class scores [n, num_classes] of normalized images [n, h, w, 3]."""
-        x = conv(32, 3, 2, padding=self.padding, name="stem")(x)
+        stem_stride, *strides = _strides(self.total_stride)
+        stem_channels = _divisible_by_8(32 * self.width)
+        x = conv(stem_channels, 3, stem_stride, padding=self.padding, name="stem")(x)
         x = nn.relu6(batch_norm(train, "stem_bn")(x))
         block = 0
-        for factor, features, repeats, stride in V2_STAGES:
+        for (factor, channels, repeats, _), stride in zip(V2_STAGES, strides, strict=True):
             for repeat in range(repeats):
                 block += 1
                 x = InvertedResidual(
                     factor * x.shape[-1],
-                    features,
+                    _divisible_by_8(channels * self.width),
                     stride=stride if repeat == 0 else 1,
                     activation=nn.relu6,
                     padding=self.padding,
                     name=f"block{block}",
                 )(x, train)
-        x = nn.relu6(batch_norm(train, "last_bn")(conv(1280, 1, name="last_conv")(x)))
+        x = conv(_divisible_by_8(1280 * max(1.0, self.width)), 1, name="last_conv")(x)
+        x = nn.relu6(batch_norm(train, "last_bn")(x))
         x = nn.Dropout(DROPOUT, deterministic=not train)(jnp.mean(x, axis=(1, 2)))
         return nn.Dense(self.num_classes, name="classifier")(x)
+
+
+def _strides(total_stride: int) -> list[int]:
+    """Returns the strides of the stem and the stages."""
+    strides = [2, *(stride for _, _, _, stride in V2_STAGES)]
+    for position in range(len(strides)):
+        if math.prod(strides) > total_stride:
+            strides[position] = 1
+    return strides
+
+
+def check_v2(fields: Fields, source: str) -> None:
+    """Raises UserError for an invalid padding, width or total stride."""
+    check_padding(fields, source)
+    if not 0 < fields.get("width", 1.0) <= 64:
+        raise UserError(f"{source}.width={fields['width']}: expected more than 0, at most 64")
+    if fields.get("total_stride", 32) not in V2_TOTAL_STRIDES:
+        raise UserError(
+            f"{source}.total_stride={fields['total_stride']}: expected one of "
+            f"{', '.join(map(str, V2_TOTAL_STRIDES))}"
+        )
 
 
 def _divisible_by_8(channels: float) -> int:
@@ -124,4 +165,6 @@ V2_TORCH_NAMES = TorchNames(
     )
 )
 
-ARCHITECTURES = (Architecture("mobilenet_v2", MobileNetV2, torch_names=V2_TORCH_NAMES),)
+ARCHITECTURES = (
+    Architecture("mobilenet_v2", MobileNetV2, check=check_v2, torch_names=V2_TORCH_NAMES),
+)
