@@ -9,7 +9,6 @@ are.
 """
 
 import argparse
-import ast
 import collections
 import json
 import statistics
@@ -18,13 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from metamix_jax.commands.profile import stand_ins
+from metamix_jax.commands.profile import stand_in_graph
 from metamix_jax.exporters import card, integer_runtime, onnx_files
-from metamix_jax.exporters.build import build_graph
 from metamix_jax.exporters.graph import IMAGE
 from metamix_jax.networks.precision import Bits
-from metamix_jax.recipes import load_config
-from metamix_jax.selection.policy import make_policy
+from metamix_jax.recipes import load_config, parse_fields
 from metamix_jax.training import setup
 
 WARM_UP = 3
@@ -48,14 +45,6 @@ def kernel_times(content: bytes, images: np.ndarray, rounds: int) -> dict[str, t
     return {kind: tuple(row) for kind, row in found.items()}
 
 
-def literal(text: str) -> object:
-    """Returns the value of a flag: a number, tuple or name."""
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe")
@@ -64,19 +53,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("fields", nargs="*")
     options = parser.parse_intermixed_args()
-    given = dict(text.split("=", 1) for text in options.fields)
-    config = load_config(options.recipe, **{key: literal(text) for key, text in given.items()})
+    config = load_config(options.recipe, **parse_fields(options.fields))
     model, costs = setup.make_model(config)
     image_shape, generator = setup.image_shape(config.data), np.random.default_rng(0)
-    widths = {path: (options.bits, layer.weight_bits[0]) for path, layer in costs.items()}
-    bits = {path: Bits(*widths[path]) if layer.searched else layer.candidates[0]
-            for path, layer in costs.items()}  # fmt: skip
-    facts = {"model": "random", "image_size": image_shape[0], "searcher": "uniform", "seed": 0}
-    policy = make_policy(costs, bits, budget_gbops=0.0, **facts)
-    graph = build_graph(
-        model, stand_ins(model, image_shape), policy,
-        image_shape=image_shape, mean=(0.5,), std=(0.25,),
-    )  # fmt: skip
+    bits = {
+        path: Bits(options.bits, layer.weight_bits[0]) if layer.searched else layer.candidates[0]
+        for path, layer in costs.items()
+    }
+    graph = stand_in_graph(model, costs, image_shape, bits)
     pixels = generator.integers(0, 256, (8, *image_shape), np.uint8)
     images = generator.normal(size=(options.batch, *image_shape)).astype(np.float32)
     images = integer_runtime.channels_first(images)

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from metamix_jax.commands.profile import stand_ins
+from metamix_jax.commands.profile import stand_in_graph
 from metamix_jax.exporters import integer_runtime
-from metamix_jax.exporters.build import build_graph
 from metamix_jax.recipes import load_config
 from metamix_jax.selection.cost import bits_at
 from metamix_jax.selection.cost_models import latency_model
 from metamix_jax.selection.latency import read_latencies
-from metamix_jax.selection.policy import make_policy
 from metamix_jax.training import setup
 
 
@@ -33,18 +31,17 @@ def main() -> None:
     model, costs = setup.make_model(config)
     shape = setup.image_shape(config.data)
     predicted = latency_model(costs, read_latencies(options.table, costs, "TABLE"))
-    generator, variables = np.random.default_rng(0), stand_ins(model, shape)
+    generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (8, *shape), np.uint8)
-    facts = {"model": "random", "image_size": shape[0], "searcher": "random", "seed": 0}
     files, expected = {}, {}
     for number in range(options.policies):
         branches = {
             path: int(generator.integers(len(layer.candidates))) for path, layer in costs.items()
         }
-        policy = make_policy(costs, bits_at(costs, branches), budget_gbops=0.0, **facts)
-        graph = build_graph(model, variables, policy, image_shape=shape, mean=(0.5,), std=(0.25,))
+        bits = bits_at(costs, branches)
+        graph = stand_in_graph(model, costs, shape, bits)
         files[str(number)] = integer_runtime.integer_files(graph, pixels)[0]
-        expected[str(number)] = predicted.cost(policy.bits)
+        expected[str(number)] = predicted.cost(bits)
     measured = integer_runtime.milliseconds(files, graph)
     rows = [
         {"predicted": expected[name], "measured": measured[name],

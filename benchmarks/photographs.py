@@ -8,12 +8,12 @@ such as model.padding=tf.
 """
 
 import argparse
-import ast
 import json
 from pathlib import Path
 
 import metamix_jax
 from metamix_jax.exporters import card
+from metamix_jax.recipes import parse_fields
 from metamix_jax.selection import cost
 from metamix_jax.selection.policy import make_policy
 from metamix_jax.training import setup
@@ -28,10 +28,7 @@ def main() -> None:
     parser.add_argument("--bits", default=8, type=int)
     parser.add_argument("fields", nargs="*")
     options, rows = parser.parse_intermixed_args(), []
-    more = dict(text.split("=", 1) for text in options.fields)
-    more = {
-        key: value if value.isalpha() else ast.literal_eval(value) for key, value in more.items()
-    }
+    more = parse_fields(options.fields)
     for calibrated, evaluated in (SPLITS, SPLITS[::-1]):
         fields = {
             "pretrained": options.weights, "data.data_dir": options.data_dir,

@@ -1,6 +1,6 @@
 """How much can be gained by choosing bits?
 
-    python benchmarks/policy_ceiling.py CONFIG OUT [--policies=30] [--budget=0.7]
+    python -m benchmarks.policy_ceiling CONFIG OUT [--policies=30] [--budget=0.7]
         [--meta_state=WORKDIR] [overrides ...]
 
 Draws random policies of equal cost, fine-tunes each from the same weights with the same data order,
@@ -14,16 +14,26 @@ OUT/ceiling.json contains the table. CONFIG is a recipe; overrides are --config.
 """
 
 import argparse
-import ast
 import json
 import logging
 import statistics
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from metamix_jax import recipes
+from metamix_jax.data import batching
+from metamix_jax.runtime import sharding
+from metamix_jax.selection.context import SearchContext
+from metamix_jax.selection.cost import bits_at
+from metamix_jax.selection.policy import make_policy, write_policy
+from metamix_jax.selection.policy_loss import policy_loss
+from metamix_jax.selection.searchers import hessian, random
+from metamix_jax.training import setup
+from metamix_jax.training.loop import train_and_evaluate
+from metamix_jax.training.start_weights import load_checkpoint
 
 BATCHES = 16  # for the loss
 
@@ -39,20 +49,9 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING)
 
-    import numpy as np
-
-    from metamix_jax.recipes import load_config
-    from metamix_jax.selection.cost import bits_at
-    from metamix_jax.selection.policy import make_policy, write_policy
-    from metamix_jax.selection.searchers import random
-    from metamix_jax.training import setup
-    from metamix_jax.training.loop import train_and_evaluate
-
     options.out.mkdir(parents=True, exist_ok=True)
-    fields = dict(text.split("=", 1) for text in options.overrides)
-    config = load_config(options.config, budget=options.budget, **{
-        key: _literal(value) for key, value in fields.items()
-    })  # fmt: skip
+    fields = recipes.parse_fields(options.overrides)
+    config = recipes.load_config(options.config, budget=options.budget, **fields)
     config.search.searcher = "random"
     network = setup.make_network(config)
     yardsticks = _yardsticks(options.meta_state) if options.meta_state else {}
@@ -93,26 +92,15 @@ def main() -> None:
               f"{table['deviation']:.2f}" + "".join(correlations), flush=True)  # fmt: skip
 
 
-def _yardsticks(workdir: Path):
+def _yardsticks(workdir: Path) -> dict[str, Callable[[dict[str, int]], float]]:
     """Returns name -> what it says of a policy (its branches) on a meta-state."""
-    import numpy as np
-
-    from metamix_jax import recipes
-    from metamix_jax.data import batching
-    from metamix_jax.runtime import sharding
-    from metamix_jax.selection.context import SearchContext
-    from metamix_jax.selection.policy_loss import policy_loss
-    from metamix_jax.selection.searchers import hessian
-    from metamix_jax.training import setup
-    from metamix_jax.training.start_weights import load_checkpoint
-
     config, mesh = recipes.from_workdir(workdir), sharding.make_mesh()
     network = setup.make_network(config)
     dataset = setup.load_dataset(config, mesh)
     state = load_checkpoint(config, network, workdir, len(dataset.train), mesh)
     order = np.random.default_rng(0).permutation(len(dataset.train))
 
-    def batches(count: int):
+    def batches(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for number in range(count):
             rows = np.sort(order[number * config.batch_size :][: config.batch_size])
             pixels, labels = dataset.train.gather(rows)
@@ -125,18 +113,11 @@ def _yardsticks(workdir: Path):
     trained = state.phase.evaluation.weights == "quantized"
     omegas = hessian.omegas(context)
 
-    def sensitivity(branches) -> float:
+    def sensitivity(branches: dict[str, int]) -> float:
         return sum(omegas[path][branch] for path, branch in branches.items())
 
     loss = policy_loss(context, BATCHES, weight_steps=trained)
     return {"loss": loss, "sensitivity": sensitivity}
-
-
-def _literal(text: str):
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 if __name__ == "__main__":

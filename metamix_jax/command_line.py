@@ -14,7 +14,6 @@ In a checkout, python main.py and python -m metamix_jax are equivalent. docs/CON
 fields, docs/USAGE.md explains the modes.
 """
 
-import ast
 import functools
 import gc
 import json
@@ -24,7 +23,6 @@ import re
 import sys
 import threading
 import warnings
-from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -148,18 +146,11 @@ def _with_network(config: ConfigDict, argv: list[str]) -> ConfigDict:
     fields = registry.default_fields(name)
     for key, value in fields.items():
         if value is None and key in given:
-            fields[key] = _literal(given[key])
+            fields[key] = recipes.literal(given[key])
     fields = {key: value for key, value in fields.items() if value is not None}
     with config.unlocked():
         config.model = ConfigDict({"name": name} | fields)
     return config.lock()
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -1,11 +1,12 @@
 """Recipes: the configurations of `configs/` by name, and helpers for writing them."""
 
+import ast
 import importlib.util
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,27 @@ def parse_argument(argument: str, **fields: tuple[str, ...] | float) -> dict[str
             except ValueError:
                 raise UserError(f"recipe argument {part!r}: expected a number") from None
     return values
+
+
+def parse_fields(texts: Iterable[str]) -> dict[str, Any]:
+    """Returns the fields in FIELD=VALUE texts, for `load_config`: `seed=1`, `data.name=digits`.
+
+    Raises:
+      UserError: a text without "=".
+    """
+    parts = [text.partition("=") for text in texts]
+    for key, equals, _ in parts:
+        if not equals:
+            raise UserError(f"{key!r}: expected FIELD=VALUE, such as seed=1")
+    return {key: literal(value) for key, _, value in parts}
+
+
+def literal(text: str) -> Any:
+    """Returns the Python literal that a text is, a number or a tuple; otherwise the text."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def _from_file(path: Path, argument: str) -> ConfigDict:

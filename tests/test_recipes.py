@@ -58,6 +58,15 @@ def test_changes():
     assert config.is_locked
 
 
+def test_fields_as_text():
+    texts = ["seed=3", "pretrained=a=b.npz", "data.mean=(0.5,)", "model={'depth': 14}", "loss="]
+    assert recipes.parse_fields(texts) == {
+        "seed": 3, "pretrained": "a=b.npz", "data.mean": (0.5,), "model": {"depth": 14}, "loss": "",
+    }  # fmt: skip
+    with pytest.raises(UserError, match="'seed': expected FIELD=VALUE"):
+        recipes.parse_fields(["seed"])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -73,20 +73,37 @@ def _graphs(
     model: nn.Module, costs: LayerCosts, image_shape: tuple[int, int, int]
 ) -> dict[str, Graph]:
     """Returns the network with all searched layers at one candidate: its name -> the graph."""
-    variables = stand_ins(model, image_shape)
     candidates = {layer.candidates for layer in costs.values() if layer.searched}
-    facts = {"model": "profile", "image_size": image_shape[0], "searcher": "uniform", "seed": 0}
-    found = {}
-    for pair in sorted(set().union(*candidates), reverse=True):
-        bits = {
+    return {
+        _name(pair): stand_in_graph(model, costs, image_shape, {
             path: pair if pair in layer.candidates else layer.candidates[0]
             for path, layer in costs.items()
-        }
-        policy = make_policy(costs, bits, budget_gbops=0.0, **facts)
-        found[_name(pair)] = build_graph(
-            model, variables, policy, image_shape=image_shape, mean=(0.5,), std=(0.25,)
-        )
-    return found
+        })
+        for pair in sorted(set().union(*candidates), reverse=True)
+    }  # fmt: skip
+
+
+def stand_in_graph(
+    model: nn.Module,
+    costs: LayerCosts,
+    image_shape: tuple[int, int, int],
+    bits: Mapping[str, Bits],
+) -> Graph:
+    """Returns the network with random weights at the given widths: times do not depend on values.
+
+    Args:
+      model: the network.
+      costs: of its layers.
+      image_shape: (height, width, channels).
+      bits: layer -> activation and weight bits.
+
+    Raises:
+      UserError: the network cannot be exported.
+    """
+    facts = {"model": "profile", "image_size": image_shape[0], "searcher": "uniform", "seed": 0}
+    policy = make_policy(costs, bits, budget_gbops=0.0, **facts)
+    variables = stand_ins(model, image_shape)
+    return build_graph(model, variables, policy, image_shape=image_shape, mean=(0.5,), std=(0.25,))
 
 
 def stand_ins(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
