@@ -30,7 +30,7 @@ if [[ ${TINY:-} ]]; then
   tiny_integers=(--image_size=32 --batch_size=2 --repetitions=2)
   limit=1800 images=$((3 * 16))
 fi
-eager='' compiled=''
+flags=${XLA_FLAGS:-} eager='' compiled=''
 if python -c "import torch" 2> /dev/null; then eager=,torch compiled=,torch_compiled; fi
 
 steps() {  # name of the results, then options of steps.py
@@ -39,6 +39,13 @@ steps() {  # name of the results, then options of steps.py
     --repetitions=3 --compile_seconds=$((limit - 60)) --json="$OUT/$name.json" "$@" \
     "${tiny_steps[@]}" 2> >(tee "$OUT/$name.log" >&2) \
     | tee "$OUT/$name.txt"
+}
+
+with_settings() {  # name, then variables of the environment; nothing is read from the cache
+  (
+    export JAX_COMPILATION_CACHE_DIR="$(mktemp -d)" "${@:2}"
+    steps "settings_$1" --batch_size=512 --frameworks=ours --kinds=weight_training
+  )
 }
 
 cifar() {  # name, then overrides: a run on CIFAR-10 from the trained weights
@@ -69,6 +76,17 @@ part() {
     candidates)  # scaling with the number of candidates
       steps candidates --batch_size=512 --frameworks=ours --kinds=bit_meta --act_bits=8,4,3,2
       ;;
+    settings)  # of XLA and the allocator; three times without any, for the noise of autotuning
+      with_settings none_1
+      with_settings none_2
+      with_settings none_3
+      with_settings no_autotuning XLA_FLAGS="$flags --xla_gpu_autotune_level=0"
+      with_settings hidden_latency \
+        XLA_FLAGS="$flags --xla_gpu_enable_latency_hiding_scheduler=true"
+      with_settings no_command_buffer XLA_FLAGS="$flags --xla_gpu_enable_command_buffer="
+      with_settings preallocated XLA_PYTHON_CLIENT_PREALLOCATE=true
+      tail -n 1 "$OUT"/settings_*.txt
+      ;;
     rate)  # a run's own rate, beside full_precision at batch 128 in `batches`
       cifar rate --config.search.searcher=none --config.full_precision.epochs=10.24 \
         --config.batch_size=128 --config.log_every_steps=100 --config.checkpoint_every_steps=4000
@@ -93,8 +111,8 @@ part() {
           "${tiny_integers[@]}" | tee "$OUT/integers_$batch.txt"
       done
       ;;
-    *) echo "part $1: expected small, batches, large, mobile_v2, mobile_v3, candidates, rate," \
-         "train, limits or integers" >&2
+    *) echo "part $1: expected small, batches, large, mobile_v2, mobile_v3, candidates," \
+         "settings, rate, train, limits or integers" >&2
       exit 2 ;;
   esac
 }
