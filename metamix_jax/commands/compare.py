@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from metamix_jax.config import default, may_change, validate
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.report import charts, tables
+from metamix_jax.runtime.progress import waiting
 from metamix_jax.selection.policy import load_policy
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup
@@ -45,14 +46,13 @@ def run(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: unknown method, or an infeasible budget.
     """
-    options = config.compare
-    plan = list(itertools.product(options.methods, options.budgets, options.seeds))
-    configs = {key: run_config(config, *key) for key in plan}  # checked before any training
+    with waiting("checking the runs' configurations"):
+        configs = run_configs(config)
     runs, recorded = [], _recorded(workdir / COMPARISON)
     for number, ((method, budget, seed), own) in enumerate(configs.items()):
         identity = fingerprint(own)
         if identity not in recorded:
-            logging.info("run %d of %d: %s, budget %g, seed %d", number + 1, len(plan), method,
+            logging.info("run %d of %d: %s, budget %g, seed %d", number + 1, len(configs), method,
                          budget, seed)  # fmt: skip
             found = _run(own, workdir / f"{method}_{budget:g}_{seed}")
             key = {"method": method, "budget": budget, "seed": seed, "config": identity}
@@ -116,20 +116,37 @@ def fingerprint(config: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(differing, sort_keys=True).encode()).hexdigest()
 
 
-def run_config(config: ConfigDict, method: str, budget: float, seed: int) -> ConfigDict:
-    """Returns the configuration of one run, checked as far as possible without data."""
+def run_configs(config: ConfigDict) -> dict[tuple[str, float, int], ConfigDict]:
+    """Returns (method, budget, seed) -> the run's configuration, checked as far as possible.
+
+    Raises:
+      UserError: unknown method, invalid configuration or a budget that cannot be met.
+    """
+    options, found = config.compare, {}
+    for method, budget in itertools.product(options.methods, options.budgets):
+        common = _common_config(config, method, budget)
+        for seed in options.seeds:
+            own = found[method, budget, seed] = common.copy_and_resolve_references()
+            own.seed = seed
+            validate(own)
+    return found
+
+
+def _common_config(config: ConfigDict, method: str, budget: float) -> ConfigDict:
+    """Returns the configuration that runs of all seeds have in common."""
     if method not in METHODS:
         raise UserError(f"config.compare.methods: {method!r}; {suggestion(method, METHODS)}")
     own = config.copy_and_resolve_references()
-    own.update_from_flattened_dict(METHODS[method] | {"seed": seed, "budget.value": float(budget)})
+    own.update_from_flattened_dict(METHODS[method] | {"budget.value": float(budget)})
     own.compare = default().compare  # so that extending a comparison does not change its runs
     searcher = SEARCHERS[own.search.searcher]
     if searcher.fit is not None:
         validate(own)
         model, costs = setup.make_model(own)
-        budget = setup.make_budget(own, model, costs)
-        own.update_from_flattened_dict(searcher.fit(own, costs, budget))
-    setup.make_network(own)
+        own.update_from_flattened_dict(
+            searcher.fit(own, costs, setup.make_budget(own, model, costs))
+        )
+    setup.make_network(own)  # takes seconds for a large network
     return own
 
 

@@ -18,6 +18,11 @@ def config_of(**overrides):
     return config
 
 
+def plan_of(method, budget, *seeds):
+    named = {"compare.methods": (method,), "compare.budgets": (budget,), "compare.seeds": seeds}
+    return config_of(**named)
+
+
 def run_of(method, budget, seed, top1, bits, passes=10):
     return {
         "method": method, "budget": budget, "seed": seed, "top1": top1, "gbops": budget - 0.1,
@@ -80,28 +85,44 @@ def test_table_has_a_line_for_each_row():
 @pytest.mark.parametrize("method", compare.METHODS)
 def test_every_method_differs_in_its_fields_alone(method):
     config = config_of()
-    asked = config_of(**{"compare.methods": ("uniform", method), "compare.seeds": (5,)})
-    own = compare.run_config(asked, method, 0.9, 3)  # independent of what else is compared
+    own = compare.run_configs(plan_of(method, 0.9, 5, 3))[method, 0.9, 3]
     expected = compare.METHODS[method] | {"seed": 3, "budget.value": 0.9}
     if method == "uniform":
         expected["search.uniform_bits"] = 2  # uniform 4 bits would cost a tenth too much
     config.update_from_flattened_dict(expected)
-    assert own.to_dict() == config.to_dict()
+    assert own.to_dict() == config.to_dict()  # independent of what else is compared
 
 
 @pytest.mark.parametrize(("budget", "bits"), [(1.0, 4), (1.9, 4), (0.99, 2)])
 def test_uniform_takes_the_widest_bits_inside_the_budget(budget, bits):
-    assert compare.run_config(config_of(), "uniform", budget, 0).search.uniform_bits == bits
+    (own,) = compare.run_configs(plan_of("uniform", budget, 0)).values()
+    assert own.search.uniform_bits == bits
+
+
+def test_the_network_is_made_once_for_all_seeds(monkeypatch):
+    made, make_network = [], compare.setup.make_network
+    monkeypatch.setattr(
+        compare.setup, "make_network", lambda own: made.append(own) or make_network(own)
+    )
+    configs = compare.run_configs(plan_of("random", 0.9, 4, 1, 2))
+    assert [(*key, own.seed) for key, own in configs.items()] == [
+        ("random", 0.9, seed, seed) for seed in (4, 1, 2)
+    ]
+    assert len(made) == 1
 
 
 def test_unknown_method_has_a_suggestion():
     with pytest.raises(UserError, match=r"compare.methods: 'metamx'; did you mean 'metamix'\?"):
-        compare.run_config(config_of(), "metamx", 1.0, 0)
+        compare.run_configs(plan_of("metamx", 1.0, 0))
 
 
-def test_budget_out_of_reach_is_refused():
-    with pytest.raises(UserError, match="budget"):
-        compare.run_config(config_of(), "metamix", 0.01, 0)
+@pytest.mark.parametrize(
+    ("budget", "seed", "message"),
+    [(0.01, 0, "budget"), (0.9, -1, r"config\.seed=-1: expected 0 to 4294967295")],
+)
+def test_what_cannot_run_is_refused_before_any_run(budget, seed, message):
+    with pytest.raises(UserError, match=message):
+        compare.run_configs(plan_of("random", budget, 0, seed))
 
 
 def test_comparison_through_main_and_again(processes, tmp_path):
