@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metamix_jax.commands.profile import stand_in_graph
+from metamix_jax.commands.profile import stand_in_graph, stand_ins
 from metamix_jax.exporters import card, integer_runtime, onnx_files
 from metamix_jax.exporters.graph import IMAGE
 from metamix_jax.networks.precision import Bits
@@ -60,7 +60,7 @@ def main() -> None:
         path: Bits(options.bits, layer.weight_bits[0]) if layer.searched else layer.candidates[0]
         for path, layer in costs.items()
     }
-    graph = stand_in_graph(model, costs, image_shape, bits)
+    graph = stand_in_graph(model, stand_ins(model, image_shape), costs, image_shape, bits)
     pixels = generator.integers(0, 256, (8, *image_shape), np.uint8)
     images = generator.normal(size=(options.batch, *image_shape)).astype(np.float32)
     images = integer_runtime.channels_first(images)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metamix_jax.commands.profile import stand_in_graph
+from metamix_jax.commands.profile import stand_in_graph, stand_ins
 from metamix_jax.exporters import integer_runtime
 from metamix_jax.recipes import load_config
 from metamix_jax.selection.cost import bits_at
@@ -31,7 +31,7 @@ def main() -> None:
     model, costs = setup.make_model(config)
     shape = setup.image_shape(config.data)
     predicted = latency_model(costs, read_latencies(options.table, costs, "TABLE"))
-    generator = np.random.default_rng(0)
+    generator, variables = np.random.default_rng(0), stand_ins(model, shape)
     pixels = generator.integers(0, 256, (8, *shape), np.uint8)
     files, expected = {}, {}
     for number in range(options.policies):
@@ -39,7 +39,7 @@ def main() -> None:
             path: int(generator.integers(len(layer.candidates))) for path, layer in costs.items()
         }
         bits = bits_at(costs, branches)
-        graph = stand_in_graph(model, costs, shape, bits)
+        graph = stand_in_graph(model, variables, costs, shape, bits)
         files[str(number)] = integer_runtime.integer_files(graph, pixels)[0]
         expected[str(number)] = predicted.cost(bits)
     measured = integer_runtime.milliseconds(files, graph)

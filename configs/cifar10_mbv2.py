@@ -13,21 +13,13 @@ command searches and fine-tunes for an epoch. Results of the methods are in docs
 
 from ml_collections import ConfigDict
 
-from metamix_jax.config import default
-from metamix_jax.recipes import parse_argument
+from metamix_jax.recipes import cifar10, parse_argument
 
 
 def get_config(argument: str = "") -> ConfigDict:
     """Returns the configuration; `argument` is the text after the colon."""
     choice = parse_argument(argument, stage=("search", "full_precision"))
-    config = default()
-    config.model = ConfigDict({"name": "mobilenet_v2", "width": 0.35, "total_stride": 16})
-    config.data.name = "cifar10"
-    config.data.image_size = 32
-    config.data.mean = (0.485, 0.456, 0.406)
-    config.data.std = (0.229, 0.224, 0.225)
-    config.data.augment = "crop_flip"
-    config.batch_size = 128
+    config = cifar10(name="mobilenet_v2", width=0.35, total_stride=16)
     config.checkpoint_every_steps = 1000
     if choice["stage"] == "full_precision":
         config.search.searcher = "none"

@@ -18,8 +18,7 @@ Separate several with commas.
 
 from ml_collections import ConfigDict
 
-from metamix_jax.config import default
-from metamix_jax.recipes import parse_argument
+from metamix_jax.recipes import cifar10, parse_argument
 
 STEPS_PER_EPOCH = 50_000 / 128
 
@@ -29,16 +28,8 @@ def get_config(argument: str = "") -> ConfigDict:
     choice = parse_argument(
         argument, schedule=("gpu", "cpu"), shortcut=("identity", "conv"), weight_bits=("4", "842")
     )
-    config = default()
-    config.model = ConfigDict(
-        {"name": "cifar_resnet", "depth": 20, "width": 16, "shortcut": choice["shortcut"]}
-    )
-    config.data.name = "cifar10"
-    config.data.image_size = 32
-    config.data.mean = (0.485, 0.456, 0.406)  # as in the training of those weights
-    config.data.std = (0.229, 0.224, 0.225)
-    config.data.augment = "crop_flip"
-    config.batch_size = 128
+    # Images are normalized as in the training of those weights.
+    config = cifar10(name="cifar_resnet", depth=20, width=16, shortcut=choice["shortcut"])
     config.cpu_devices = 0  # without an accelerator, one device per core
 
     config.quant.act_bits = (8, 4, 2)

@@ -134,16 +134,16 @@ def _configuration(recipe: str | None, mode: str, places: list[str]) -> ConfigDi
 
 
 def _with_network(config: ConfigDict, argv: list[str]) -> ConfigDict:
-    """Returns a configuration with the fields of the network that --config.model.name asks for.
+    """Returns a configuration whose `model` has the fields that the command line gives values for.
 
-    Those of the recipe's network would not fit another one.
+    Those of the recipe's network would not fit another one, and a recipe may leave some out.
     """
     given = (re.fullmatch(r"--?config\.model\.(\w+)=(.*)", text, re.DOTALL) for text in argv)
     given = {found[1]: found[2] for found in given if found}
     name = given.get("name", config.model.name)
-    if name == config.model.name:
-        return config
     fields = registry.default_fields(name)
+    if name == config.model.name:
+        fields = {key: value for key, value in fields.items() if key in given} | dict(config.model)
     for key, value in fields.items():
         if value is None and key in given:
             fields[key] = recipes.literal(given[key])

@@ -17,6 +17,7 @@ from metamix_jax.errors import UserError, suggestion
 from metamix_jax.workdir import bucket
 from metamix_jax.workdir.files import read_json
 
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 _INSTALLED = Path(__file__).parent / "configs"  # in the package; in a checkout, next to it
 FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
@@ -83,6 +84,18 @@ def from_workdir(workdir: Path) -> ConfigDict:
     return config
 
 
+def cifar10(**model: Any) -> ConfigDict:
+    """Returns what the recipes on CIFAR-10 have in common, with the given fields of `model`."""
+    config = default()
+    config.model = ConfigDict(model)
+    config.data.name = "cifar10"
+    config.data.image_size = 32
+    config.data.mean, config.data.std = _MEAN, _STD
+    config.data.augment = "crop_flip"
+    config.batch_size = 128
+    return config
+
+
 def imagenet(network: str, budget_gbops: float) -> ConfigDict:
     """Returns what the recipes of the paper's ImageNet networks have in common."""
     config = default()
@@ -92,8 +105,7 @@ def imagenet(network: str, budget_gbops: float) -> ConfigDict:
     config.data.image_size = 224
     config.data.eval_resize = 256
     config.data.num_classes = 1000
-    config.data.mean = (0.485, 0.456, 0.406)
-    config.data.std = (0.229, 0.224, 0.225)
+    config.data.mean, config.data.std = _MEAN, _STD
     config.data.augment = "random_resized_crop_flip"
     config.batch_size = 256
     config.log_every_steps = 100

@@ -73,9 +73,10 @@ def _graphs(
     model: nn.Module, costs: LayerCosts, image_shape: tuple[int, int, int]
 ) -> dict[str, Graph]:
     """Returns the network with all searched layers at one candidate: its name -> the graph."""
+    variables = stand_ins(model, image_shape)
     candidates = {layer.candidates for layer in costs.values() if layer.searched}
     return {
-        _name(pair): stand_in_graph(model, costs, image_shape, {
+        _name(pair): stand_in_graph(model, variables, costs, image_shape, {
             path: pair if pair in layer.candidates else layer.candidates[0]
             for path, layer in costs.items()
         })
@@ -85,6 +86,7 @@ def _graphs(
 
 def stand_in_graph(
     model: nn.Module,
+    variables: Mapping[str, Any],
     costs: LayerCosts,
     image_shape: tuple[int, int, int],
     bits: Mapping[str, Bits],
@@ -93,6 +95,7 @@ def stand_in_graph(
 
     Args:
       model: the network.
+      variables: its `stand_ins`.
       costs: of its layers.
       image_shape: (height, width, channels).
       bits: layer -> activation and weight bits.
@@ -102,7 +105,6 @@ def stand_in_graph(
     """
     facts = {"model": "profile", "image_size": image_shape[0], "searcher": "uniform", "seed": 0}
     policy = make_policy(costs, bits, budget_gbops=0.0, **facts)
-    variables = stand_ins(model, image_shape)
     return build_graph(model, variables, policy, image_shape=image_shape, mean=(0.5,), std=(0.25,))
 
 

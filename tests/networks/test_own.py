@@ -72,3 +72,9 @@ def test_fields_follow_the_network_on_the_command_line():
     # The recipe's own network keeps the recipe's fields.
     same = command_line._with_network(config, ["--config.model.name=cifar_resnet"])
     assert same.model.depth == config.model.depth
+
+
+def test_a_field_that_the_recipe_leaves_out_may_be_given():
+    argv = ["--config.model.width=0.5", "--config.model.widht=1"]
+    found = command_line._with_network(recipes.load("mbv2"), argv)
+    assert found.model.to_dict() == {"name": "mobilenet_v2", "padding": "torch", "width": 1.0}

@@ -54,14 +54,16 @@ def test_published_parameters_and_costs(name):
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    ("name", "width"),
-    [*((name, None) for name in NETWORKS), ("deit_tiny", None), ("mobilenet_v2", 0.35)],
+    ("name", "ours", "theirs"),
+    [
+        *((name, {}, {}) for name in [*NETWORKS, "deit_tiny"]),
+        ("mobilenet_v2", {"width": 0.35}, {"width_mult": 0.35}),
+    ],
 )
-def test_scores_are_those_of_pytorch(name, width, tmp_path):
+def test_scores_are_those_of_pytorch(name, ours, theirs, tmp_path):
     torch = pytest.importorskip("torch")
     if name in ("resnet34", "efficientnet_b0", "mobilenet_v3_small", "mobilenet_v2"):
-        theirs_fields = {} if width is None else {"width_mult": width}
-        theirs = getattr(pytest.importorskip("torchvision").models, name)(**theirs_fields)
+        theirs = getattr(pytest.importorskip("torchvision").models, name)(**theirs)
     else:
         full = {"convnext_atto": name}.get(name, f"{name}_patch16_224")
         theirs = pytest.importorskip("timm").create_model(full)
@@ -75,7 +77,7 @@ def test_scores_are_those_of_pytorch(name, width, tmp_path):
     names = registry.ARCHITECTURES[name].torch_names
     path = tmp_path / "weights.npz"
     np.savez(path, **{key: value.numpy() for key, value in theirs.state_dict().items()})
-    model = make(name) if width is None else make(name, width=width)
+    model = make(name, **ours)
     keys = {"params": jax.random.key(0), "quant": jax.random.key(0)}
     shapes = jax.eval_shape(model.init, keys, np.zeros((1, *SHAPE), np.float32))
     target = {key: shapes[key] for key in ("params", "batch_stats") if key in shapes}
