@@ -190,11 +190,27 @@ MUTATIONS = (
         ("[*runs, *others]})", "runs})"),
         ("path not in skipped and (", "("),
         ("or value != usual[path])", ")"),
+        ("            validate(own)\n    return found", "    return found"),
+        ("            own.seed = seed\n", ""),
     ),
     *_rows(
         "metamix_jax/commands/compare.py", "tests/commands/test_compare.py -k pair_by_pair",
         ("(1 + CONFIDENCE) / 2", "CONFIDENCE"),
         ("len(both) - 1)", "len(both))"),
+    ),
+    *_rows(
+        "metamix_jax/networks/zoo/mobilenet.py", "tests/networks/test_mobilenet.py",
+        ("range(len(strides))", "reversed(range(len(strides)))"),
+        ("max(1.0, self.width)", "self.width"),
+    ),
+    *_rows(
+        "metamix_jax/recipes.py", "tests/test_recipes.py -k text",
+        ('text.partition("=") for', 'text.rpartition("=") for'),
+        ("if not equals:", "if False:"),
+    ),
+    *_rows(
+        "metamix_jax/command_line.py", "tests/networks/test_own.py -k leaves_out",
+        ("if key in given} |", "if False} |"),
     ),
     *_rows(
         "metamix_jax/data/folders.py", "tests/data/test_folders.py",
