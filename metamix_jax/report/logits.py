@@ -6,7 +6,7 @@ metrics.jsonl; the section is omitted for runs without such rows.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from metamix_jax.report.finished import Finished
 from metamix_jax.report.markup import Markup, Section, breakable, element, folded, join, section
@@ -26,7 +26,8 @@ def logits_section(run: Finished) -> Section | None:
     rows = [rows[i] for i in _spread(len(rows))]
     steps = [row["step"] for row in rows]
     layers = {
-        layer: [softmax(row["logits"][layer]) for row in rows] for layer in rows[-1]["logits"]
+        layer: [softmax(row["logits"][layer]) for row in rows]
+        for layer in _in_network_order(rows[-1]["logits"], run.policy["layers"])
     }
     # One scale for all layers, so that decided and undecided layers look different.
     every = [share for shares in layers.values() for row in shares for share in row]
@@ -47,8 +48,8 @@ def logits_section(run: Finished) -> Section | None:
             "p",
             f"Softmax probability of each candidate ({100 * low:.0f} to {100 * high:.0f} % in "
             f"every chart) against the step ({steps[0]} to {steps[-1]}); the thick line is the "
-            "candidate that ends highest. Where the policy differs, it was adjusted to meet the "
-            "budget.",
+            "candidate that ends highest. Where the policy differs, it was changed to meet the "
+            "budget or, by metamix_plus, in exchanges of bits between layers.",
         ),
         folded(f"All {len(figures)} layers", *charts) if len(figures) > _MANY else join(*charts),
     )
@@ -136,6 +137,12 @@ def _names(run: Finished, count: int) -> list[str]:
 
 def _spellings(bits: tuple[int, int]) -> tuple[str, str]:
     return f"{bits[0]} bits", f"{bits[0]}/{bits[1]}"
+
+
+def _in_network_order(layers: Iterable[str], policy: Iterable[str]) -> list[str]:
+    # In metrics.jsonl they are in alphabetical order, block10 before block2.
+    places = {layer: place for place, layer in enumerate(policy)}
+    return sorted(layers, key=lambda layer: places.get(layer, len(places)))
 
 
 def _whole(logits: Mapping[str, Sequence[float | None]]) -> bool:

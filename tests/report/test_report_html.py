@@ -264,8 +264,11 @@ def test_many_logits_are_thinned_and_folded(tmp_path):
         for step in range(1000):
             logits = {f"stage{i}/conv": [0.0, step / 1e3, None if step == 5 else 0.0]
                       for i in range(1, 39)}  # fmt: skip
-            file.write(json.dumps({"step": step, "kind": "logits", "logits": logits}) + "\n")
+            row = {"step": step, "kind": "logits", "logits": logits}
+            file.write(json.dumps(row, sort_keys=True) + "\n")  # as JAX orders them
     page = report(workdir)
+    labels = [svg["aria-label"].split(":")[0] for svg in page.all("svg") if "aria-label" in svg]
+    assert labels == [f"stage{i}/conv" for i in range(1, 39)]
     assert {len(line["points"].split()) for line in page.all("polyline")} == {60}
     assert "against the step (0 to 999)" in page.text and "All 38 layers" in page.text
 
