@@ -220,6 +220,8 @@ FIELDS = (
           "an unknown name gives an error that lists all."),
     Field("compare.budgets", (1.0,), "Budgets, in `budget.unit`."),
     Field("compare.seeds", (0, 1, 2), "Seeds.", whole_numbers(0, LARGEST_SEED)),
+    Field("compare.equal_passes", False, "True: a method that trains less in its search than the "
+          "others gets as many passes more of weight training."),
 
     Field("distributed.initialize", False, "True: find the other processes automatically, on TPU "
           "pods and under SLURM.", may_change=True),

@@ -190,8 +190,14 @@ MUTATIONS = (
         ("[*runs, *others]})", "runs})"),
         ("path not in skipped and (", "("),
         ("or value != usual[path])", ")"),
-        ("            validate(own)\n    return found", "    return found"),
-        ("            own.seed = seed\n", ""),
+        ("        validate(own)\n    return found", "    return found"),
+        ("        own.seed = seed\n", ""),
+    ),
+    *_rows(
+        "metamix_jax/commands/compare.py", "tests/commands/test_compare.py -k equal_passes",
+        ("max(taken.values()) - taken[key]", "taken[key]"),
+        ("if options.equal_passes:", "if not options.equal_passes:"),
+        ("phase.epochs * phases.passes_per_batch(phase, config)", "phase.epochs"),
     ),
     *_rows(
         "metamix_jax/commands/compare.py", "tests/commands/test_compare.py -k pair_by_pair",

@@ -17,6 +17,7 @@ from metamix_jax.config import default, may_change, validate
 from metamix_jax.errors import UserError, suggestion
 from metamix_jax.report import charts, tables
 from metamix_jax.runtime.progress import waiting
+from metamix_jax.selection import phases
 from metamix_jax.selection.policy import load_policy
 from metamix_jax.selection.searchers import SEARCHERS
 from metamix_jax.training import setup
@@ -122,14 +123,27 @@ def run_configs(config: ConfigDict) -> dict[tuple[str, float, int], ConfigDict]:
     Raises:
       UserError: unknown method, invalid configuration or a budget that cannot be met.
     """
-    options, found = config.compare, {}
-    for method, budget in itertools.product(options.methods, options.budgets):
-        common = _common_config(config, method, budget)
-        for seed in options.seeds:
-            own = found[method, budget, seed] = common.copy_and_resolve_references()
-            own.seed = seed
-            validate(own)
+    options = config.compare
+    commons = {
+        (method, budget): _common_config(config, method, budget)
+        for method, budget in itertools.product(options.methods, options.budgets)
+    }
+    if options.equal_passes:
+        taken = {key: passes(common) for key, common in commons.items()}
+        for key, common in commons.items():
+            common.weight_training.epochs += max(taken.values()) - taken[key]
+    found = {}
+    for (key, common), seed in itertools.product(commons.items(), options.seeds):
+        own = found[*key, seed] = common.copy_and_resolve_references()
+        own.seed = seed
+        validate(own)
     return found
+
+
+def passes(config: ConfigDict) -> float:
+    """Returns a run's forward and backward passes, search and fine-tuning, in training epochs."""
+    rows = [row(config) for row in SEARCHERS[config.search.searcher].phases]
+    return sum(phase.epochs * phases.passes_per_batch(phase, config) for phase in rows)
 
 
 def _common_config(config: ConfigDict, method: str, budget: float) -> ConfigDict:

@@ -121,6 +121,16 @@ def search_evaluation(config: ConfigDict) -> Precision:
     return Precision(activations="chosen", weights=_searched_weights(config))
 
 
+def passes_per_batch(phase: Phase, config: ConfigDict) -> int:
+    """Returns the number of forward and backward passes of a phase on each batch."""
+    branches = len(bit_candidates(config.quant.act_bits, config.quant.weight_bits))
+    searches = 1 + len(config.search.budgets)
+    return sum(
+        update.passes(branches) * (searches if "logits" in update.trains else 1)
+        for update in phase.updates
+    )
+
+
 def metamix_passes(config: ConfigDict) -> float:
     """Returns the number of passes over the training split in MetaMix's two search phases.
 

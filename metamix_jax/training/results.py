@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from metamix_jax.networks.precision import FULL, FULL_BITS, Precision, bit_candidates
+from metamix_jax.networks.precision import FULL, FULL_BITS, Precision
 from metamix_jax.report import charts, tables
 from metamix_jax.report.html import write_report
-from metamix_jax.selection import cost, limits
+from metamix_jax.selection import cost, limits, phases
 from metamix_jax.selection.budget import Budget
 from metamix_jax.selection.cost import LayerBits, LayerCosts
 from metamix_jax.selection.cost_models import ACTIVATIONS, BUDGET_UNITS, PEAK, PEAK_MEANING
@@ -170,15 +170,11 @@ def _search_cost(
 ) -> dict[str, float]:
     spans = [span for span in schedule if span.phase.quantizes and not span.phase.needs_policy]
     spent = sum(seconds.get(name, 0.0) for name in [CHOICE, *(span.phase.name for span in spans)])
-    branches = len(bit_candidates(config.quant.act_bits, config.quant.weight_bits))
-    passes = 0  # forward and backward
-    for span in spans:
-        for update in span.phase.updates:
-            times = 1 + len(config.search.budgets) if "logits" in update.trains else 1
-            passes += span.steps * update.passes(branches) * times
     return {
         "steps": sum(span.steps for span in spans),
-        "forward_passes": passes,
+        "forward_passes": sum(
+            span.steps * phases.passes_per_batch(span.phase, config) for span in spans
+        ),
         "seconds": spent,
         "device_hours": spent * jax.device_count() / 3600,
     }

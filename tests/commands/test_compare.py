@@ -111,6 +111,22 @@ def test_the_network_is_made_once_for_all_seeds(monkeypatch):
     assert len(made) == 1
 
 
+def test_equal_passes_lengthen_what_searches_less():
+    methods = ("hessian", "metamix", "metamix_no_meta", "asga", "joint")
+    plan = {"compare.methods": methods, "compare.budgets": (0.9,), "compare.seeds": (0,)}
+    short = {"bit_meta.epochs": 2.0, "bit_search.epochs": 1.0, "weight_training.epochs": 5.0}
+
+    def epochs(**more):
+        configs = compare.run_configs(config_of(**plan, **short, **more))
+        return {key[0]: own.weight_training.epochs for key, own in configs.items()}
+
+    # Three widths: 2 x 3 passes of bit-meta, then 3 of bit-meta and 1 of the search; ASGA takes two
+    # passes a step in half as many steps; without a meta-state only the search's 1 is left.
+    longer = {"hessian": 15.0, "metamix_no_meta": 14.0}
+    assert epochs(**{"compare.equal_passes": True}) == dict.fromkeys(methods, 5.0) | longer
+    assert epochs() == dict.fromkeys(methods, 5.0)
+
+
 def test_unknown_method_has_a_suggestion():
     with pytest.raises(UserError, match=r"compare.methods: 'metamx'; did you mean 'metamix'\?"):
         compare.run_configs(plan_of("metamx", 1.0, 0))
