@@ -42,5 +42,5 @@ clean:
 	touch $@
 
 .venv/torch: .venv/dev
-	$(INSTALL) torch==2.13.0 torchvision==0.28.0 timm==1.0.31
+	$(INSTALL) torch==2.14.1 torchvision==0.29.1 timm==1.0.31
 	touch $@

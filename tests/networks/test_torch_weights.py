@@ -3,6 +3,7 @@
 import pathlib
 import pickle
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -385,7 +386,9 @@ def test_weights_as_training_scripts_save_them(tmp_path, wrapper, caplog):
 def test_torch_script_and_float8_are_named(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is optional")
     path = tmp_path / "weights.pt"
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, but such files remain
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
     message = error_line(torch_weights.read_weights, path)
     assert "a TorchScript program, expected a state_dict" in message
     torch.save({"fc.bias": torch.ones(2).to(torch.float8_e4m3fn)}, path)
