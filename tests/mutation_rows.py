@@ -159,9 +159,8 @@ MUTATIONS = (
     ),
     *_rows(
         "metamix_jax/selection/searchers/metamix_plus.py", "tests/selection/test_metamix_plus.py",
-        ("if best >= now:", "if best > now + 1:"),
-        (">= least and budget.admits(bits_at(costs, moved)):", ">= least:"),
-        ("if model.cost_of(moved) >= least and", "if"),
+        ("best = min(losses", "best = max(losses"),
+        ("least_spent=LEAST_SPENT)", "least_spent=0.0)"),
     ),
     *_rows(
         "metamix_jax/networks/lifetimes.py", "tests/selection/test_activations.py",
