@@ -204,6 +204,9 @@ FIELDS = (
           "uniform 4/4: the paper's lambda times the GBOPs of uniform 4/4.", at_least(0)),
     Field("bit_search.budget_form", "argmax", "Cost in that term. `argmax`: the paper's Eq. 4 and "
           "5; `expected`: weighted by the softmax of the logits.", one_of("argmax", "expected")),
+    Field("bit_search.last_temperature", 1.0, "Temperature of the mixture's softmax at the end of "
+          "the search, to which it falls geometrically from 1. Below 1 (ours), mixtures end near "
+          "single widths.", more_than(0, at_most=1)),
     Field("bit_search.alternate", True, "False (ablation): no bit-meta steps during the search."),
     Field("bit_search.fixed_meta_state", True, "False (ablation): the search loss also trains "
           "weights and step sizes."),

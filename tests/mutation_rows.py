@@ -129,6 +129,20 @@ MUTATIONS = (
         "metamix_jax/training/step/gradient_step.py", "tests/training/test_step_inputs.py",
         ("gap += jax.nn.relu(excess)", "gap += jnp.abs(excess)"),
         ("jnp.abs if budget.cost_model.worth_spending", "jnp.abs if True"),
+        ("jax.tree.map(precision.at_temperature, branch_logits({**frozen, **trained}))",
+         "branch_logits({**frozen, **trained})"),
+    ),
+    *_rows(
+        "metamix_jax/training/step/gradient_step.py", "tests/training/test_search_steps.py",
+        ("(state.step - start) / steps", "state.step / steps"),
+    ),
+    *_rows(
+        "metamix_jax/networks/layers.py", "tests/networks/test_layers.py -k temperature",
+        ("precision.at_temperature(logits.value)", "logits.value"),
+    ),
+    *_rows(
+        "metamix_jax/report/logits.py", "tests/report/test_report_html.py -k annealed",
+        ('row.get("temperature", 1.0)', "1.0"),
     ),
     *_rows(
         "metamix_jax/selection/latency.py", "tests/selection/test_latency.py",

@@ -156,7 +156,7 @@ class QuantProduct(QuantLayer):
         if searched and (mode == "mixture" or self.is_initializing()):
             logits = self.variable("quant", "logits", self._init_logits)
         if searched and mode == "mixture":
-            shares = jax.nn.softmax(logits.value).reshape(widths)
+            shares = jax.nn.softmax(precision.at_temperature(logits.value)).reshape(widths)
             if precision.weights != "quantized":
                 shares = shares.sum(axis=1, keepdims=True)
             inputs = [quantized_input(i).real for i in range(widths[0])]

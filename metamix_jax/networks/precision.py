@@ -34,11 +34,17 @@ class Precision:
     weights: "full", "quantized" (with several candidate widths: at that of the branch) or
       "calibrate" (not quantized, step sizes initialized).
     branches: layer path -> index of the chosen branch, int32 scalars; may be traced.
+    temperature: of the mixture's softmax, a float32 scalar; None: 1.
     """
 
     activations: str | int = struct.field(pytree_node=False, default="full")
     weights: str = struct.field(pytree_node=False, default="full")
     branches: Mapping[str, jax.Array] | None = None
+    temperature: jax.Array | None = None
+
+    def at_temperature(self, logits: jax.Array) -> jax.Array:
+        """Returns the logits whose softmax are the shares of the branches."""
+        return logits if self.temperature is None else logits / self.temperature
 
 
 FULL = Precision()

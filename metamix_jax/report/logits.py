@@ -1,7 +1,8 @@
 """The course of the search: each layer's candidate probabilities against the step.
 
 Reads rows {"kind": "logits", "step": 120, "logits": {layer path: [one per candidate]}} of
-metrics.jsonl; the section is omitted for runs without such rows.
+metrics.jsonl, with "temperature" where it is not 1; the section is omitted for runs without such
+rows.
 """
 
 import itertools
@@ -26,7 +27,7 @@ def logits_section(run: Finished) -> Section | None:
     rows = [rows[i] for i in _spread(len(rows))]
     steps = [row["step"] for row in rows]
     layers = {
-        layer: [softmax(row["logits"][layer]) for row in rows]
+        layer: [softmax(row["logits"][layer], row.get("temperature", 1.0)) for row in rows]
         for layer in _in_network_order(rows[-1]["logits"], run.policy["layers"])
     }
     # One scale for all layers, so that decided and undecided layers look different.
@@ -55,10 +56,10 @@ def logits_section(run: Finished) -> Section | None:
     )
 
 
-def softmax(logits: Sequence[float]) -> list[float]:
+def softmax(logits: Sequence[float], temperature: float = 1.0) -> list[float]:
     """Returns the candidates' probabilities."""
     greatest = max(logits)
-    powers = [math.exp(logit - greatest) for logit in logits]
+    powers = [math.exp((logit - greatest) / temperature) for logit in logits]
     return [power / sum(powers) for power in powers]
 
 

@@ -31,6 +31,7 @@ class Update:
     every_branch: bool = False  # one pass per branch instead of precision.activations, Eq. 1
     gradient: str = "mean"  # over the passes; "last": of the last pass alone
     budget_term: bool = False  # adds the budget regularizer to the loss, Eq. 3 and 4
+    last_temperature: float = 1.0  # of the mixture's softmax, falling to it from 1 over the phase
     sharpness_aware: bool = False  # a second pass at about the greatest loss nearby, ASGA
     commits_statistics: bool = True  # the passes update batch norm's running statistics
 
@@ -113,7 +114,14 @@ def search_update(config: ConfigDict, name: str, *, fixed_meta_state: bool) -> U
     """
     trains = LOGITS if fixed_meta_state else LOGITS | _meta_state(config)
     precision = Precision(activations="mixture", weights=_searched_weights(config))
-    return Update(name, trains, precision, config.bit_meta.learning_rate, budget_term=True)
+    return Update(
+        name,
+        trains,
+        precision,
+        config.bit_meta.learning_rate,
+        budget_term=True,
+        last_temperature=config.bit_search.last_temperature,
+    )
 
 
 def search_evaluation(config: ConfigDict) -> Precision:

@@ -79,6 +79,20 @@ def test_mixing_inputs_equals_mixing_outputs(conv):
     assert all(np.abs(y - output).max() > 0.01 for output in outputs)
 
 
+def test_a_mixture_at_a_temperature_is_that_of_divided_logits(conv):
+    net, variables = conv
+    logits = np.float32([0.6, -0.2, 0.1])
+
+    def mixed(logits, **temperature):
+        quant = {NAME: variables["quant"][NAME] | {"logits": logits}}
+        precision = Precision("mixture", **temperature)
+        return net.apply(variables | {"quant": quant}, CONV_INPUT, precision=precision)
+
+    y = mixed(logits, temperature=jnp.float32(0.2))
+    np.testing.assert_allclose(y, mixed(logits / np.float32(0.2)), rtol=1e-6, atol=1e-6)
+    assert np.abs(y - mixed(logits)).max() > 0.01
+
+
 def test_gradient_of_the_logits_is_the_softmaxs(conv):
     net, variables = conv
     logits = variables["quant"][NAME]["logits"]

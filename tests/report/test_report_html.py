@@ -258,6 +258,18 @@ def test_logits(tmp_path, weight_bits, winner, candidates):
     assert (min(heights), max(heights)) == (0, 70)
 
 
+def test_logits_of_an_annealed_search(tmp_path):
+    """The chart shows the shares of the mixture, at the temperature of each row."""
+    workdir = write_run(tmp_path)
+    path = workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row | {"temperature": 0.5} if row["kind"] == "logits" else row for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    share = 100 * softmax([4.0, 0.0, 0.0])[0]
+    labels = [svg["aria-label"] for svg in report(workdir).all("svg") if "aria-label" in svg]
+    assert labels[0].startswith(f"stage1/conv: 4 bits: 33 to {share:.0f} %")
+
+
 def test_many_logits_are_thinned_and_folded(tmp_path):
     workdir = write_run(tmp_path, layers=40, logits=False)
     with (workdir / "metrics.jsonl").open("a") as file:

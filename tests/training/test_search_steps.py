@@ -1,5 +1,7 @@
 """Steps of searches: several budgets at once, joint and sharpness-aware training."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,18 @@ def test_budgets_searched_at_once_end_bitwise_as_each_alone(network, state):
         np.concatenate(list(together.searches[key].logits.values())).tobytes() for key in keys
     }
     assert len(distinct) == len(keys)
+    assert "temperature" not in metrics  # with its default, nothing is divided
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_the_temperature_falls_geometrically_over_the_phase(network, state, start):
+    config = make_config(**{"bit_search.last_temperature": 0.25})
+    span = dataclasses.replace(span_of("bit_search", config), start=start, stop=start + STEPS)
+    before = enter_phase(copied(state), span, config).replace(step=jnp.int32(start))
+    step = make_train_step(network.model, span, config, network.budget, None)
+    for number in range(3):
+        before, metrics = step(before, make_batch(number, number), {}, {})
+        assert metrics["temperature"] == pytest.approx(0.25 ** (number / STEPS), rel=1e-6)
 
 
 def test_swapping_a_search_twice_changes_nothing(network, state):

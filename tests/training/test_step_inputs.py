@@ -78,7 +78,8 @@ LOGITS = {"a": np.float32([0.3, -0.1, 0.2]), "b": np.float32([0.0, 0.4, -0.3])}
 @pytest.mark.parametrize("form", ["argmax", "expected"])
 @pytest.mark.parametrize("fraction", [0.5, 1.5])
 @pytest.mark.parametrize("further", [None, 0.5, 1.5])
-def test_budget_term_by_hand(form, fraction, further):
+@pytest.mark.parametrize("temperature", [None, 0.25])
+def test_budget_term_by_hand(form, fraction, further, temperature):
     """Its value and its gradient, below the cost and above it; `further` is another limit's."""
     weight = 13.9
     config = make_config(**{"bit_search.budget_form": form, "bit_search.budget_weight": weight})
@@ -86,7 +87,8 @@ def test_budget_term_by_hand(form, fraction, further):
     trained = {f"quant/{path}/logits": jnp.asarray(row) for path, row in LOGITS.items()}
     update = phase_of("bit_search", config).updates[-1]
     stub = Stub(lambda variables, images, _: jnp.zeros((len(images), 10)))
-    shares = {path: softmax(np.float64(row)) for path, row in LOGITS.items()}
+    precision = FULL if temperature is None else FULL.replace(temperature=jnp.float32(temperature))
+    shares = {path: softmax(np.float64(row) / (temperature or 1)) for path, row in LOGITS.items()}
     tables = {path: np.float64(costs.branch_costs[path]) for path in LOGITS}
     chosen = {p: np.eye(3)[np.argmax(s)] if form == "argmax" else s for p, s in shares.items()}
     spent = costs.fixed_cost + sum(chosen[path] @ tables[path] for path in LOGITS)
@@ -100,8 +102,9 @@ def test_budget_term_by_hand(form, fraction, further):
     def loss(trained):
         budget = Budget(costs, limit, others)
         return objective(
-            trained, {}, {}, inputs, FULL, model=stub, update=update, config=config, budget=budget
-        )
+            trained, {}, {}, inputs, precision, model=stub, update=update, config=config,
+            budget=budget,
+        )  # fmt: skip
 
     (value, (_, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(trained)
     term = weight * abs(spent - limit) / costs.reference
@@ -109,12 +112,14 @@ def test_budget_term_by_hand(form, fraction, further):
     term += exceeded * weight * 0.5 * average / sizes.reference
     assert metrics["budget_term"] == pytest.approx(term, rel=1e-5)
     assert value == pytest.approx(np.log(10) + term, rel=1e-5)
-    slope = weight * np.sign(spent - limit) / costs.reference
+    assert metrics.get("temperature") == temperature
+    slope = weight * np.sign(spent - limit) / costs.reference / (temperature or 1)
     for path in LOGITS:
         share, table = shares[path], tables[path]
         expected = slope * share * (table - share @ table)  # the softmax's Jacobian
         table = np.float64(sizes.branch_costs[path])
-        expected += exceeded * weight / sizes.reference * share * (table - share @ table)
+        slope_of_other = exceeded * weight / sizes.reference / (temperature or 1)
+        expected += slope_of_other * share * (table - share @ table)
         np.testing.assert_allclose(gradient[f"quant/{path}/logits"], expected, rtol=1e-4)
 
 

@@ -62,7 +62,10 @@ def make_train_step(
         XLA's CPU convolutions are many times slower.
     """
     updates = [
-        (update, make_update(model, update, span.steps, config, budget, scan=scan))
+        (
+            update,
+            make_update(model, update, span.steps, config, budget, start=span.start, scan=scan),
+        )
         for update in span.phase.updates
     ]
     parts = config.accumulation_steps

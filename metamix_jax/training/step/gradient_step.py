@@ -35,6 +35,7 @@ def make_update(
     config: ConfigDict,
     budget: Budget | None = None,
     *,
+    start: int = 0,
     scan: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns `apply(state, parts, branches, limit) -> (state, metrics)`.
@@ -42,8 +43,8 @@ def make_update(
     Like `make_train_step`'s, it calls several compiled functions and consumes the state. `parts`
     are the batch's micro-batches, each (images, labels, soft targets or None): the gradient is the
     mean of theirs, and each updates the running statistics in turn. `limit` defaults to the
-    budget's. With `scan`, passes and micro-batches are one `lax.scan`, for callers that compile the
-    whole update.
+    budget's. The phase has `steps` steps, the first of them at `start`. With `scan`, passes and
+    micro-batches are one `lax.scan`, for callers that compile the whole update.
     """
     optimizer = make_optimizer(update, steps, config)
     candidates = bit_candidates(config.quant.act_bits, config.quant.weight_bits)
@@ -61,6 +62,9 @@ def make_update(
             gradient = jax.tree.map(lambda total: jnp.where(first, 0, total), gradient)
         trained, frozen = split_by_label(state, update.trains)
         rng = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), number)
+        if update.last_temperature != 1:
+            passed = (state.step - start) / steps
+            precision = precision.replace(temperature=update.last_temperature**passed)
         part, batch_stats, metrics = pass_gradient(
             loss, trained, frozen, batch_stats, (*inputs, rng), precision
         )
@@ -201,7 +205,7 @@ def objective(
     metrics = {"loss": loss, "accuracy": jnp.mean(jnp.argmax(scores, -1) == labels)}
     if update.budget_term:
         options = config.bit_search
-        logits = branch_logits({**frozen, **trained})
+        logits = jax.tree.map(precision.at_temperature, branch_logits({**frozen, **trained}))
         spent = chosen_cost(budget.cost_model, logits, options.budget_form)
         # Two-sided as in the paper, unless what costs more is not better.
         distance = jnp.abs if budget.cost_model.worth_spending else jax.nn.relu
@@ -211,6 +215,8 @@ def objective(
             gap += jax.nn.relu(excess) / other.cost_model.reference
         metrics |= {"cost": spent, "budget_term": options.budget_weight * gap}
         loss += metrics["budget_term"]
+        if precision.temperature is not None:
+            metrics["temperature"] = precision.temperature
     return loss, (updated.get("batch_stats", {}), metrics)
 
 
