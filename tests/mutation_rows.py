@@ -67,7 +67,7 @@ MUTATIONS = (
     ),
     *_rows(
         "metamix_jax/networks/layers.py", "tests/networks/test_layers.py",
-        ("shares = jax.nn.softmax(logits.value)", "shares = jax.nn.sigmoid(logits.value)"),
+        ("shares = jax.nn.softmax(", "shares = jax.nn.sigmoid("),
         ("branch = precision.branches[", "branch = 0 * precision.branches["),
         ("steps[index], width", "steps[0], width"),
         ('precision.weights != "quantized"', 'precision.weights == "quantized"',
@@ -142,7 +142,7 @@ MUTATIONS = (
     ),
     *_rows(
         "metamix_jax/report/logits.py", "tests/report/test_report_html.py -k annealed",
-        ('row.get("temperature", 1.0)', "1.0"),
+        ('temperatures.get(row["step"], 1.0)', "1.0"),
     ),
     *_rows(
         "metamix_jax/selection/latency.py", "tests/selection/test_latency.py",
@@ -172,11 +172,6 @@ MUTATIONS = (
         "tests/exporters/test_litert.py",
     ),
     *_rows(
-        "metamix_jax/selection/searchers/metamix_plus.py", "tests/selection/test_metamix_plus.py",
-        ("best = min(losses", "best = max(losses"),
-        ("least_spent=LEAST_SPENT)", "least_spent=0.0)"),
-    ),
-    *_rows(
         "metamix_jax/networks/lifetimes.py", "tests/selection/test_activations.py",
         ("if made[tensor] <= number <= last", "if made[tensor] <= number < last"),
         ("operation.layer, operation.first = site.layer, inputs[0]",
@@ -192,7 +187,7 @@ MUTATIONS = (
         ("fixed += count * costs[path].act_bits[0]", "fixed += count * 4"),
     ),
     *_rows(
-        "metamix_jax/selection/policy_loss.py", "tests/selection/test_metamix_plus.py",
+        "benchmarks/policy_loss.py", "tests/test_policy_loss.py",
         ("variables |= moved", "pass"),
         ("train=True, precision", "train=False, precision"),
         ("if not weight_steps:", "if True:"),
@@ -298,8 +293,8 @@ MUTATIONS = (
          "teacher.apply(teacher_variables, images, train=True)"),
         ('batch["image"], batch["index"], batch["epoch"], seed=config.seed',
          'batch["image"], batch["index"], batch["epoch"], seed=0'),
-        ("make_update(model, update, span.steps, config, budget, scan=scan)",
-         "make_update(model, update, span.stop, config, budget, scan=scan)"),
+        ("make_update(model, update, span.steps, config, budget, start",
+         "make_update(model, update, span.stop, config, budget, start"),
         ("return step + 1", "return step + 2", f"{_BATCH_STEP} -k sees_the_weights"),
         ("kept = kept.replace(step=after.step", "kept = kept.replace(step=before.step",
          "tests/training/test_nonfinite.py -k skipped_step"),

@@ -1,8 +1,8 @@
 """The course of the search: each layer's candidate probabilities against the step.
 
 Reads rows {"kind": "logits", "step": 120, "logits": {layer path: [one per candidate]}} of
-metrics.jsonl, with "temperature" where it is not 1; the section is omitted for runs without such
-rows.
+metrics.jsonl, and the temperature of the same step where it is not 1; the section is omitted for
+runs without such rows.
 """
 
 import itertools
@@ -26,8 +26,9 @@ def logits_section(run: Finished) -> Section | None:
         return None
     rows = [rows[i] for i in _spread(len(rows))]
     steps = [row["step"] for row in rows]
+    temperatures = {row["step"]: row["temperature"] for row in run.rows if "temperature" in row}
     layers = {
-        layer: [softmax(row["logits"][layer], row.get("temperature", 1.0)) for row in rows]
+        layer: [softmax(row["logits"][layer], temperatures.get(row["step"], 1.0)) for row in rows]
         for layer in _in_network_order(rows[-1]["logits"], run.policy["layers"])
     }
     # One scale for all layers, so that decided and undecided layers look different.
@@ -50,7 +51,7 @@ def logits_section(run: Finished) -> Section | None:
             f"Softmax probability of each candidate ({100 * low:.0f} to {100 * high:.0f} % in "
             f"every chart) against the step ({steps[0]} to {steps[-1]}); the thick line is the "
             "candidate that ends highest. Where the policy differs, it was changed to meet the "
-            "budget or, by metamix_plus, replaced by that of the Hessian.",
+            "budget.",
         ),
         folded(f"All {len(figures)} layers", *charts) if len(figures) > _MANY else join(*charts),
     )

@@ -240,10 +240,7 @@ class Run:
         self.writer.write(step, {"phase": phase.name, "kind": "train", **numbers})
         if any("logits" in update.trains for update in phase.updates):
             logits = {path: row.tolist() for path, row in logits_of(state).items()}
-            row = {"phase": phase.name, "kind": "logits", "logits": logits}
-            if "temperature" in numbers:
-                row["temperature"] = numbers["temperature"]
-            self.writer.write(step, row)
+            self.writer.write(step, {"phase": phase.name, "kind": "logits", "logits": logits})
         self.writer.write_speed(step, phase.name, self.progress.images_per_second)
 
     def evaluate(self, step: int, state: TrainState, phase: Phase) -> None:
