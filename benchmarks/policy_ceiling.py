@@ -7,7 +7,7 @@ Draws random policies of equal cost, fine-tunes each from the same weights with 
 and prints the spread of their accuracies: best minus median is the most that a searcher can gain
 over a random choice. With a meta-state, the workdir of a finished `--mode=search`, also what two
 yardsticks that take seconds say of each policy, and their rank correlations with the accuracy: its
-loss on the meta-state (policy_loss.py), and its sensitivity, the sum of `hessian`'s
+loss on the meta-state (selection/policy_loss.py), and its sensitivity, the sum of `hessian`'s
 Omegas. Each run has a workdir in OUT, so an interrupted benchmark can be resumed.
 OUT/ceiling.json contains the table. CONFIG is a recipe; overrides are --config.FIELD=VALUE without
 `--config.`, such as pretrained=runs/fp.
@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from benchmarks.policy_loss import policy_loss
 from metamix_jax import recipes
 from metamix_jax.data import batching
 from metamix_jax.runtime import sharding
 from metamix_jax.selection.context import SearchContext
 from metamix_jax.selection.cost import bits_at
 from metamix_jax.selection.policy import make_policy, write_policy
+from metamix_jax.selection.policy_loss import policy_loss
 from metamix_jax.selection.searchers import hessian, random
 from metamix_jax.training import setup
 from metamix_jax.training.loop import train_and_evaluate

@@ -172,6 +172,11 @@ MUTATIONS = (
         "tests/exporters/test_litert.py",
     ),
     *_rows(
+        "metamix_jax/selection/searchers/metamix_plus.py", "tests/selection/test_metamix_plus.py",
+        ("best = min(losses", "best = max(losses"),
+        ("least_spent=LEAST_SPENT)", "least_spent=0.0)"),
+    ),
+    *_rows(
         "metamix_jax/networks/lifetimes.py", "tests/selection/test_activations.py",
         ("if made[tensor] <= number <= last", "if made[tensor] <= number < last"),
         ("operation.layer, operation.first = site.layer, inputs[0]",
@@ -187,7 +192,7 @@ MUTATIONS = (
         ("fixed += count * costs[path].act_bits[0]", "fixed += count * 4"),
     ),
     *_rows(
-        "benchmarks/policy_loss.py", "tests/test_policy_loss.py",
+        "metamix_jax/selection/policy_loss.py", "tests/selection/test_metamix_plus.py",
         ("variables |= moved", "pass"),
         ("train=True, precision", "train=False, precision"),
         ("if not weight_steps:", "if True:"),

@@ -51,7 +51,7 @@ def logits_section(run: Finished) -> Section | None:
             f"Softmax probability of each candidate ({100 * low:.0f} to {100 * high:.0f} % in "
             f"every chart) against the step ({steps[0]} to {steps[-1]}); the thick line is the "
             "candidate that ends highest. Where the policy differs, it was changed to meet the "
-            "budget.",
+            "budget or, by metamix_plus, replaced by that of the Hessian.",
         ),
         folded(f"All {len(figures)} layers", *charts) if len(figures) > _MANY else join(*charts),
     )

@@ -84,7 +84,7 @@ SEARCHER = Searcher(
     check=check,
     variants={
         "metamix_spent": {"search.least_spent": 0.99},
-        "metamix_plus": {"search.least_spent": 0.99, "bit_search.last_temperature": 0.1},
+        "metamix_annealed": {"search.least_spent": 0.99, "bit_search.last_temperature": 0.1},
         "metamix_unfixed": {"bit_search.fixed_meta_state": False},
         "metamix_no_meta": {"bit_meta.epochs": 0.0, "bit_search.alternate": False},
         "metamix_last_loss": {"bit_meta.loss": "last"},

@@ -1,4 +1,6 @@
-"""The loss by which policies are compared without training."""
+"""The better of two policies, and the loss that tells."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,10 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from benchmarks.policy_loss import policy_loss
 from metamix_jax.networks.precision import Precision
 from metamix_jax.selection.context import SearchContext
+from metamix_jax.selection.policy_loss import policy_loss
+from metamix_jax.selection.searchers import hessian, metamix, metamix_plus
 from metamix_jax.training import setup
 from metamix_jax.training.step.batch_step import training_images
 from tests.helpers.tiny_network import calibrated_state, make_batch, make_config
@@ -17,7 +20,7 @@ from tests.helpers.tiny_network import calibrated_state, make_batch, make_config
 
 @pytest.fixture(scope="module")
 def trained():
-    config = make_config(**{"quant.act_bits": (8, 4, 2)})
+    config = make_config(**{"quant.act_bits": (8, 4, 2), "search.searcher": "metamix_plus"})
     network = setup.make_network(config)
     batches = [make_batch(seed) for seed in range(2)]
     state = calibrated_state(config, network, batches[0])
@@ -56,6 +59,29 @@ def test_the_loss_is_the_networks_at_its_bits(trained):
         assert loss(choice) == pytest.approx(float(np.mean(expected)), rel=1e-4)
     assert loss(choices[0]) != loss(choices[2])
     jax.tree.map(np.testing.assert_array_equal, dict(context.variables), before)
+
+
+def test_the_better_of_two_policies_is_chosen(trained):
+    context = trained
+    context.config.search.loss_batches = 2
+    loss = policy_loss(context, 2, weight_steps=False)
+
+    def of(bits):
+        return loss({p: context.costs[p].candidates.index(bits[p]) for p in context.logits})
+
+    sensitive = hessian.choose(context)
+    # From logits at random: some policies are better than that of the Hessian, others worse.
+    contexts = []
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        logits = {path: generator.normal(size=3).astype(np.float32) for path in context.logits}
+        contexts.append(dataclasses.replace(context, logits=logits))
+    policies = [metamix.choose(own, least_spent=metamix_plus.LEAST_SPENT) for own in contexts]
+    losses = [of(bits) for bits in policies]
+    assert min(losses) < of(sensitive) < max(losses)
+    best, worst = np.argmin(losses), np.argmax(losses)
+    assert metamix_plus.choose(contexts[best]) == policies[best]
+    assert metamix_plus.choose(contexts[worst]) == sensitive
 
 
 def test_steps_that_the_search_trained_are_kept():
