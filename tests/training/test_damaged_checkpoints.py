@@ -80,13 +80,17 @@ def assert_none_silent(table, count):
     assert sum(sum(outcomes.values()) for outcomes in table.values()) == count
     outcomes = {name for outcomes in table.values() for name in outcomes}
     assert outcomes <= {"caught by its digest", "caught on reading", "harmless"}
-    assert table["bit flipped in arrays"]["caught by its digest"]
+    assert outcomes != {"harmless"}
 
 
 def test_random_damage(tmp_path):
+    # Files have random names, so which bits are hit differs from run to run: none of the few in
+    # arrays may need its digest to be caught, as one in the test above does.
     assert_none_silent(damage_at_random(tmp_path, 10), 10)
 
 
 @pytest.mark.faults
 def test_much_random_damage(tmp_path):
-    assert_none_silent(damage_at_random(tmp_path, 200), 200)
+    table = damage_at_random(tmp_path, 200)
+    assert_none_silent(table, 200)
+    assert table["bit flipped in arrays"]["caught by its digest"]
