@@ -83,12 +83,12 @@ def test_a_mixture_at_a_temperature_is_that_of_divided_logits(conv):
     net, variables = conv
     logits = np.float32([0.6, -0.2, 0.1])
 
-    def mixed(logits, **temperature):
+    def mixed(logits, temperature=None):
         quant = {NAME: variables["quant"][NAME] | {"logits": logits}}
-        precision = Precision("mixture", **temperature)
+        precision = Precision("mixture", temperature=temperature)
         return net.apply(variables | {"quant": quant}, CONV_INPUT, precision=precision)
 
-    y = mixed(logits, temperature=jnp.float32(0.2))
+    y = mixed(logits, jnp.float32(0.2))
     np.testing.assert_allclose(y, mixed(logits / np.float32(0.2)), rtol=1e-6, atol=1e-6)
     assert np.abs(y - mixed(logits)).max() > 0.01
 

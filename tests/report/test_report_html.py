@@ -263,17 +263,8 @@ def test_logits_of_an_annealed_search(tmp_path):
     workdir = write_run(tmp_path)
     path = workdir / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows += [
-        {
-            "step": row["step"],
-            "phase": "bit_search",
-            "kind": "train",
-            "loss": 1.0,
-            "temperature": 0.5,
-        }
-        for row in rows
-        if row["kind"] == "logits"
-    ]
+    train = {"phase": "bit_search", "kind": "train", "loss": 1.0, "temperature": 0.5}
+    rows += [train | {"step": row["step"]} for row in rows if row["kind"] == "logits"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     share = 100 * softmax([4.0, 0.0, 0.0])[0]
     labels = [svg["aria-label"] for svg in report(workdir).all("svg") if "aria-label" in svg]
